@@ -1,0 +1,59 @@
+# make demo      train a small translation model on this machine's CPU and look at the result
+# make test      all tests with coverage;   make test-fast   without the slow ones
+# make lint      ruff and mypy
+# make install   the environment alone (the others do it by themselves)
+#
+# PYTHON   interpreter that .venv is made with (3.10 to 3.13):   make demo PYTHON=python3.12
+# VENV     where the environment lies
+# CONSTRAINTS   exact versions; CONSTRAINTS= (empty) takes the newest that pyproject.toml allows
+# PYTEST_ARGS   more arguments for pytest:   make test PYTEST_ARGS='-x -k schedules'
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints/cpu.txt
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONSTRAIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+
+.PHONY: help install demo test test-fast lint format clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+install: $(STAMP)
+
+# One stamp, so that a second `make` installs nothing, and a changed requirement installs again.
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
+	@$(BIN)/python -c '' 2>/dev/null || bash constraints/make_venv.sh "$(PYTHON)" "$(VENV)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAIN) --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/s2s-scale demo
+
+test: $(STAMP)
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=json:.coverage.json $(PYTEST_ARGS)
+	$(BIN)/python -m tests.support.coverage_gate .coverage.json --lines 90
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The environment and the runs stay: they cost minutes.
+clean:
+	rm -rf build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,36 @@
+"""Training encoder-decoder models with the same numbers on whatever hardware one has."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from s2s_scale.losses import label_smoothed_nll_loss
+    from s2s_scale.schedules import arg_to_scheduler
+    from s2s_scale.trainer import Seq2SeqTrainer
+    from s2s_scale.training_arguments import Seq2SeqTrainingArguments
+
+# Loaded at first use: importing the package for its command line must not import torch.
+_HOMES = {
+    "Seq2SeqTrainer": "s2s_scale.trainer",
+    "Seq2SeqTrainingArguments": "s2s_scale.training_arguments",
+    "label_smoothed_nll_loss": "s2s_scale.losses",
+    "arg_to_scheduler": "s2s_scale.schedules",
+}
+
+__all__ = [
+    "Seq2SeqTrainer",
+    "Seq2SeqTrainingArguments",
+    "__version__",
+    "arg_to_scheduler",
+    "label_smoothed_nll_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 's2s_scale' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,30 @@
+"""Backends: how a training step reaches the hardware. One file each, loaded only when chosen."""
+
+from __future__ import annotations
+
+import importlib
+
+from s2s_scale.backends.base import Backend
+from s2s_scale.errors import unknown_name
+
+# Name in a launcher profile -> "module:class". The module is imported when the backend is chosen,
+# so that a library that is not installed costs nothing until then.
+BACKENDS: dict[str, str] = {
+    "local": "s2s_scale.backends.local:LocalBackend",
+}
+
+
+def make_backend(name: str) -> Backend:
+    """The backend called ``name``.
+
+    Raises:
+        UserError: no backend has that name.
+    """
+    if name not in BACKENDS:
+        raise unknown_name("backend", name, BACKENDS)
+    module, _, attribute = BACKENDS[name].partition(":")
+    backend: Backend = getattr(importlib.import_module(module), attribute)()
+    return backend
+
+
+__all__ = ["BACKENDS", "Backend", "make_backend"]

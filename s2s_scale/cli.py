@@ -1,0 +1,173 @@
+"""The command line ``s2s-scale``. Imports neither torch nor transformers before work begins."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from s2s_scale import __version__
+from s2s_scale.errors import UserError, did_you_mean
+from s2s_scale.values import TRUE_WORDS
+from s2s_scale.verbs import Verb, verbs
+
+EXIT_USER_ERROR = 2
+HELP_WORDS = ("-h", "--help")
+VERSIONS_SHOWN = ("torch", "transformers", "datasets")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``s2s-scale`` with these words (default: the process's own). Returns the exit code.
+
+    0: done; 2: the user gave something wrong, printed line by line; 130: interrupted; 141: what
+    read the output went away. An error in the program itself keeps its traceback.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(words)
+        sys.stdout.flush()  # here, so that a closed pipe is met inside this try
+        return code
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(words: list[str]) -> int:
+    if not words:
+        from s2s_scale.help_text import overview
+
+        print(overview(), end="", file=sys.stderr)
+        return EXIT_USER_ERROR
+    if words[0] in HELP_WORDS:
+        from s2s_scale.help_text import overview
+
+        print(overview(), end="")
+        return 0
+    if words[0] == "--version":
+        print(version_line())
+        return 0
+    verb = _verb(words[0])
+    if any(word in HELP_WORDS for word in words[1:]):
+        from s2s_scale.help_text import verb_help
+
+        print(verb_help(verb), end="")
+        return 0
+    return _ACTIONS[verb.name](verb, words)
+
+
+def _verb(word: str) -> Verb:
+    table = verbs()
+    if word not in table and word.replace("_", "-") not in table:
+        expected = f"expected one of: {', '.join(table)}"
+        if word.startswith("-"):
+            raise UserError(f"'{word}' stands before the verb; {expected}")
+        raise UserError(f"unknown verb '{word}'{did_you_mean(word, table)}; {expected}")
+    return table[word.replace("_", "-")]
+
+
+def version_line() -> str:
+    """``s2s-scale 0.1.0 (Python 3.11.4, torch 2.13.0, …)``, read from the installed packages."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def of(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    built_on = ", ".join(f"{name} {of(name)}" for name in VERSIONS_SHOWN)
+    return f"s2s-scale {__version__} (Python {python}, {built_on})"
+
+
+def _launched(verb: Verb, words: list[str]) -> int:
+    """A verb that a profile starts: the launcher's environment first, then the runner."""
+    from s2s_scale.launch import describe, plan_launch
+    from s2s_scale.settings import build_settings
+
+    settings = build_settings(verb, words[1:])
+    assert settings.profile is not None  # every verb that comes here has --profile
+    launch = plan_launch(settings.profile, _without_dry_run(words), environ=os.environ)
+    if settings.verb_values["dry_run"]:
+        print(describe(launch, environ=os.environ), end="")
+        return 0
+    # Before the import below, which brings in torch: it reads the environment once.
+    os.environ.update(launch.environment)
+    from s2s_scale import runner
+
+    actions = {"train": runner.train, "evaluate": runner.evaluate, "generate": runner.generate}
+    return int(actions[verb.name](settings))
+
+
+def _without_dry_run(words: list[str]) -> list[str]:
+    """The command line without ``--dry_run``, however that is written."""
+    kept: list[str] = []
+    after_flag = False
+    for word in words:
+        flag = word.partition("=")[0].replace("-", "_") == "__dry_run"
+        if not flag and not (after_flag and word.lower() in TRUE_WORDS):
+            kept.append(word)
+        after_flag = flag and "=" not in word
+    return kept
+
+
+def _plan(verb: Verb, words: list[str]) -> int:
+    from s2s_scale.settings import build_settings
+
+    settings = build_settings(verb, words[1:])
+    from s2s_scale import runner
+
+    return int(runner.plan(settings))
+
+
+def _new_model(verb: Verb, words: list[str]) -> int:
+    from s2s_scale.settings import build_settings
+
+    settings = build_settings(verb, words[1:])
+    from s2s_scale import runner
+
+    return int(runner.new_model(settings))
+
+
+def _demo(verb: Verb, words: list[str]) -> int:
+    from s2s_scale.settings import build_settings
+
+    settings = build_settings(verb, words[1:])
+    from s2s_scale import demo
+
+    return int(demo.run(settings))
+
+
+def _profiles(verb: Verb, words: list[str]) -> int:
+    from s2s_scale.command_line import parse_line
+    from s2s_scale.errors import raise_problems
+    from s2s_scale.profiles import as_yaml, resolve
+
+    line = parse_line(verb, words[1:])
+    raise_problems(line.problems)
+    if line.positional is None:
+        from s2s_scale.profile_table import print_table
+
+        return print_table()
+    print(as_yaml(resolve(line.positional)), end="")
+    return 0
+
+
+_ACTIONS: dict[str, Callable[[Verb, list[str]], int]] = {
+    "train": _launched,
+    "evaluate": _launched,
+    "generate": _launched,
+    "plan": _plan,
+    "new-model": _new_model,
+    "demo": _demo,
+    "profiles": _profiles,
+}

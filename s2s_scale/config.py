@@ -1,0 +1,232 @@
+"""Every setting of our own, as dataclasses. Imports neither torch nor transformers.
+
+The command line reads these fields for its flags and help, so each field's metadata holds a
+``help`` text, its ``group`` in ``--help`` and, where the values are fixed, its ``choices``.
+The settings that extend transformers' training arguments are in ``TrainingExtras`` here;
+``training_arguments.py`` joins them with transformers' own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from s2s_scale.errors import raise_problems
+
+BATCHING_MODES = ("fixed", "sortish")
+LOSS_REDUCTIONS = ("mean", "sum")
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_w_restarts",
+    "polynomial",
+    "constant",
+    "constant_w_warmup",
+)
+METRICS = ("bleu", "chrf", "rouge", "exact_match")
+
+
+def setting(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field with the metadata that the command line shows."""
+    metadata: dict[str, Any] = {"help": help, "group": group}
+    if choices is not None:
+        metadata["choices"] = choices
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelArguments:
+    """Which model and tokenizer to load, and what stays frozen."""
+
+    model_name_or_path: str | None = setting(
+        None, "model", "Folder or hub id of the model to start from. Required."
+    )
+    config_name: str | None = setting(
+        None, "model", "Folder or hub id of the configuration, if not the model's."
+    )
+    tokenizer_name: str | None = setting(
+        None, "model", "Folder or hub id of the tokenizer, if not the model's."
+    )
+    cache_dir: str | None = setting(None, "model", "Where downloads from the hub are kept.")
+    model_revision: str = setting("main", "model", "Branch, tag or commit of the hub model.")
+    trust_remote_code: bool = setting(
+        False, "model", "Allow the model's repository to run its own Python code here."
+    )
+    freeze_embeds: bool = setting(
+        False, "model", "Do not train token and position embeddings (of encoder and decoder)."
+    )
+    freeze_encoder: bool = setting(False, "model", "Do not train the encoder.")
+
+
+@dataclass
+class DataArguments:
+    """Where the sentence pairs come from and how they become token ids."""
+
+    data_dir: str | None = setting(
+        None, "data", "Folder with {train,val,test}.{source,target}, one row per line."
+    )
+    train_file: str | None = setting(
+        None, "data", "Training pairs as .jsonl, .json, .csv, .tsv or .parquet."
+    )
+    validation_file: str | None = setting(None, "data", "Validation pairs, same formats.")
+    test_file: str | None = setting(None, "data", "Test pairs, same formats.")
+    source_column: str | None = setting(
+        None,
+        "data",
+        "Column of the source text. Default: 'source', or --src_lang inside a nested "
+        "'translation' column.",
+    )
+    target_column: str | None = setting(
+        None,
+        "data",
+        "Column of the target text. Default: 'target', or --tgt_lang inside a nested "
+        "'translation' column.",
+    )
+    dataset_name: str | None = setting(
+        None, "data", "A data set of the hub, or a folder written by datasets' save_to_disk."
+    )
+    dataset_config_name: str | None = setting(
+        None, "data", "Configuration of --dataset_name, where it has several."
+    )
+    source_prefix: str | None = setting(
+        None, "data", "Text put before every source row, such as 'translate English to German: '."
+    )
+    src_lang: str | None = setting(None, "data", "Source language code (mBART: such as en_XX).")
+    tgt_lang: str | None = setting(None, "data", "Target language code (mBART: such as de_DE).")
+    task: str | None = setting(
+        None,
+        "data",
+        "Use the parameters that the model's configuration stores for this task "
+        "(task_specific_params), such as 'summarization'.",
+    )
+    max_source_length: int = setting(
+        1024, "data", "Source rows are cut to this many tokens, special tokens included."
+    )
+    max_target_length: int = setting(
+        128, "data", "Training targets are cut to this many tokens, special tokens included."
+    )
+    val_max_target_length: int | None = setting(
+        None,
+        "data",
+        "Validation and test targets are cut, and generation stops, at this many tokens. "
+        "Default: --max_target_length.",
+    )
+    n_train: int = setting(-1, "data", "Use only the first N training rows; -1: all.")
+    n_val: int = setting(-1, "data", "Use only the first N validation rows; -1: all.")
+    n_test: int = setting(-1, "data", "Use only the first N test rows; -1: all.")
+    ignore_pad_token_for_loss: bool = setting(
+        True,
+        "loss",
+        "Exclude pad tokens from the loss. Off: the model's own loss, pads as it likes.",
+    )
+    eval_beams: int | None = setting(
+        None, "generation", "Beams in evaluation. Default: the model's generation config."
+    )
+    metrics: list[str] = field(
+        default_factory=lambda: list(METRICS),
+        metadata={
+            "help": "Text metrics computed with --predict_with_generate.",
+            "group": "generation",
+            "choices": METRICS,
+        },
+    )
+    data_cache_dir: str | None = setting(
+        None,
+        "data",
+        "Where tokenised data is kept. Default: $S2S_SCALE_CACHE, else ~/.cache/s2s_scale.",
+    )
+    overwrite_cache: bool = setting(False, "data", "Tokenise anew even if a cached copy fits.")
+    preprocessing_num_workers: int | None = setting(
+        None, "data", "Processes that tokenise. Default: as many as pay for the number of rows."
+    )
+
+    @property
+    def evaluation_target_length(self) -> int:
+        """Tokens at which validation and test targets and generated text end."""
+        return self.val_max_target_length or self.max_target_length
+
+    def validate(self) -> None:
+        """Raise one ``UserError`` with every field that is out of range."""
+        problems = [
+            f"{name}={value}: expected a whole number of at least {least}; "
+            f"give --{name} a larger value"
+            for name, value, least in (
+                ("max_source_length", self.max_source_length, 1),
+                ("max_target_length", self.max_target_length, 1),
+                ("val_max_target_length", self.val_max_target_length, 1),
+                ("eval_beams", self.eval_beams, 1),
+                ("preprocessing_num_workers", self.preprocessing_num_workers, 1),
+            )
+            if value is not None and value < least
+        ]
+        problems += [
+            f"{name}={value}: expected -1 (all rows) or at least 1; change --{name}"
+            for name, value in (
+                ("n_train", self.n_train),
+                ("n_val", self.n_val),
+                ("n_test", self.n_test),
+            )
+            if value < -1 or value == 0
+        ]
+        raise_problems(problems)
+
+
+@dataclass
+class TrainingExtras:
+    """Training settings beyond transformers' own; old names of the seq2seq trainer included.
+
+    ``None`` means "not given": an old name then takes the value of its modern twin.
+    """
+
+    label_smoothing: float | None = setting(
+        None, "loss", "Label smoothing epsilon; old name of --label_smoothing_factor."
+    )
+    loss_reduction: str = setting(
+        "mean",
+        "loss",
+        "'mean': a step's summed loss over its number of target tokens. 'sum': the plain sum.",
+        choices=LOSS_REDUCTIONS,
+    )
+    lr_scheduler: str | None = setting(
+        None,
+        "learning rate",
+        "Learning-rate schedule by name; old name of --lr_scheduler_type.",
+        choices=SCHEDULES,
+    )
+    lr_num_cycles: float | None = setting(
+        None,
+        "learning rate",
+        "Waves of cosine (default 0.5) or number of restarts of cosine_w_restarts (default 1).",
+    )
+    lr_power: float | None = setting(
+        None, "learning rate", "Power of the polynomial schedule (default 1.0)."
+    )
+    lr_end: float | None = setting(
+        None, "learning rate", "Final learning rate of the polynomial schedule (default 1e-7)."
+    )
+    adafactor: bool = setting(False, "optimizer", "Use Adafactor; old name of --optim adafactor.")
+    encoder_layerdrop: float | None = setting(
+        None, "model", "LayerDrop probability of the encoder; goes into the model's config."
+    )
+    decoder_layerdrop: float | None = setting(
+        None, "model", "LayerDrop probability of the decoder; goes into the model's config."
+    )
+    dropout: float | None = setting(
+        None, "model", "Dropout probability; goes into the model's config."
+    )
+    attention_dropout: float | None = setting(
+        None, "model", "Dropout probability of attention weights; goes into the model's config."
+    )
+    batching: str | None = setting(
+        None,
+        "batching",
+        "Which rows share a batch. 'fixed' (default): random. 'sortish': random chunks of 50 "
+        "batches, sorted by length inside, longest first.",
+        choices=BATCHING_MODES,
+    )
+    max_nonfinite_steps: int = setting(
+        3, "training", "Stop after this many steps whose loss or gradient is not finite."
+    )
+    overwrite_output_dir: bool = setting(
+        False, "output", "Start afresh in an output folder that holds an earlier run."
+    )

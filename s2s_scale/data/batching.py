@@ -1,0 +1,203 @@
+"""Which rows make each optimizer step: pure functions of lengths, seed, epoch and step size.
+
+Nothing here knows of ranks, devices or torch: the plan of an epoch is the same on one process
+and on sixty-four, and a run resumes at another world size with the rows it would have had.
+``divide_step`` then spreads the rows of a step over ranks and micro-batches.
+
+Random numbers come from numpy's ``RandomState``, whose stream is frozen: the same seed gives the
+same plan under every numpy version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from s2s_scale.data.lengths import Lengths, row_lengths
+
+__all__ = [
+    "EpochPlan",
+    "Lengths",
+    "count_rows",
+    "divide_step",
+    "evaluation_batches",
+    "micro_batches_of_step",
+    "plan_epoch",
+    "row_lengths",
+    "steps_per_epoch",
+]
+
+Mode = Literal["fixed", "sortish", "sequential"]
+Rows = npt.NDArray[np.int64]
+
+STEPS_PER_CHUNK = 50  # fastai's SortishSampler sorts inside random chunks of 50 batches
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """The rows of every optimizer step of one epoch.
+
+    ``order``: row ids, int64 [rows]. ``offsets``: int64 [steps + 1]; step ``s`` has the rows
+    ``order[offsets[s]:offsets[s + 1]]``.
+    """
+
+    order: Rows
+    offsets: Rows
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        return len(self.offsets) - 1
+
+    def rows(self, step: int) -> Rows:
+        """Row ids of a step, counted from 0; ``IndexError`` beyond the last one."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of a plan with {self.steps} steps")
+        return self.order[self.offsets[step] : self.offsets[step + 1]]
+
+    def __iter__(self) -> Iterator[Rows]:
+        return (self.rows(step) for step in range(self.steps))
+
+
+def plan_epoch(
+    lengths: Lengths | None,
+    *,
+    rows_per_step: int,
+    seed: int,
+    epoch: int,
+    mode: Mode = "fixed",
+    drop_last: bool = False,
+    n_rows: int | None = None,
+) -> EpochPlan:
+    """The plan of one epoch. Every row is in exactly one step.
+
+    Every step has ``rows_per_step`` rows, except the last one, which has what is left over
+    (``drop_last`` leaves it out). ``fixed``: a random permutation. ``sequential``: data order.
+    ``sortish``: rows of like length in a step, longest first (see ``_sortish_order``).
+
+    ``lengths`` (source, target in tokens) may be None where the mode is not sortish; ``n_rows``
+    is then required. Raises ``ValueError`` for a step size below 1, an unknown mode, and missing
+    or contradicting lengths.
+    """
+    if rows_per_step < 1:
+        raise ValueError(f"rows_per_step={rows_per_step}: expected at least 1")
+    count = count_rows(lengths, n_rows)
+    if mode == "sortish":
+        if lengths is None:
+            raise ValueError("mode='sortish' needs the lengths of the rows")
+        order = _sortish_order(lengths, rows_per_step, _random(seed, epoch))
+    elif mode == "fixed":
+        order = _random(seed, epoch).permutation(count)
+    elif mode == "sequential":
+        order = np.arange(count)
+    else:
+        raise ValueError(f"mode={mode!r}: expected 'fixed', 'sortish' or 'sequential'")
+    offsets = np.arange(0, count + 1, rows_per_step)
+    if not drop_last and offsets[-1] < count:
+        offsets = np.append(offsets, count)
+    return EpochPlan(order[: offsets[-1]].astype(np.int64), offsets.astype(np.int64))
+
+
+def steps_per_epoch(n_rows: int, *, rows_per_step: int, drop_last: bool = False) -> int:
+    """Optimizer steps that a plan of so many rows has."""
+    return n_rows // rows_per_step if drop_last else -(-n_rows // rows_per_step)
+
+
+def count_rows(lengths: Lengths | None, n_rows: int | None) -> int:
+    """Rows to plan for; ``ValueError`` where neither is given or the numbers differ."""
+    if lengths is None:
+        if n_rows is None:
+            raise ValueError("give lengths, or n_rows where the plan needs no lengths")
+        return n_rows
+    source, target = lengths
+    if len(source) != len(target) or (n_rows is not None and n_rows != len(source)):
+        raise ValueError(
+            f"{len(source)} source lengths, {len(target)} target lengths, n_rows={n_rows}: "
+            f"expected the same number"
+        )
+    return len(source)
+
+
+def _random(seed: int, epoch: int) -> np.random.RandomState:
+    sequence = np.random.SeedSequence([seed % 2**64, epoch])
+    return np.random.RandomState(np.random.MT19937(sequence))
+
+
+def _sortish_order(lengths: Lengths, rows_per_step: int, random: np.random.RandomState) -> Rows:
+    """fastai's SortishSampler: like lengths together, but different ones every epoch.
+
+    A random permutation is cut into chunks of 50 steps; each chunk is sorted by (source, target)
+    length, longest first, and cut into steps; the steps are shuffled, but the one with the
+    longest row of all comes first, so that memory runs out at once or never.
+
+    Two differences from fastai, both because a step's size must not change inside an epoch. The
+    short step stays last. And the longest row is put into the first chunk (it swaps places in the
+    permutation with the row there), where it lands in a full step if there is one; in fastai it
+    can land in the short batch, which then comes first and shifts the cuts of all later ones.
+    """
+    source, target = lengths
+    count = len(source)
+    order = random.permutation(count)
+    if count == 0:
+        return order
+    longest = np.lexsort((target, source))[-1]
+    place = int(np.flatnonzero(order == longest)[0])
+    order[[0, place]] = order[[place, 0]]
+    chunk = np.arange(count) // (STEPS_PER_CHUNK * rows_per_step)
+    # lexsort: the last key counts most; rows of equal length keep their random order.
+    ranks = np.lexsort((-target[order].astype(np.int64), -source[order].astype(np.int64), chunk))
+    order = order[ranks]
+    full = count // rows_per_step
+    if full > 1:
+        steps = order[: full * rows_per_step].reshape(full, rows_per_step)
+        steps = np.concatenate([steps[:1], steps[1:][random.permutation(full - 1)]])
+        order = np.concatenate([steps.reshape(-1), order[full * rows_per_step :]])
+    return order
+
+
+def micro_batches_of_step(n_rows: int, *, world_size: int, rows_per_device: int) -> int:
+    """Micro-batches that every rank runs for a step of so many rows."""
+    return -(-n_rows // (world_size * rows_per_device))
+
+
+def divide_step(rows: Rows, *, world_size: int, rows_per_device: int) -> list[list[Rows]]:
+    """Divide a step: ``result[micro_batch][rank]`` are the rows of that rank.
+
+    Every rank has the same number of micro-batches, the fewest that hold the rows. A full step
+    gives every rank ``rows_per_device`` rows in each. In the short last step the sizes within a
+    micro-batch differ by at most 1; a rank has none only where fewer rows than ranks are left.
+    Rows stay in their order, so neighbours in length stay together.
+    """
+    if world_size < 1 or rows_per_device < 1:
+        raise ValueError(
+            f"world_size={world_size}, rows_per_device={rows_per_device}: expected at least 1"
+        )
+    capacity = world_size * rows_per_device
+    count = micro_batches_of_step(len(rows), world_size=world_size, rows_per_device=rows_per_device)
+    if count == 0:
+        return []
+    if len(rows) // count >= world_size:
+        parts = np.array_split(rows, count)
+    else:  # one row a device: an even spread would leave ranks idle before the rows run out
+        parts = np.split(rows, range(capacity, len(rows), capacity))
+    return [np.array_split(part, world_size) for part in parts]
+
+
+def evaluation_batches(lengths: Lengths | None, *, n_rows: int, rows_per_batch: int) -> list[Rows]:
+    """Batches of row ids for evaluation: longest rows first, or data order without lengths.
+
+    Sorting wastes few pads and meets the largest batch at once; whoever uses the batches puts
+    results back into data order by the row ids.
+    """
+    if rows_per_batch < 1:
+        raise ValueError(f"rows_per_batch={rows_per_batch}: expected at least 1")
+    count = count_rows(lengths, n_rows)
+    order = np.arange(count, dtype=np.int64)
+    if lengths is not None:
+        source, target = lengths
+        order = np.lexsort((order, -target.astype(np.int64), -source.astype(np.int64)))
+    return [order[start : start + rows_per_batch] for start in range(0, count, rows_per_batch)]

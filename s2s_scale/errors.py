@@ -1,0 +1,41 @@
+"""Errors that the user can mend, and the wording they share. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class UserError(ValueError):
+    """One or more mistakes in what the user gave: input files, flags, settings, folders.
+
+    Each problem is one line that names the field or file and line, the value found, the value
+    expected and the remedy. The command line prints them without a traceback and exits with 2.
+    Several problems found together are raised together, so that one run shows them all.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        if not problems:
+            raise TypeError("UserError needs at least one problem")
+        self.problems: tuple[str, ...] = problems
+        super().__init__("\n".join(problems))
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise one ``UserError`` for all ``problems``; do nothing when there are none."""
+    if problems:
+        raise UserError(*problems)
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the nearest candidate, or an empty string if none is near."""
+    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not in a fixed list, such as a scheduler or a metric."""
+    names = sorted(known)
+    return UserError(
+        f"unknown {what} '{name}'{did_you_mean(name, names)}; expected one of: {', '.join(names)}"
+    )

@@ -1,0 +1,1 @@
+"""Text metrics, evaluation of generated rows and generation from plain text."""

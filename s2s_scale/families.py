@@ -1,0 +1,182 @@
+"""The one table of differences between encoder-decoder families, and what is read from it.
+
+Shapes: B rows, T target positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from s2s_scale.errors import UserError, raise_problems
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+LABEL_PAD_ID = -100
+DECODER_INPUTS = Literal["start_token", "wrap_last_token", "model"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between encoder-decoder families. ``None`` for a field: the family has none."""
+
+    model_type: str
+    #: names of the config fields that hold these settings
+    dropout: str | None = "dropout"
+    attention_dropout: str | None = "attention_dropout"
+    encoder_layerdrop: str | None = "encoder_layerdrop"
+    decoder_layerdrop: str | None = "decoder_layerdrop"
+    source_vocab_size: str = "vocab_size"
+    target_vocab_size: str = "vocab_size"
+    #: how labels become decoder inputs: all are shifted right by one; the free first place takes
+    #: the decoder start token, or the row's last label (FSMT: </s>, mBART: the language code);
+    #: "model" asks the model's own method
+    decoder_inputs: DECODER_INPUTS = "start_token"
+    #: tokenizer and generation need a source and a target language code
+    languages: bool = False
+    #: the forward pass masks the decoder's future only when told ``use_cache=False``
+    needs_use_cache_off: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("bart"),
+        Family(
+            "t5",
+            dropout="dropout_rate",
+            attention_dropout=None,
+            encoder_layerdrop=None,
+            decoder_layerdrop=None,
+        ),
+        Family("mbart", decoder_inputs="wrap_last_token", languages=True),
+        Family(
+            "fsmt",
+            source_vocab_size="src_vocab_size",
+            target_vocab_size="tgt_vocab_size",
+            decoder_inputs="wrap_last_token",
+            needs_use_cache_off=True,
+        ),
+        Family("pegasus"),
+        Family("marian", target_vocab_size="decoder_vocab_size"),
+    )
+}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model's config; a generic one for encoder-decoders outside the table.
+
+    Raises ``UserError`` for a model that is no encoder-decoder.
+    """
+    model_type = str(getattr(config, "model_type", "") or "unknown")
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if not getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model type '{model_type}' is not an encoder-decoder; expected one such as "
+            f"{', '.join(sorted(FAMILIES))}; choose another --model_name_or_path"
+        )
+
+    def present(*names: str) -> str | None:
+        return next((name for name in names if hasattr(config, name)), None)
+
+    return Family(
+        model_type,
+        dropout=present("dropout", "dropout_rate"),
+        attention_dropout=present("attention_dropout"),
+        encoder_layerdrop=present("encoder_layerdrop"),
+        decoder_layerdrop=present("decoder_layerdrop"),
+        target_vocab_size=present("decoder_vocab_size") or "vocab_size",
+        decoder_inputs="model",
+        languages=model_type in ("m2m_100", "nllb-moe"),
+    )
+
+
+def target_vocab_size(config: PreTrainedConfig) -> int:
+    """Number of target tokens that the model can score (the width of its logits)."""
+    return int(getattr(config, family_of(config).target_vocab_size))
+
+
+def source_vocab_size(config: PreTrainedConfig) -> int:
+    """Number of source tokens that the encoder can embed."""
+    return int(getattr(config, family_of(config).source_vocab_size))
+
+
+def apply_dropout_settings(
+    config: PreTrainedConfig,
+    *,
+    dropout: float | None = None,
+    attention_dropout: float | None = None,
+    encoder_layerdrop: float | None = None,
+    decoder_layerdrop: float | None = None,
+) -> None:
+    """Write the given probabilities into the config's fields, under the family's own names.
+
+    Must run before the model is built: modules copy their probability then. Raises one
+    ``UserError`` for every value outside [0, 1) and every setting that the family lacks.
+    """
+    family = family_of(config)
+    given = {
+        name: value
+        for name, value in (
+            ("dropout", dropout),
+            ("attention_dropout", attention_dropout),
+            ("encoder_layerdrop", encoder_layerdrop),
+            ("decoder_layerdrop", decoder_layerdrop),
+        )
+        if value is not None
+    }
+    problems = []
+    for name, value in given.items():
+        if not 0.0 <= value < 1.0:
+            problems.append(f"{name}={value}: expected a probability from 0 up to but not 1")
+        elif getattr(family, name) is None:
+            has = [n for n in given if getattr(family, n)] or ["dropout"]
+            problems.append(
+                f"{name}={value}: models of type '{family.model_type}' have no such setting; "
+                f"leave --{name} out (they do have: {', '.join(has)})"
+            )
+    raise_problems(problems)
+    for name, value in given.items():
+        setattr(config, getattr(family, name), float(value))
+
+
+def decoder_inputs_from_labels(model: Any, labels: torch.Tensor, pad_token_id: int) -> torch.Tensor:
+    """Decoder inputs LongTensor[B, T] for ``labels`` LongTensor[B, T], which stay untouched.
+
+    Labels may be padded with -100, with the pad id or with both. Equal to what the transformers
+    model makes of labels itself; FSMT, which would feed its decoder the source, gets fairseq's
+    shift of the labels. ``model`` may be any object with the model's ``config``. Raises
+    ``UserError`` where the config has no decoder start token but the family needs one.
+    """
+    family = family_of(model.config)
+    clean = labels.masked_fill(labels == LABEL_PAD_ID, pad_token_id)
+    if family.decoder_inputs == "model":
+        return _by_the_model(model, clean)
+    shifted = clean.new_empty(clean.shape)
+    shifted[:, 1:] = clean[:, :-1]
+    if family.decoder_inputs == "wrap_last_token":
+        last = clean.ne(pad_token_id).sum(dim=1, keepdim=True).sub(1).clamp(min=0)
+        shifted[:, :1] = clean.gather(1, last)
+        return shifted
+    start = model.config.decoder_start_token_id
+    if start is None:
+        raise UserError(
+            f"the model's config has no decoder_start_token_id, which models of type "
+            f"'{family.model_type}' need in training; set it in config.json"
+        )
+    shifted[:, 0] = start
+    return shifted
+
+
+def _by_the_model(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    derive = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if derive is None:
+        raise UserError(
+            f"models of type '{model.config.model_type}' do not say how labels become decoder "
+            "inputs; give batches with decoder_input_ids"
+        )
+    shifted: torch.Tensor = derive(labels=labels)
+    return shifted

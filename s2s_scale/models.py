@@ -1,0 +1,347 @@
+"""Load a model with its config and tokenizer, checked before any weight is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from s2s_scale.config import ModelArguments
+from s2s_scale.errors import UserError, did_you_mean, unknown_name
+from s2s_scale.families import (
+    FAMILIES,
+    LABEL_PAD_ID,
+    Family,
+    apply_dropout_settings,
+    decoder_inputs_from_labels,
+    family_of,
+    source_vocab_size,
+    target_vocab_size,
+)
+from s2s_scale.model_files import VOCABULARY_FILES, check_folder, has_vocabulary, readable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "FAMILIES",
+    "LABEL_PAD_ID",
+    "Family",
+    "Loaded",
+    "apply_dropout_settings",
+    "apply_task_parameters",
+    "decoder_inputs_from_labels",
+    "family_of",
+    "freeze_embeddings",
+    "freeze_encoder",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "set_languages",
+    "settle_pad_token",
+    "source_vocab_size",
+    "target_vocab_size",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """A model in fp32 with what belongs to it; ``config`` is ``model.config``."""
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+
+
+def load(
+    model_args: ModelArguments,
+    *,
+    src_lang: str | None = None,
+    tgt_lang: str | None = None,
+    task: str | None = None,
+    dropout: float | None = None,
+    attention_dropout: float | None = None,
+    encoder_layerdrop: float | None = None,
+    decoder_layerdrop: float | None = None,
+) -> Loaded:
+    """Config, tokenizer and model as the settings ask, in that order, cheap checks first.
+
+    Raises ``UserError`` for: folder, config, tokenizer or weights missing or unreadable; a model
+    that is no encoder-decoder; weights that do not fit the config; an unknown task or language
+    code; a dropout setting that the family lacks; no pad token and no EOS to take its place.
+    """
+    name = _required_name(model_args)
+    check_folder(name, what="model", weights=True)
+    config = load_config(model_args)
+    generation_values = apply_task_parameters(config, task)
+    apply_dropout_settings(
+        config,
+        dropout=dropout,
+        attention_dropout=attention_dropout,
+        encoder_layerdrop=encoder_layerdrop,
+        decoder_layerdrop=decoder_layerdrop,
+    )
+    tokenizer = load_tokenizer(model_args, config)
+    settle_pad_token(config, tokenizer)
+    model = _load_weights(model_args, config)
+    for key, value in generation_values.items():
+        setattr(model.generation_config, key, value)
+    set_languages(model, tokenizer, src_lang=src_lang, tgt_lang=tgt_lang)
+    if model_args.freeze_embeds:
+        freeze_embeddings(model)
+    if model_args.freeze_encoder:
+        freeze_encoder(model)
+    return Loaded(model.config, tokenizer, model)
+
+
+def load_config(model_args: ModelArguments) -> PreTrainedConfig:
+    """The config alone; ``UserError`` if it is missing, invalid or of no encoder-decoder."""
+    from transformers import AutoConfig
+
+    name = model_args.config_name or _required_name(model_args)
+    check_folder(name, what="config", weights=False)
+    with readable(f"config of '{name}'", name):
+        config = AutoConfig.from_pretrained(name, **_hub_options(model_args))
+    family_of(config)
+    return config
+
+
+def load_tokenizer(
+    model_args: ModelArguments, config: PreTrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; ``UserError`` if its files are missing or unreadable."""
+    from transformers import AutoTokenizer
+
+    name = model_args.tokenizer_name or _required_name(model_args)
+    folder = Path(name)
+    if folder.is_dir() and not has_vocabulary(folder):
+        # transformers 5 would go on silently with an empty vocabulary
+        raise UserError(
+            f"{name}: no tokenizer in this folder; expected one of {', '.join(VOCABULARY_FILES)}; "
+            "copy the tokenizer there or give --tokenizer_name"
+        )
+    if not folder.is_dir():
+        check_folder(name, what="tokenizer", weights=False)
+    options = _hub_options(model_args)
+    if config is not None and model_args.config_name:
+        options["config"] = config
+    with readable(f"tokenizer of '{name}'", name):
+        return AutoTokenizer.from_pretrained(name, **options)
+
+
+def settle_pad_token(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give tokenizer and config a pad token where one lacks it; return its id.
+
+    A missing pad token becomes the config's, else EOS with a warning. Raises ``UserError`` when
+    there is no EOS either.
+    """
+    if tokenizer.pad_token_id is None:
+        if config.pad_token_id is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        elif tokenizer.eos_token is not None:
+            logger.warning(
+                "The tokenizer has no pad token: its EOS token '%s' is used for padding.",
+                tokenizer.eos_token,
+            )
+            tokenizer.pad_token = tokenizer.eos_token
+        else:
+            raise UserError(
+                "the tokenizer has neither a pad token nor an EOS token; expected at least one; "
+                "add pad_token to its tokenizer_config.json"
+            )
+    pad = int(tokenizer.pad_token_id)
+    if config.pad_token_id is None:
+        config.pad_token_id = pad
+    elif config.pad_token_id != pad:
+        logger.warning(
+            "The tokenizer pads with id %d, the model's config says %d: do they belong together?",
+            pad,
+            config.pad_token_id,
+        )
+    return pad
+
+
+def apply_task_parameters(config: PreTrainedConfig, task: str | None) -> dict[str, Any]:
+    """Apply ``config.task_specific_params[task]`` to ``config``; return its generation values.
+
+    The returned ones belong into the model's generation config. A ``prefix`` lands in
+    ``config.prefix``. Raises ``UserError`` for a task that the config does not know.
+    """
+    from transformers import GenerationConfig
+
+    if task is None:
+        return {}
+    tasks: dict[str, dict[str, Any]] = getattr(config, "task_specific_params", None) or {}
+    if not tasks:
+        raise UserError(
+            f"task '{task}': the model's config has no task_specific_params; leave --task out"
+        )
+    if task not in tasks:
+        raise unknown_name("task", task, tasks)
+    generation_fields = vars(GenerationConfig())
+    generation = {k: v for k, v in tasks[task].items() if k in generation_fields}
+    for key, value in tasks[task].items():
+        if key not in generation:
+            setattr(config, key, value)
+    return generation
+
+
+def set_languages(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    src_lang: str | None,
+    tgt_lang: str | None,
+) -> None:
+    """Set tokenizer and generation of a multilingual model to a pair of language codes.
+
+    mBART's first tokenizer ends rows with the code, so that decoding starts with it; those of
+    mBART-50, M2M100 and NLLB begin rows with it, so that it is the first token generated.
+    Families without language codes are left alone. Raises ``UserError`` for an unknown code,
+    naming near ones, and where no target code is known at all.
+    """
+    if not family_of(model.config).languages:
+        return
+    codes = language_ids(tokenizer)
+    src_lang = src_lang or getattr(tokenizer, "src_lang", None)
+    tgt_lang = tgt_lang or getattr(tokenizer, "tgt_lang", None)
+    if not tgt_lang or not src_lang:
+        raise UserError(
+            f"models of type '{model.config.model_type}' need language codes; give --src_lang "
+            "and --tgt_lang, such as en_XX and de_DE"
+        )
+    for flag, code in (("src_lang", src_lang), ("tgt_lang", tgt_lang)):
+        if code not in codes:
+            raise _unknown_language(flag, code, codes)
+    tokenizer.src_lang = src_lang
+    tokenizer.tgt_lang = tgt_lang
+    language = codes[tgt_lang]
+    generation = model.generation_config
+    if _language_comes_last(tokenizer, tgt_lang):
+        # labels "X </s> code" make decoder inputs "code X </s>": the code is the start, and
+        # forcing it once more in second place would generate what training never showed
+        model.config.decoder_start_token_id = language
+        generation.decoder_start_token_id = language
+        generation.forced_bos_token_id = None
+        return
+    # labels "code X </s>" make decoder inputs "</s> code X": the code is generated first
+    start = model.config.decoder_start_token_id
+    start = model.config.eos_token_id if start is None else start
+    model.config.decoder_start_token_id = start
+    generation.decoder_start_token_id = start
+    generation.forced_bos_token_id = language
+
+
+def language_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Language code -> token id, for the codes that are in the tokenizer's vocabulary."""
+    codes: Iterable[str] = getattr(tokenizer, "lang_code_to_id", None) or [
+        token for token in tokenizer.all_special_tokens if "_" in token
+    ]
+    ids = {code: _token_id(tokenizer, code) for code in codes}
+    if hasattr(tokenizer, "get_lang_id"):  # M2M100 keeps code and token apart: de, __de__
+        ids = {code: int(tokenizer.get_lang_id(code)) for code in codes}
+    return {code: index for code, index in ids.items() if index != tokenizer.unk_token_id}
+
+
+def freeze_embeddings(model: PreTrainedModel) -> None:
+    """Stop training token and position embeddings of encoder and decoder (tied heads too)."""
+    for part in (model.get_encoder(), model.get_decoder(), model.base_model):
+        for name in ("embed_tokens", "embed_positions", "shared"):
+            module = getattr(part, name, None)
+            if module is not None:
+                module.requires_grad_(False)
+
+
+def freeze_encoder(model: PreTrainedModel) -> None:
+    """Stop training the encoder; embeddings that the decoder shares stay trained."""
+    encoder = model.get_encoder()
+    shared = {id(p) for p in model.get_decoder().parameters()}
+    for parameter in encoder.parameters():
+        if id(parameter) not in shared:
+            parameter.requires_grad_(False)
+
+
+def _required_name(model_args: ModelArguments) -> str:
+    if not model_args.model_name_or_path:
+        raise UserError(
+            "model_name_or_path is missing; give --model_name_or_path a folder or hub id, or make "
+            "a model with: s2s-scale new-model"
+        )
+    return model_args.model_name_or_path
+
+
+def _hub_options(model_args: ModelArguments) -> dict[str, Any]:
+    return {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+
+
+def _load_weights(model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model in fp32; ``UserError`` if a weight is missing or has another shape."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    name = _required_name(model_args)
+    with readable(f"weights of '{name}'", name):
+        model, info = AutoModelForSeq2SeqLM.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the message below names them
+            **_hub_options(model_args),
+        )
+    problems = []
+    if info["missing_keys"]:
+        problems.append(
+            f"{name}: {len(info['missing_keys'])} weights of the model are not in its files: "
+            f"{_some(info['missing_keys'])}; expected a whole encoder-decoder that fits its "
+            "config.json"
+        )
+    if info["mismatched_keys"]:
+        key, found, expected = sorted(info["mismatched_keys"])[0]
+        problems.append(
+            f"{name}: {len(info['mismatched_keys'])} weights have another shape than config.json "
+            f"says, the first: {key} is {list(found)}, expected {list(expected)}"
+        )
+    if problems:
+        raise UserError(*problems)
+    if info["unexpected_keys"]:
+        logger.warning(
+            "%s: %d weights are not used by the model: %s",
+            name,
+            len(info["unexpected_keys"]),
+            _some(info["unexpected_keys"]),
+        )
+    return model
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (", …" if len(ordered) > 3 else "")
+
+
+def _unknown_language(flag: str, code: str, codes: Iterable[str]) -> UserError:
+    known = sorted(codes)
+    near = [k for k in known if k[:2].lower() == code[:2].lower()]
+    hint = f" (did you mean '{near[0]}'?)" if near else did_you_mean(code, known)
+    return UserError(
+        f"unknown language code '{code}'{hint}; expected one of: {', '.join(known)}; "
+        f"change --{flag}"
+    )
+
+
+def _language_comes_last(tokenizer: PreTrainedTokenizerBase, tgt_lang: str) -> bool:
+    """Whether target rows end with the language code, as mBART's first tokenizer writes them."""
+    ids = tokenizer(text_target="a")["input_ids"]
+    return bool(ids) and ids[-1] == _token_id(tokenizer, tgt_lang)
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    index: Any = tokenizer.convert_tokens_to_ids(token)
+    return int(index)

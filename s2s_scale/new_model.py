@@ -1,0 +1,273 @@
+"""Make a fresh model and tokenizer of one of six architectures from the user's texts."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2s_scale.config import DataArguments
+from s2s_scale.errors import UserError, raise_problems, unknown_name
+from s2s_scale.families import FAMILIES
+from s2s_scale.tokenizer_training import TokenizerSettings, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+ARCHITECTURES = ("bart", "t5", "mbart", "fsmt", "pegasus", "marian")
+SIZES = ("tiny", "small", "base")
+#: tokens at which generation stops unless told otherwise (transformers' own default is 20)
+GENERATION_MAX_LENGTH = 200
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Width, feed-forward width, attention heads, and layers of encoder and of decoder."""
+
+    d_model: int
+    ffn: int
+    heads: int
+    layers: int
+    positions: int = 1024
+
+
+_TINY = Shape(d_model=128, ffn=512, heads=4, layers=2)
+_SMALL = Shape(d_model=256, ffn=1024, heads=4, layers=4)
+#: base is the published base shape: bart-base, t5-base, the Pegasus paper's base, opus-mt and
+#: wmt16-en-de (transformer base); mBART was published in one size only and takes bart-base's here
+SHAPES: dict[str, dict[str, Shape]] = {
+    "bart": {"tiny": _TINY, "small": _SMALL, "base": Shape(768, 3072, 12, 6)},
+    "t5": {"tiny": _TINY, "small": _SMALL, "base": Shape(768, 3072, 12, 12)},
+    "mbart": {"tiny": _TINY, "small": _SMALL, "base": Shape(768, 3072, 12, 6)},
+    "fsmt": {"tiny": _TINY, "small": _SMALL, "base": Shape(512, 2048, 8, 6)},
+    "pegasus": {"tiny": _TINY, "small": _SMALL, "base": Shape(768, 3072, 12, 12)},
+    "marian": {"tiny": _TINY, "small": _SMALL, "base": Shape(512, 2048, 8, 6)},
+}
+#: what the published models of a family set besides their shape
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "bart": {"activation_function": "gelu"},
+    "t5": {"feed_forward_proj": "relu"},
+    "mbart": {"activation_function": "gelu", "scale_embedding": True},
+    "fsmt": {"activation_function": "relu", "scale_embedding": True, "tie_word_embeddings": True},
+    "pegasus": {"activation_function": "relu", "scale_embedding": True},
+    "marian": {"activation_function": "swish", "scale_embedding": True},
+}
+
+
+def new_model(
+    *,
+    architecture: str,
+    size: str,
+    texts: Iterable[str],
+    vocab_size: int,
+    output_dir: str | Path,
+    src_lang: str | None = None,
+    tgt_lang: str | None = None,
+    seed: int = 0,
+    split_digits: bool = True,
+    overwrite: bool = False,
+) -> Path:
+    """Train a tokenizer on ``texts`` (source and target rows) and write it with a fresh model.
+
+    The folder loads with ``AutoModelForSeq2SeqLM`` and ``AutoTokenizer``; the same arguments give
+    the same files. It appears only once everything is written. ``vocab_size`` counts special
+    tokens and is an upper bound. Raises ``UserError`` for unknown names, a vocabulary too small
+    for the texts, no text, and a folder that is not empty without ``overwrite``, which replaces
+    the files of the same names and leaves others alone.
+    """
+    output_dir = Path(output_dir)
+    check_request(architecture, size, vocab_size, output_dir, overwrite=overwrite)
+    if architecture == "mbart":
+        src_lang, tgt_lang = src_lang or "en_XX", tgt_lang or "de_DE"
+    with _staged(output_dir) as folder:
+        _write_model_type(architecture, folder)
+        settings = TokenizerSettings(vocab_size, folder, src_lang, tgt_lang, seed, split_digits)
+        tokenizer = train_tokenizer(architecture, texts, settings)
+        config = fresh_config(architecture, size, tokenizer)
+        _write_model(config, tokenizer, folder, seed=seed, languages=(src_lang, tgt_lang))
+    return output_dir
+
+
+def check_request(
+    architecture: str, size: str, vocab_size: int, output_dir: Path, *, overwrite: bool
+) -> None:
+    """Raise one ``UserError`` for every part of the request that cannot be met."""
+    problems: list[str] = []
+    if architecture not in FAMILIES:
+        problems += unknown_name("architecture", architecture, ARCHITECTURES).problems
+    if size not in SIZES:
+        problems += unknown_name("size", size, SIZES).problems
+    if vocab_size < 1:
+        problems.append(f"vocab_size={vocab_size}: expected a positive number, such as 8000")
+    if output_dir.exists() and not output_dir.is_dir():
+        problems.append(f"{output_dir}: expected a folder to write to, found a file")
+    elif output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
+        problems.append(
+            f"{output_dir}: the folder is not empty; choose another --output_dir or give "
+            "--overwrite"
+        )
+    raise_problems(problems)
+
+
+def fresh_config(
+    architecture: str, size: str, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedConfig:
+    """The config of a new model of this architecture and size for ``tokenizer``."""
+    from transformers import CONFIG_MAPPING
+
+    shape = SHAPES[architecture][size]
+    fields = _t5_fields(shape) if architecture == "t5" else _bart_like_fields(shape)
+    config_class = CONFIG_MAPPING[architecture]
+    values = {**fields, **PUBLISHED[architecture], **_token_fields(architecture, tokenizer)}
+    return config_class(**values)
+
+
+def run_new_model(
+    *,
+    architecture: str,
+    size: str,
+    data: DataArguments,
+    vocab_size: int,
+    output_dir: str | Path,
+    src_lang: str | None = None,
+    tgt_lang: str | None = None,
+    seed: int = 0,
+    split_digits: bool = True,
+    overwrite: bool = False,
+) -> Path:
+    """``new_model`` on the training split that ``data`` names, its source prefix included.
+
+    Language codes come from the arguments, else from ``data``. Raises the ``UserError``s of
+    ``new_model`` and of ``load_pairs``.
+    """
+    from s2s_scale.data.sources import load_pairs
+
+    check_request(architecture, size, vocab_size, Path(output_dir), overwrite=overwrite)
+    pairs = load_pairs(data, "train")
+    prefix = data.source_prefix or ""
+
+    def texts() -> Iterator[str]:
+        for source in pairs["source"]:
+            yield prefix + source
+        yield from pairs["target"]
+
+    return new_model(
+        architecture=architecture,
+        size=size,
+        texts=texts(),
+        vocab_size=vocab_size,
+        output_dir=output_dir,
+        src_lang=src_lang or data.src_lang,
+        tgt_lang=tgt_lang or data.tgt_lang,
+        seed=seed,
+        split_digits=split_digits,
+        overwrite=overwrite,
+    )
+
+
+class _staged:
+    """A scratch folder beside ``target`` whose files move there if the block succeeds."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __enter__(self) -> Path:
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.mkdtemp(dir=self.target.parent, prefix=f".{self.target.name}.")
+        except OSError as error:
+            raise UserError(
+                f"{self.target}: cannot write there ({error.strerror}); choose another --output_dir"
+            ) from error
+        self.scratch = Path(scratch)
+        return self.scratch
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.target.mkdir(exist_ok=True)
+                for file in self.scratch.iterdir():
+                    file.replace(self.target / file.name)
+        finally:
+            shutil.rmtree(self.scratch)
+
+
+def _write_model_type(architecture: str, folder: Path) -> None:
+    """A first config.json: AutoTokenizer asks it which family the tokenizer is of."""
+    from transformers import CONFIG_MAPPING
+
+    CONFIG_MAPPING[architecture]().save_pretrained(folder)
+
+
+def _write_model(
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    seed: int,
+    languages: tuple[str | None, str | None],
+) -> None:
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    from s2s_scale.models import set_languages
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    model.generation_config.max_length = GENERATION_MAX_LENGTH
+    set_languages(model, tokenizer, src_lang=languages[0], tgt_lang=languages[1])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _token_fields(architecture: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Vocabulary size and special ids, as the published models of the family have them."""
+    pad = tokenizer.pad_token_id
+    eos = tokenizer.convert_tokens_to_ids("</s>")
+    size = len(tokenizer)
+    fields: dict[str, Any] = {"pad_token_id": pad, "eos_token_id": eos}
+    if architecture == "fsmt":
+        langs = [tokenizer.src_lang, tokenizer.tgt_lang]
+        fields.update(src_vocab_size=size, tgt_vocab_size=size, langs=langs, num_beams=1)
+    else:
+        fields["vocab_size"] = size
+    if architecture in ("bart", "mbart", "fsmt"):
+        fields["bos_token_id"] = tokenizer.convert_tokens_to_ids("<s>")
+    if architecture == "mbart":
+        return fields  # its start token is the target language's code: set_languages
+    start = eos if architecture in ("bart", "fsmt") else pad
+    return {**fields, "decoder_start_token_id": start}
+
+
+def _t5_fields(shape: Shape) -> dict[str, Any]:
+    return {
+        "d_model": shape.d_model,
+        "d_kv": shape.d_model // shape.heads,
+        "d_ff": shape.ffn,
+        "num_heads": shape.heads,
+        "num_layers": shape.layers,
+        "num_decoder_layers": shape.layers,
+    }
+
+
+def _bart_like_fields(shape: Shape) -> dict[str, Any]:
+    return {
+        "d_model": shape.d_model,
+        "max_position_embeddings": shape.positions,
+        **{
+            f"{side}_{field}": value
+            for side in ("encoder", "decoder")
+            for field, value in (
+                ("layers", shape.layers),
+                ("ffn_dim", shape.ffn),
+                ("attention_heads", shape.heads),
+            )
+        },
+    }

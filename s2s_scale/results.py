@@ -1,0 +1,140 @@
+"""What a run leaves behind for people: result files, the table at the end, and the report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from s2s_scale.evaluation.text import TextEvaluation
+from s2s_scale.report import RunRecord, write_report
+
+PACKAGES = (
+    "s2s-scale", "torch", "transformers", "accelerate", "datasets", "tokenizers", "sacrebleu",
+    "rouge-score",
+)  # fmt: skip
+ALL_RESULTS = "all_results.json"
+
+_DIGITS = {"loss": 4, "nll_loss": 4, "perplexity": 3}
+_HIDDEN = ("total_flos", "model_preparation_time", "steps_per_second", "epoch")
+
+
+@dataclass
+class Results:
+    """Metrics of the splits that were run, with the texts' samples and signatures."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Prefixed by split: ``train_loss``, ``test_bleu``, …"""
+    signatures: dict[str, str] = field(default_factory=dict)
+    """Metric -> signature, as sacrebleu wants it reported."""
+    samples: list[tuple[str, str, str, str]] = field(default_factory=list)
+    """(split, source, reference, hypothesis)."""
+
+    def add(self, split: str, metrics: Mapping[str, float], text: TextEvaluation | None) -> None:
+        """Add a split's metrics, prefixed by the split's name where they are not yet."""
+        self.metrics |= {
+            name if name.startswith(f"{split}_") else f"{split}_{name}": value
+            for name, value in metrics.items()
+            if name != "epoch"
+        }
+        if text is None:
+            return
+        self.signatures |= text.signatures
+        self.samples += [(split, s.source, s.reference, s.hypothesis) for s in text.samples]
+
+    def of(self, split: str) -> dict[str, Any]:
+        """A split's metrics, with the signatures of the text metrics among them."""
+        found: dict[str, Any] = {
+            name: value for name, value in self.metrics.items() if name.startswith(f"{split}_")
+        }
+        found |= {
+            f"{split}_{metric}_signature": signature
+            for metric, signature in self.signatures.items()
+            if f"{split}_{metric}" in found
+        }
+        return found
+
+    def write(self, output_dir: Path, split: str) -> Path:
+        """Write ``<split>_results.json`` and merge it into ``all_results.json``."""
+        own = self.of(split)
+        path = _write_json(output_dir / f"{split}_results.json", own)
+        merged = output_dir / ALL_RESULTS
+        earlier = json.loads(merged.read_text(encoding="utf-8")) if merged.exists() else {}
+        _write_json(merged, earlier | own)
+        return path
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> Path:
+    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary.write_text(
+        json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    temporary.replace(path)
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that decide a run's numbers."""
+    found = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_run_report(
+    output_dir: Path,
+    *,
+    title: str,
+    history: list[dict[str, Any]],
+    results: Results,
+    settings: Mapping[str, tuple[Any, str]],
+) -> tuple[Path, Path]:
+    """``report.html`` and ``report.png`` in ``output_dir``."""
+    record = RunRecord(
+        title=title,
+        history=history,
+        results={**results.metrics, **{f"{k} signature": v for k, v in results.signatures.items()}},
+        settings=dict(settings),
+        versions=versions(),
+        samples=results.samples,
+    )
+    return write_report(record, output_dir)
+
+
+def print_table(results: Results, *, title: str) -> None:
+    """The metrics as a table: a row per metric, a column per split."""
+    splits = [s for s in ("train", "val", "test") if results.of(s)]
+    names: dict[str, None] = {}
+    for split in splits:
+        for name in results.metrics:
+            if name.startswith(f"{split}_") and name.removeprefix(f"{split}_") not in _HIDDEN:
+                names[name.removeprefix(f"{split}_")] = None
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    for split in splits:
+        table.add_column(split, justify="right")
+    for name in names:
+        cells = [_cell(name, results.metrics.get(f"{split}_{name}")) for split in splits]
+        table.add_row(name, *cells)
+    console = Console()
+    console.print(table)
+    for metric, signature in results.signatures.items():
+        console.print(f"{metric}: {signature}", highlight=False, soft_wrap=True)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.{_DIGITS.get(name, 2)}f}"
+    return str(value)

@@ -1,0 +1,211 @@
+"""``generate``: texts for source lines, scored against references where there are some."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from s2s_scale import models
+from s2s_scale.config import DataArguments, ModelArguments
+from s2s_scale.errors import UserError
+from s2s_scale.evaluation.generate import SearchResult, generate_stream, read_lines, search
+from s2s_scale.evaluation.metrics import TextMetrics
+from s2s_scale.runner.pieces import open_backend, source_prefix_of, wanted_device
+from s2s_scale.settings import Settings, split_settings
+from s2s_scale.training_arguments import Seq2SeqTrainingArguments
+
+DEFAULT_SEED = 42
+GENERATION_OPTIONS = (
+    "num_beams length_penalty max_length max_new_tokens num_return_sequences no_repeat_ngram_size "
+    "temperature top_k top_p"
+).split()
+
+
+def generate(settings: Settings) -> int:
+    """Write one text per source line (``num_return_sequences`` of them, best first).
+
+    With ``--reference`` the texts are scored, and with ``--search`` every combination of the
+    grid is; both tables go to standard error, so that standard output holds texts alone.
+    """
+    with open_backend(settings):
+        own = settings.verb_values
+        model_values, data_values, training_values = split_settings(
+            settings.values, ModelArguments, DataArguments, Seq2SeqTrainingArguments
+        )
+        data = DataArguments(**data_values)
+        references = _read_all(own["reference"]) if own["reference"] else None
+        loaded = models.load(
+            ModelArguments(**model_values),
+            src_lang=data.src_lang,
+            tgt_lang=data.tgt_lang,
+            task=data.task,
+        )
+        model: Any = loaded.model
+        model.to(device=wanted_device(settings), dtype=_precision(training_values))
+        transformers.set_seed(training_values.get("seed", DEFAULT_SEED))
+        options = {
+            "batch_size": own["batch_size"],
+            "source_prefix": source_prefix_of(data, loaded.config),
+            "max_source_length": data.max_source_length,
+            **_generation_options(own),
+        }
+        if own["search"]:
+            _search(loaded, own, references or [], data.metrics, options)
+        else:
+            _generate(loaded, own, references, data.metrics, options)
+    return 0
+
+
+def _precision(values: dict[str, Any]) -> torch.dtype:
+    """The type that weights are cast to: fp32 unless --bf16_full_eval or --fp16_full_eval."""
+    chosen = [
+        dtype
+        for name, dtype in (("bf16_full_eval", torch.bfloat16), ("fp16_full_eval", torch.float16))
+        if values.get(name)
+    ]
+    if len(chosen) > 1:
+        raise UserError("--bf16_full_eval and --fp16_full_eval: give at most one of them")
+    return chosen[0] if chosen else torch.float32
+
+
+def _generation_options(own: dict[str, Any]) -> dict[str, Any]:
+    options = {name: own[name] for name in GENERATION_OPTIONS if own[name] is not None}
+    if own["do_sample"]:
+        options["do_sample"] = True
+    return options
+
+
+def _generate(
+    loaded: models.Loaded,
+    own: dict[str, Any],
+    references: list[str] | None,
+    metrics: list[str],
+    options: dict[str, Any],
+) -> None:
+    returned = int(options.get("num_return_sequences") or 1)
+    scores = TextMetrics(metrics) if references is not None else None
+    with _source_lines(own["input"]) as lines, _output(own["output"]) as out:
+        texts = generate_stream(loaded.model, loaded.tokenizer, lines, **options)
+        bar = tqdm(
+            texts, desc="generating", unit=" rows", file=sys.stderr, disable=not sys.stderr.isatty()
+        )
+        written = 0
+        for text in bar:
+            out.write(text + "\n")
+            if scores is not None and references is not None and written % returned == 0:
+                _score(scores, text, references, written // returned)
+            written += 1
+    if scores is not None and references is not None:
+        if written // returned != len(references):
+            raise UserError(
+                f"{own['reference']}: {len(references)} lines, but the input has "
+                f"{written // returned}; give one reference line per source line"
+            )
+        _print_scores(scores)
+
+
+def _score(scores: TextMetrics, text: str, references: list[str], row: int) -> None:
+    if row < len(references):
+        scores.add([text], [references[row]])
+
+
+def _print_scores(scores: TextMetrics) -> None:
+    table = Table(title=f"{scores.rows} rows", title_justify="left")
+    table.add_column("metric")
+    table.add_column("score", justify="right")
+    for name, value in scores.result().items():
+        table.add_row(name, f"{value:.2f}")
+    console = Console(stderr=True)
+    console.print(table)
+    for metric, signature in scores.signatures().items():
+        console.print(f"{metric}: {signature}", highlight=False, soft_wrap=True)
+
+
+def _search(
+    loaded: models.Loaded,
+    own: dict[str, Any],
+    references: list[str],
+    metrics: list[str],
+    options: dict[str, Any],
+) -> None:
+    with _source_lines(own["input"]) as lines:
+        sources = list(lines)
+    with tqdm(desc="search", unit=" settings", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = search(
+            loaded.model,
+            loaded.tokenizer,
+            own["search"],
+            sources=sources,
+            references=references,
+            metrics=metrics,
+            progress=progress,
+            **options,
+        )
+    _print_search(found)
+
+
+def _print_search(found: list[SearchResult]) -> None:
+    table = Table(title="best first", title_justify="left")
+    for name in found[0].settings:
+        table.add_column(name, justify="right")
+    for name in found[0].scores:
+        table.add_column(name, justify="right", style="bold" if name == "bleu" else "")
+    for row in found:
+        table.add_row(
+            *(str(value) for value in row.settings.values()),
+            *(f"{score:.2f}" for score in row.scores.values()),
+        )
+    Console().print(table)
+
+
+@contextmanager
+def _source_lines(name: str) -> Iterator[Iterable[str]]:
+    """The lines of a file, or of standard input for ``-``."""
+    if name == "-":
+        if sys.stdin.isatty():
+            print("reading source lines from standard input; end with Ctrl-D", file=sys.stderr)
+        yield read_lines(sys.stdin.buffer, "standard input")
+        return
+    with Path(name).open("rb") as stream:
+        yield read_lines(stream, name)
+
+
+def _read_all(name: str) -> list[str]:
+    with Path(name).open("rb") as stream:
+        return list(read_lines(stream, name))
+
+
+@contextmanager
+def _output(name: str) -> Iterator[TextIO]:
+    """Standard output for ``-``, else a file that appears whole or not at all."""
+    if name == "-":
+        yield sys.stdout
+        return
+    final = Path(name)
+    partial = final.with_name(f".{final.name}.incomplete")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as out:
+            yield out
+        os.replace(partial, final)
+    except OSError as error:
+        raise UserError(
+            f"--output {name}: cannot be written ({error.strerror}); give another file"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,182 @@
+"""The pieces of a run, each built from the settings: backend, model, examples, trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+
+from s2s_scale import models
+from s2s_scale.backends import Backend, make_backend
+from s2s_scale.config import DataArguments, ModelArguments
+from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.data.examples import check_token_ids, tokenize_pairs
+from s2s_scale.data.sources import Split
+from s2s_scale.errors import UserError, raise_problems
+from s2s_scale.evaluation.text import TextEvaluation
+from s2s_scale.settings import Settings, split_settings
+from s2s_scale.trainer import Seq2SeqTrainer
+from s2s_scale.trainer.progress import LineProgressCallback
+from s2s_scale.training_arguments import Seq2SeqTrainingArguments
+
+SAMPLES = 8
+
+
+@dataclass
+class Run:
+    """The settings of a run, as the dataclasses that the pieces take."""
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    training_args: Seq2SeqTrainingArguments
+    given: dict[str, tuple[Any, str]]
+    """Setting -> (value, origin), for the report."""
+    texts: dict[str, TextEvaluation] = field(default_factory=dict)
+    """Metric prefix -> the newest evaluation of text under it."""
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(str(self.training_args.output_dir))
+
+
+@contextmanager
+def open_backend(settings: Settings) -> Iterator[Backend]:
+    """The profile's backend, ready in this process; closed at the end, errors included."""
+    assert settings.profile is not None, "a verb that trains or evaluates has a profile"
+    backend = make_backend(settings.profile.backend)
+    raise_problems(list(backend.problems()))
+    backend.prepare_process()
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def read_settings(settings: Settings, extra: dict[str, Any] | None = None) -> Run:
+    """The dataclasses behind the settings; ``extra`` holds defaults of the verb."""
+    values = {**(extra or {}), **settings.values}
+    if settings.profile is not None and settings.profile.device == "cpu":
+        values.setdefault("use_cpu", True)
+    model, data, training = split_settings(
+        values, ModelArguments, DataArguments, Seq2SeqTrainingArguments
+    )
+    data_args = DataArguments(**data)
+    data_args.validate()
+    try:
+        training_args = Seq2SeqTrainingArguments(**training)
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:
+        # transformers' own checks: their first line says what is wrong with which argument.
+        raise UserError(str(error).strip().splitlines()[0]) from error
+    given = {name: (value, settings.origins.get(name, "verb")) for name, value in values.items()}
+    return Run(ModelArguments(**model), data_args, training_args, given)
+
+
+def load_model(run: Run) -> models.Loaded:
+    data, args = run.data_args, run.training_args
+    return models.load(
+        run.model_args,
+        src_lang=data.src_lang,
+        tgt_lang=data.tgt_lang,
+        task=data.task,
+        dropout=args.dropout,
+        attention_dropout=args.attention_dropout,
+        encoder_layerdrop=args.encoder_layerdrop,
+        decoder_layerdrop=args.decoder_layerdrop,
+    )
+
+
+def tokenize(
+    run: Run, loaded: models.Loaded, pairs: datasets.Dataset, split: Split
+) -> datasets.Dataset:
+    """A split's token ids, checked against the model's vocabulary."""
+    examples = tokenize_with(loaded.tokenizer, loaded.config, run, pairs, split)
+    check_token_ids(
+        examples,
+        source_vocab_size=models.source_vocab_size(loaded.config),
+        target_vocab_size=models.target_vocab_size(loaded.config),
+    )
+    return examples
+
+
+def tokenize_with(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    config: transformers.PreTrainedConfig,
+    run: Run,
+    pairs: datasets.Dataset,
+    split: Split,
+) -> datasets.Dataset:
+    """A split's token ids, from the cache where the same were made before."""
+    data = run.data_args
+    limit = data.max_target_length if split == "train" else data.evaluation_target_length
+    return tokenize_pairs(
+        pairs,
+        tokenizer,
+        source_prefix=source_prefix_of(data, config),
+        max_source_length=data.max_source_length,
+        max_target_length=limit,
+        cache_dir=Path(data.data_cache_dir) if data.data_cache_dir else None,
+        num_workers=data.preprocessing_num_workers,
+        overwrite=data.overwrite_cache,
+        progress=not run.training_args.disable_tqdm,
+    )
+
+
+def source_prefix_of(data: DataArguments, config: transformers.PreTrainedConfig) -> str:
+    """The prefix that was given, else the one that the task's parameters brought along."""
+    if data.source_prefix is not None:
+        return data.source_prefix
+    return getattr(config, "prefix", None) or "" if data.task else ""
+
+
+def build_trainer(
+    run: Run,
+    loaded: models.Loaded,
+    backend: Backend,
+    examples: dict[Split, datasets.Dataset],
+) -> Seq2SeqTrainer:
+    args = run.training_args
+
+    def text_evaluation_for(rows: datasets.Dataset, prefix: str) -> TextEvaluation:
+        final = prefix in ("val", "test")
+        text = TextEvaluation(
+            loaded.tokenizer,
+            metrics=run.data_args.metrics,
+            references=lambda ids: list(rows[ids]["target"]),
+            sources=lambda ids: list(rows[ids]["source"]),
+            output_file=run.output_dir / f"{prefix}_generations.txt" if final else None,
+            num_samples=SAMPLES,
+        )
+        run.texts[prefix] = text
+        return text
+
+    trainer = Seq2SeqTrainer(
+        loaded.config,
+        run.data_args,
+        model=loaded.model,
+        args=args,
+        train_dataset=examples.get("train"),
+        eval_dataset=examples.get("val") if args.evaluates_while_training else None,
+        data_collator=Seq2SeqCollator(loaded.config.pad_token_id),
+        processing_class=loaded.tokenizer,
+        backend=backend,
+        text_evaluation_for=text_evaluation_for,
+    )
+    if not args.disable_tqdm:
+        trainer.remove_callback(transformers.ProgressCallback)
+        trainer.add_callback(LineProgressCallback)
+    return trainer
+
+
+def wanted_device(settings: Settings) -> torch.device:
+    """The device of the profile, or the CPU where ``--use_cpu`` says so."""
+    on_cpu = settings.get("use_cpu", False)
+    device = "cpu" if on_cpu or settings.profile is None else settings.profile.device
+    return torch.device(device)

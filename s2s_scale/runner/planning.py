@@ -1,0 +1,41 @@
+"""``plan``: the batch plan of an epoch, without a model's weights."""
+
+from __future__ import annotations
+
+from s2s_scale import models
+from s2s_scale.data.batching import row_lengths
+from s2s_scale.data.samplers import PlanSampler
+from s2s_scale.data.sources import load_pairs
+from s2s_scale.planner import print_plan
+from s2s_scale.runner.pieces import read_settings, tokenize_with
+from s2s_scale.settings import Settings
+
+
+def plan(settings: Settings) -> int:
+    """Print which rows make each step of an epoch; trains nothing and loads no weights."""
+    run = read_settings(settings, {"output_dir": ".", "use_cpu": True})
+    args, own = run.training_args, settings.verb_values
+    pairs = load_pairs(run.data_args, "train")
+    config = models.load_config(run.model_args)
+    tokenizer = models.load_tokenizer(run.model_args, config)
+    examples = tokenize_with(tokenizer, config, run, pairs, "train")
+    lengths = row_lengths(examples)
+    sampler = PlanSampler(
+        lengths,
+        rows_per_device=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        world_size=own["world_size"],
+        seed=args.plan_seed,
+        mode=args.plan_mode,
+        drop_last=args.dataloader_drop_last,
+    )
+    sampler.set_epoch(own["epoch"])
+    print_plan(
+        sampler.plan,
+        lengths,
+        world_size=own["world_size"],
+        rows_per_device=args.per_device_train_batch_size,
+        first_steps=own["first_steps"],
+        title=f"epoch {own['epoch']}, batching {args.plan_mode}, seed {sampler.seed}",
+    )
+    return 0

@@ -1,0 +1,165 @@
+"""``train`` and ``evaluate``: cheap checks first, then data, then the model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import datasets
+
+from s2s_scale.checkpoint import (
+    STATE_FILE,
+    check_writable,
+    last_checkpoint_text,
+    refuse_earlier_run,
+    remove_earlier_run,
+    resolve_resume,
+)
+from s2s_scale.data.sources import Split, has_split, load_pairs
+from s2s_scale.errors import raise_problems, unknown_name
+from s2s_scale.evaluation.metrics import TextMetrics
+from s2s_scale.results import Results, print_table, write_run_report
+from s2s_scale.runner.pieces import (
+    Run,
+    build_trainer,
+    load_model,
+    open_backend,
+    read_settings,
+    tokenize,
+)
+from s2s_scale.settings import Settings
+from s2s_scale.trainer import Seq2SeqTrainer
+
+INTERRUPTED = 130
+
+
+def train(settings: Settings) -> int:
+    """Train, then evaluate on val and test if asked; returns the exit code.
+
+    Raises:
+        UserError: for whatever the user can mend. An earlier run is deleted only where that was
+            asked for, and only once everything that can be checked has been.
+    """
+    with open_backend(settings) as backend:
+        run = read_settings(settings)
+        args = run.training_args
+        resume = resolve_resume(args.resume_from_checkpoint, run.output_dir)
+        if resume is None and not args.overwrite_output_dir:
+            refuse_earlier_run(run.output_dir)
+        check_writable(run.output_dir)
+        _check_best_metric(run)
+        pairs = {split: load_pairs(run.data_args, split) for split in _splits_of_training(run)}
+        loaded = load_model(run)
+        examples = {split: tokenize(run, loaded, pairs[split], split) for split in pairs}
+        trainer = build_trainer(run, loaded, backend, examples)
+        if resume is None:
+            remove_earlier_run(run.output_dir)
+        try:
+            return _train(run, trainer, examples, resume)
+        except KeyboardInterrupt:
+            print(
+                f"\ninterrupted at step {trainer.state.global_step}; "
+                f"{last_checkpoint_text(run.output_dir)}",
+                file=sys.stderr,
+            )
+            return INTERRUPTED
+
+
+def evaluate(settings: Settings) -> int:
+    """Evaluate a saved model on ``--split``; result files only where ``--output_dir`` is given."""
+    split: Split = settings.verb_values["split"]
+    with open_backend(settings) as backend, TemporaryDirectory() as scratch:
+        keep = settings.get("output_dir") is not None
+        extra = {"predict_with_generate": True} | ({} if keep else {"output_dir": scratch})
+        run = read_settings(settings, extra)
+        if keep:
+            check_writable(run.output_dir)
+        pairs = load_pairs(run.data_args, split)
+        loaded = load_model(run)
+        examples = {split: tokenize(run, loaded, pairs, split)}
+        trainer = build_trainer(run, loaded, backend, examples)
+        results = Results()
+        metrics = trainer.evaluate(examples[split], metric_key_prefix=split)
+        results.add(split, metrics, run.texts.get(split))
+        print_table(results, title=f"{run.model_args.model_name_or_path} on {split}")
+        if keep:
+            print(f"results: {results.write(run.output_dir, split)}")
+    return 0
+
+
+def _train(
+    run: Run,
+    trainer: Seq2SeqTrainer,
+    examples: dict[Split, datasets.Dataset],
+    resume: Path | None,
+) -> int:
+    """Train, save, evaluate, and write results and report."""
+    results, output_dir = Results(), run.output_dir
+    outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.save_model()
+    results.add("train", outcome.metrics, None)
+    results.write(output_dir, "train")
+    after: dict[Split, bool] = {
+        "val": run.training_args.do_eval,
+        "test": run.training_args.do_predict,
+    }
+    for split, wanted in after.items():
+        if wanted:
+            metrics = trainer.evaluate(examples[split], metric_key_prefix=split)
+            results.add(split, metrics, run.texts.get(split))
+            results.write(output_dir, split)
+    trainer.state.save_to_json(str(output_dir / STATE_FILE))
+    html, png = write_run_report(
+        output_dir,
+        title=f"{run.model_args.model_name_or_path} → {output_dir}",
+        history=trainer.state.log_history,
+        results=results,
+        settings=run.given,
+    )
+    print_table(results, title=f"results in {output_dir}")
+    print(f"model:   {output_dir}\nreport:  {html}\npicture: {png}")
+    return 0
+
+
+def _splits_of_training(run: Run) -> list[Split]:
+    """train, and the splits that evaluation during and after training needs.
+
+    Raises:
+        UserError: a split is needed that the data do not have.
+    """
+    args = run.training_args
+    reasons: dict[Split, list[str]] = {
+        "train": ["training"],
+        "val": [
+            flag
+            for flag, on in (
+                ("--eval_strategy", args.evaluates_while_training),
+                ("--do_eval", args.do_eval),
+            )
+            if on
+        ],
+        "test": ["--do_predict"] if args.do_predict else [],
+    }
+    needed: list[Split] = [split for split, why in reasons.items() if why]
+    raise_problems(
+        [
+            f"{reasons[split][0]} needs the {split} split, which the data do not have; add it or "
+            "leave the flag out"
+            for split in needed
+            if split != "train" and not has_split(run.data_args, split)
+        ]
+    )
+    return needed
+
+
+def _check_best_metric(run: Run) -> None:
+    """``--metric_for_best_model`` must be one that the evaluations will give."""
+    args, name = run.training_args, run.training_args.metric_for_best_model
+    if name is None:
+        return
+    known = ["loss", "nll_loss"]
+    if args.predict_with_generate:
+        known += ["gen_len", *TextMetrics(run.data_args.metrics).result()]
+    if name.removeprefix("eval_") not in known:
+        raise unknown_name("metric_for_best_model", name, known)

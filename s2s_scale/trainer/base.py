@@ -1,0 +1,158 @@
+"""What the trainer is made of: its config, its settings, and the checks at construction."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from s2s_scale.backends import Backend, make_backend
+from s2s_scale.errors import UserError
+from s2s_scale.models import apply_dropout_settings, target_vocab_size
+from s2s_scale.trainer.callbacks import StepCallback
+from s2s_scale.trainer.loaders import EvaluationLoader
+from s2s_scale.trainer.meters import EvaluationMeter, TrainingMeter
+from s2s_scale.trainer.nonfinite import NonFiniteGuard
+from s2s_scale.training_arguments import Seq2SeqTrainingArguments
+
+if TYPE_CHECKING:
+    from s2s_scale.evaluation.text import TextEvaluation
+
+logger = transformers.utils.logging.get_logger(__name__)
+
+_BASE_SIGNATURE = inspect.signature(transformers.Seq2SeqTrainer.__init__)
+
+TextEvaluationFor = Callable[[Any, str], "TextEvaluation"]
+"""(data set, metric prefix) -> what decodes, scores and writes that evaluation's texts."""
+
+
+class TrainerBase(transformers.Seq2SeqTrainer):
+    """Construction; see ``Seq2SeqTrainer`` for the arguments."""
+
+    args: Seq2SeqTrainingArguments
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+    optimizer: Any
+    lr_scheduler: Any
+    compute_metrics: Any
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        data_args: Any = None,
+        *args: Any,
+        backend: Backend | None = None,
+        text_evaluation_for: TextEvaluationFor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = _base_arguments(args, kwargs)
+        self.backend = backend or make_backend("local")
+        self.data_args = data_args
+        self.text_evaluation_for = text_evaluation_for
+        super().__init__(**given)
+        self.config = config if config is not None else self._config_of_model()
+        self.vocab_size = target_vocab_size(self.config)
+        self._check_pad_token()
+        self._check_dropouts()
+        # Our loss is divided by the step's tokens already; these two (the first up to
+        # transformers 5.17, the second after) keep the trainer from dividing once more.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._meter = TrainingMeter()
+        self._batch_nll: Tensor | None = None
+        self._evaluation_meter: EvaluationMeter | None = None
+        self._text: TextEvaluation | None = None
+        self._evaluated_rows: Iterator[list[int]] = iter(())
+        self._evaluation_loaders: dict[int, EvaluationLoader] = {}
+        self._guard = NonFiniteGuard(
+            limit=self.args.max_nonfinite_steps, output_dir=Path(str(self.args.output_dir))
+        )
+        self._step_callback = StepCallback(self._guard)
+        self.add_callback(self._step_callback)
+
+    def _config_of_model(self) -> PreTrainedConfig:
+        if isinstance(self.model, PreTrainedModel):
+            return self.model.config
+        raise ValueError(
+            f"config: without one the model must be a PreTrainedModel, but it is a "
+            f"{type(self.model).__name__}; pass config=…"
+        )
+
+    @property
+    def _loss_mode(self) -> str:
+        if self.args.label_smoothing:
+            return "smoothed"
+        if getattr(self.data_args, "ignore_pad_token_for_loss", False):
+            return "cross_entropy"
+        return "model"
+
+    def _check_pad_token(self) -> None:
+        pad, eos = self.config.pad_token_id, self.config.eos_token_id
+        if pad is None and self._loss_mode != "model":
+            raise ValueError(
+                "config.pad_token_id is None, but label smoothing and pad exclusion need it; set "
+                "it to the tokenizer's pad token id, or train with label_smoothing=0 and "
+                "ignore_pad_token_for_loss=False"
+            )
+        if pad is None and eos is not None:
+            logger.warning(
+                f"config.pad_token_id is None: config.eos_token_id = {eos} is used for padding."
+            )
+
+    def _check_dropouts(self) -> None:
+        """Dropout settings act when a model is built; a model that came without them is refused."""
+        names = ("dropout", "attention_dropout", "encoder_layerdrop", "decoder_layerdrop")
+        given = {n: getattr(self.args, n) for n in names if getattr(self.args, n) is not None}
+        wanted = copy.copy(self.config)
+        apply_dropout_settings(wanted, **given)
+        if wanted.to_dict() != self.config.to_dict():
+            settings = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise UserError(
+                f"{settings}: differs from the model's config, and a model that is built already "
+                "cannot take it; load it with s2s_scale.models.load(…, dropout=…), or set the "
+                "config before the model is made"
+            )
+
+    def _padding_id(self) -> int:
+        """Token id that fills rows: the tokenizer's pad, the config's, else its EOS."""
+        candidates = (
+            getattr(self.processing_class, "pad_token_id", None),
+            self.config.pad_token_id,
+            getattr(self.processing_class, "eos_token_id", None),
+            self.config.eos_token_id,
+        )
+        for candidate in candidates:
+            if candidate is not None:
+                return int(candidate[0] if isinstance(candidate, list) else candidate)
+        raise ValueError(
+            "neither config.pad_token_id nor config.eos_token_id is defined: one of them is needed "
+            "to pad tensors; set config.pad_token_id"
+        )
+
+
+def _base_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for transformers' trainer by name, with ``tokenizer`` and ``args`` made ours."""
+    kwargs = dict(kwargs)
+    if "tokenizer" in kwargs:
+        tokenizer = kwargs.pop("tokenizer")
+        if kwargs.get("processing_class", tokenizer) is not tokenizer:
+            raise ValueError(
+                "tokenizer and processing_class name the same thing but two different ones were "
+                "given; pass one of them"
+            )
+        kwargs["processing_class"] = tokenizer
+    given = dict(_BASE_SIGNATURE.bind_partial(None, *args, **kwargs).arguments)
+    given.pop("self", None)
+    settings = given.get("args")
+    if settings is None:
+        given["args"] = Seq2SeqTrainingArguments(output_dir="tmp_trainer")
+    elif not isinstance(settings, Seq2SeqTrainingArguments):
+        given["args"] = Seq2SeqTrainingArguments.from_transformers(settings)
+    return given

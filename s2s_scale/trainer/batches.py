@@ -1,0 +1,109 @@
+"""Which rows come when: training by the batch plan, evaluation sorted by length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import datasets
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers.trainer_utils import has_length, seed_worker
+
+from s2s_scale.data.batching import row_lengths
+from s2s_scale.data.samplers import MarkedRows, PlanBatchSampler, PlanSampler
+from s2s_scale.errors import UserError
+from s2s_scale.trainer.loaders import EvaluationLoader, TrainingLoader, loader_options
+from s2s_scale.trainer.optimization import OptimizationTrainer
+
+
+class BatchTrainer(OptimizationTrainer):
+    """Makes the data loaders."""
+
+    def _follows_plan(self, dataset: Any) -> bool:
+        """Whether the batch plan decides; not for streams, nor for transformers' rebalancing."""
+        rebalanced = self.args.train_sampling_strategy == "batch_rebalance"
+        streamed = isinstance(dataset, IterableDataset) or not has_length(dataset)
+        if streamed and self.args.batching != "fixed":
+            raise UserError(
+                f"batching={self.args.batching}: cannot take effect on a data set without a "
+                "length (a stream); use --batching fixed, or a map-style data set"
+            )
+        return not (streamed or rebalanced)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """This rank's training rows in the order of the batch plan.
+
+        Every rank must call it with the same data set. A data set without a length gives None.
+        """
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if dataset is None or not self._follows_plan(dataset):
+            return super()._get_train_sampler(dataset)
+        args = self.args
+        return PlanSampler(
+            row_lengths(dataset) if args.plan_mode == "sortish" else None,
+            n_rows=len(dataset),
+            mode=args.plan_mode,
+            rows_per_device=self._train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            rank=self.backend.data_rank,
+            world_size=self.backend.data_world_size,
+            seed=args.plan_seed,
+            drop_last=args.dataloader_drop_last,
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Micro-batches of this rank by the batch plan."""
+        if self.train_dataset is None or not self._follows_plan(self.train_dataset):
+            self._step_callback.sampler = None
+            return super().get_train_dataloader()
+        sampler = self._get_train_sampler()
+        assert isinstance(sampler, PlanSampler)
+        self._step_callback.sampler = sampler
+        dataset, collate = self._model_columns(self.train_dataset, "training")
+        workers = self.args.dataloader_num_workers
+        return TrainingLoader(
+            MarkedRows(dataset),
+            PlanBatchSampler(sampler),
+            collate,
+            worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.backend.data_rank),
+            **loader_options(self.args),
+        )
+
+    def _model_columns(self, dataset: Any, use: str) -> tuple[Any, Callable[[list[Any]], Any]]:
+        """Data set and collator without the columns that the model's forward does not take."""
+        if isinstance(dataset, datasets.Dataset):
+            return self._remove_unused_columns(dataset, description=use), self.data_collator
+        return dataset, self._get_collator_with_removed_columns(self.data_collator, use)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if dataset is None:
+            raise ValueError("evaluation needs a data set: pass eval_dataset")
+        return self._evaluation_loader(dataset, super().get_eval_dataloader, eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        return self._evaluation_loader(test_dataset, super().get_test_dataloader, test_dataset)
+
+    def _evaluation_loader(
+        self, dataset: Any, stock: Callable[[Any], DataLoader[Any]], given: Any
+    ) -> DataLoader[Any]:
+        """Batches sorted by length; the stock loader where results arrive batch by batch."""
+        streamed = isinstance(dataset, IterableDataset) or not has_length(dataset)
+        if streamed or self.args.batch_eval_metrics or not self.args.eval_do_concat_batches:
+            return stock(given)
+        if id(dataset) in self._evaluation_loaders:
+            return self._evaluation_loaders[id(dataset)]
+        rows, collate = self._model_columns(dataset, "evaluation")
+        loader = EvaluationLoader(
+            rows,
+            collate,
+            source=dataset,
+            rows_per_batch=self.args.eval_batch_size,
+            **loader_options(self.args),
+        )
+        if self.args.dataloader_persistent_workers:
+            self._evaluation_loaders[id(dataset)] = loader
+        return loader

@@ -1,0 +1,60 @@
+"""Callbacks that tie the batch plan and the non-finite guard to the trainer's steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from s2s_scale.data.samplers import PlanSampler
+from s2s_scale.trainer.nonfinite import NonFiniteGuard
+
+
+class StepCallback(TrainerCallback):
+    """Tells the sampler its epoch and the guard which rows are in the step about to be made.
+
+    The epoch is counted from the global step rather than taken from the data loader, because
+    resuming wraps the loader in one that forwards no epoch.
+    """
+
+    def __init__(self, guard: NonFiniteGuard) -> None:
+        self.guard = guard
+        self.sampler: PlanSampler | None = None
+        self._next_epoch = 0
+        self._epoch_start = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.sampler is not None:
+            self._next_epoch = state.global_step // self.sampler.plan.steps
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.sampler is None:
+            return
+        self.sampler.set_epoch(self._next_epoch)
+        steps_before = state.global_step % self.sampler.plan.steps
+        self._epoch_start = state.global_step - steps_before
+        self._next_epoch += 1
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **_: Any,
+    ) -> None:
+        assert optimizer is not None, "the trainer passes its optimizer to callbacks"
+        rows: list[int] = []
+        if self.sampler is not None:
+            rows = self.sampler.plan.rows(state.global_step - self._epoch_start).tolist()
+        self.guard.finish_step(
+            optimizer,
+            step=state.global_step + 1,
+            rows=rows,
+            learning_rate=float(optimizer.param_groups[0]["lr"]),
+        )

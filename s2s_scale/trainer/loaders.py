@@ -1,0 +1,73 @@
+"""Data loaders for training by the batch plan and for evaluation sorted by length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import TrainingArguments
+
+from s2s_scale.data.batching import evaluation_batches, row_lengths
+from s2s_scale.data.samplers import PlanBatchSampler
+
+
+def loader_options(args: TrainingArguments) -> dict[str, Any]:
+    """The ``dataloader_*`` training flags as keywords of torch's ``DataLoader``.
+
+    The generator is the loader's own: drawing worker seeds from the global one would make dropout
+    depend on how often a loader was started.
+    """
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "generator": torch.Generator().manual_seed(args.seed),
+    }
+
+
+class TrainingLoader(DataLoader):  # type: ignore[type-arg]
+    """Micro-batches of this rank, in the order of the plan."""
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        sampler: PlanBatchSampler,
+        collate: Callable[[list[Any]], Any],
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, batch_sampler=sampler, collate_fn=collate, **options)
+
+
+class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
+    """Batches of rows of like length, longest first; ``row_order`` says which row came when.
+
+    Rows come in the data's order where their lengths are not to be had without reading them all.
+    """
+
+    row_order: np.ndarray
+    source: Dataset[Any]
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        collate: Callable[[list[Any]], Any],
+        *,
+        source: Dataset[Any],
+        rows_per_batch: int,
+        **options: Any,
+    ) -> None:
+        n_rows = len(source)  # type: ignore[arg-type]
+        lengths = row_lengths(source) if hasattr(source, "column_names") else None
+        batches = evaluation_batches(lengths, n_rows=n_rows, rows_per_batch=rows_per_batch)
+        super().__init__(
+            dataset,
+            batch_sampler=[batch.tolist() for batch in batches],
+            collate_fn=collate,
+            **options,
+        )
+        self.row_order = np.concatenate(batches) if batches else np.empty(0, dtype=np.int64)
+        self.source = source

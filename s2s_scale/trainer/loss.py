@@ -1,0 +1,157 @@
+"""The loss: three modes, and one divisor for the whole optimizer step.
+
+Shapes used below: B rows, T target positions, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import Seq2SeqLMOutput
+
+from s2s_scale.losses import TokenLoss, count_tokens, cross_entropy, mask_pads, of_model_mean
+from s2s_scale.models import decoder_inputs_from_labels
+from s2s_scale.trainer.base import TrainerBase
+
+
+class LossTrainer(TrainerBase):
+    """Computes, scales and logs the loss."""
+
+    def _targets(self, labels: Tensor) -> Tensor:
+        """Labels [B, T] with -100 wherever this loss mode counts no target."""
+        if self._loss_mode == "model":
+            return labels
+        return mask_pads(labels, self.config.pad_token_id, self.config.eos_token_id)
+
+    def _with_decoder_inputs(self, inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Any]:
+        """Model inputs without labels but with decoder inputs, derived from labels if absent."""
+        model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        if model_inputs.get("decoder_input_ids") is None:
+            model_inputs["decoder_input_ids"] = decoder_inputs_from_labels(
+                self.accelerator.unwrap_model(self.model), labels, self._padding_id()
+            )
+        return model_inputs
+
+    def _token_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor
+    ) -> tuple[TokenLoss, Tensor]:
+        """Sums over one batch's targets, and the logits [B, T, V]."""
+        model_inputs = self._with_decoder_inputs(inputs, labels)
+        if self._loss_mode == "model":
+            loss, logits = model(**model_inputs, labels=labels, use_cache=False)[:2]
+            return of_model_mean(loss, labels), logits
+        logits = model(**model_inputs, use_cache=False)[0]
+        smoothing = self.args.label_smoothing or 0.0
+        return cross_entropy(logits, self._targets(labels), smoothing=smoothing), logits
+
+    def _compute_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and logits [B, T, V] of one batch.
+
+        The loss is the mean over the batch's target tokens, or their sum with
+        ``loss_reduction="sum"``. Override this to train with another loss per token.
+        """
+        part, logits = self._token_loss(model, inputs, labels)
+        self._batch_nll = part.nll
+        if self.args.loss_reduction == "sum":
+            return part.loss, logits
+        return part.loss / part.tokens.clamp(min=1), logits
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """A batch's share of its step's loss: summed over the batch, divided by the step's tokens.
+
+        ``num_items_in_batch`` is the number of target tokens of the whole step (all micro-batches,
+        all ranks); without it the batch's own number is used. The shares add up to the step's
+        loss on any number of ranks and micro-batches.
+        """
+        if "labels" not in inputs:
+            raise ValueError(
+                f"a batch needs labels to have a loss; it has: {', '.join(inputs)}; let the "
+                "collator return 'labels'"
+            )
+        labels = inputs["labels"]
+        if self.compute_loss_func is not None:
+            inputs = {**self._with_decoder_inputs(inputs, labels), "labels": labels}
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._batch_nll = None
+        loss, logits = self._compute_loss(model, inputs, labels)
+        tokens = count_tokens(self._targets(labels))
+        share = torch.ones_like(loss)
+        if self.args.loss_reduction == "mean" and num_items_in_batch is not None:
+            share = tokens / torch.as_tensor(num_items_in_batch, device=tokens.device)
+        self._note(loss, tokens, num_items_in_batch)
+        # Ranks average their gradients; the shares must add up instead.
+        loss = loss * share * self.backend.data_world_size
+        return (loss, Seq2SeqLMOutput(loss=loss, logits=logits)) if return_outputs else loss
+
+    def _note(self, loss: Tensor, tokens: Tensor, step_tokens: Tensor | int | None) -> None:
+        """Keep a batch's sums for the next log: training or evaluation, whichever is running."""
+        mean = self.args.loss_reduction == "mean"
+        total = loss.detach() * tokens if mean else loss.detach()
+        # A subclass with a `_compute_loss` of its own may know no other loss than the one it gives.
+        nll = total if self._batch_nll is None else self._batch_nll
+        if self._evaluation_meter is not None:
+            self._evaluation_meter.add(TokenLoss(total, nll, tokens))
+        elif self.is_in_train:
+            divisor = tokens.clamp(min=1) if step_tokens is None else step_tokens
+            self._meter.add(nll / divisor)
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> Tensor | None:
+        """Target tokens that count in ``batch_samples`` on all ranks; every rank must call."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        counts = [count_tokens(self._targets(batch["labels"])) for batch in batch_samples]
+        tokens = torch.stack(counts).sum().to(device)
+        if self.backend.data_world_size > 1:
+            tokens = self.accelerator.gather(tokens).sum()
+        return tokens
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        batches, step_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if step_tokens is not None:
+            self._meter.start_step(torch.as_tensor(step_tokens))
+        return batches, step_tokens
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self._guard.observe(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # With a loss scaler an infinite norm is the scaler's signal to halve the scale.
+        if getattr(self.accelerator, "scaler", None) is None:
+            self._guard.observe(norm)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.is_in_train:
+            logs.update(self._meter.read())
+            if self._guard.steps:
+                logs["nonfinite_steps"] = len(self._guard.steps)
+        super().log(logs, start_time)
+
+    @contextmanager
+    def _not_training(self) -> Iterator[None]:
+        """Time spent inside does not count as training time."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._meter.pause(time.perf_counter() - started)

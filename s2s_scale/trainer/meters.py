@@ -1,0 +1,72 @@
+"""Sums over training steps and over an evaluation, kept on the device until they are read.
+
+Reading a device value stalls the device, so nothing here calls ``.item()`` before a log is due.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from s2s_scale.losses import TokenLoss
+
+
+class TrainingMeter:
+    """Plain NLL and speed of the steps since the last log."""
+
+    def __init__(self) -> None:
+        self._nll: Tensor | None = None
+        self._tokens: Tensor | None = None
+        self._steps = 0
+        self._started: float | None = None
+        self._paused = 0.0
+
+    def start_step(self, step_tokens: Tensor) -> None:
+        """Begin an optimizer step that holds ``step_tokens`` target tokens on all devices."""
+        if self._started is None:
+            self._started = time.perf_counter()
+        self._steps += 1
+        self._tokens = step_tokens if self._tokens is None else self._tokens + step_tokens
+
+    def add(self, nll: Tensor) -> None:
+        """Add a micro-batch's share of the step's mean NLL (nats per target token)."""
+        self._nll = nll if self._nll is None else self._nll + nll
+
+    def pause(self, seconds: float) -> None:
+        """Do not count ``seconds`` (an evaluation, a save) as training time."""
+        self._paused += seconds
+
+    def read(self) -> dict[str, float]:
+        """``nll_loss`` (nats per token, mean over steps), ``tokens_per_second``; then restart."""
+        values: dict[str, float] = {}
+        if self._steps and self._nll is not None and self._tokens is not None:
+            values["nll_loss"] = float(self._nll) / self._steps
+            seconds = time.perf_counter() - (self._started or 0.0) - self._paused
+            if seconds > 0:
+                values["tokens_per_second"] = float(self._tokens) / seconds
+        self.__init__()  # type: ignore[misc]
+        self._started = time.perf_counter()
+        return values
+
+
+class EvaluationMeter:
+    """Loss and NLL of an evaluation, each row's tokens weighing the same."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add(self, part: TokenLoss) -> None:
+        """Add one batch. Summed in fp64, so that the batch size does not show in the result."""
+        sums = torch.stack(
+            [part.loss.detach().double(), part.nll.detach().double(), part.tokens.double()]
+        )
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def read(self) -> dict[str, float]:
+        """``loss`` and ``nll_loss`` in nats per target token; empty if no token was counted."""
+        if self._sums is None or not self._sums[2]:
+            return {}
+        loss, nll, tokens = self._sums.tolist()
+        return {"loss": loss / tokens, "nll_loss": nll / tokens}

@@ -1,0 +1,78 @@
+"""The optimizer over its parameter groups, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from s2s_scale.errors import UserError
+from s2s_scale.optimizers import decay_parameter_names, parameter_groups
+from s2s_scale.schedules import build_schedule
+from s2s_scale.trainer.loss import LossTrainer
+
+logger = transformers.utils.logging.get_logger(__name__)
+
+
+class OptimizationTrainer(LossTrainer):
+    """Makes optimizer and schedule."""
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Make the optimizer and the schedule, unless they were passed in."""
+        self.create_optimizer()
+        self.create_scheduler(num_training_steps)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decay_parameter_names(model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The optimizer of ``args.optim`` over groups with and without decay, by the backend."""
+        if self.optimizer is not None:
+            return self.optimizer
+        target: Any = self.model if model is None else model
+        groups = parameter_groups(target, self.args.weight_decay)
+        if not groups:
+            raise UserError(
+                "the model has no parameter left to train: everything is frozen; drop "
+                "--freeze_encoder or --freeze_embeds"
+            )
+        optimizer_class, options = self.optimizer_cls_and_kwargs or (
+            self.get_optimizer_cls_and_kwargs(self.args, target)
+        )
+        # GaLore, LOMO and their like bring their own groups or are factories: transformers knows.
+        own_groups = {"params", "model", "optimizer_dict"} & set(options)
+        if own_groups or not issubclass(optimizer_class, Optimizer):
+            return super().create_optimizer(model)
+        self.optimizer = self.backend.build_optimizer(optimizer_class, groups, options)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LRScheduler:
+        """The schedule over ``num_training_steps`` optimizer steps, unless one was passed in."""
+        if self.lr_scheduler is not None:
+            if not self._created_lr_scheduler:
+                logger.warning(
+                    "A schedule was passed in `optimizers`: lr_scheduler="
+                    f"{self.args.schedule_name} and warmup_steps are unused."
+                )
+            return self.lr_scheduler
+        if self.args.schedule_name is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = self._get_lr_scheduler(num_training_steps, optimizer=optimizer)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_lr_scheduler(
+        self, num_training_steps: int, *, optimizer: Optimizer | None = None
+    ) -> LRScheduler:
+        return build_schedule(
+            str(self.args.schedule_name),
+            optimizer or self.optimizer,
+            num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+            num_training_steps=num_training_steps,
+            **self.args.schedule_options,
+        )

@@ -1,0 +1,72 @@
+"""Checkpoints and final models, written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+
+from s2s_scale.checkpoint import STATE_FILE, whole_files, whole_folder
+from s2s_scale.trainer.evaluating import EvaluationTrainer
+
+
+class SavingTrainer(EvaluationTrainer):
+    """Saves."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write model and tokenizer, whole or not at all.
+
+        Raises:
+            SaveError: the files cannot be written; names the last good checkpoint.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        with whole_files(Path(str(output_dir or self.args.output_dir))) as partial_folder:
+            super().save_model(str(partial_folder), _internal_call=True)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write ``checkpoint-<step>``, whole or not at all, then delete what is over the limit.
+
+        Raises:
+            SaveError: the files cannot be written; names the last good checkpoint.
+        """
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        run_dir = Path(self._get_output_dir(trial=trial))
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        best = run_dir / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == final or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+        with self._not_training(), whole_folder(final) as folder:
+            super().save_model(str(folder), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_scaler(str(folder))
+                self._save_rng_state(str(folder))
+            self._save_callback_states()
+            self.state.save_to_json(str(folder / STATE_FILE))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    def _save_callback_states(self) -> None:
+        """Put the state of callbacks that export one into the trainer's state."""
+        states: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if not isinstance(callback, ExportableState):
+                continue
+            name, exported = type(callback).__name__, callback.state()
+            if isinstance(states.get(name), list):
+                states[name].append(exported)
+            else:
+                states[name] = exported

@@ -1,0 +1,203 @@
+"""``Seq2SeqTrainingArguments``: transformers' arguments joined with ours and the old names."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import transformers
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
+
+from s2s_scale.config import BATCHING_MODES, LOSS_REDUCTIONS, TrainingExtras
+from s2s_scale.data.batching import Mode
+from s2s_scale.errors import UserError, raise_problems, unknown_name
+from s2s_scale.schedules import MODERN_NAMES, OPTIONS
+
+_HF_DEFAULTS = {
+    f.name: f.default
+    for f in dataclasses.fields(transformers.Seq2SeqTrainingArguments)
+    if f.default is not dataclasses.MISSING
+}
+
+LENGTH_SORTED_STRATEGY = "group_by_length"
+
+
+@dataclass
+class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArguments):
+    """All of transformers' ``Seq2SeqTrainingArguments`` plus ``TrainingExtras``.
+
+    An old name (``label_smoothing``, ``lr_scheduler``, ``adafactor``, ``sortish_sampler``) and its
+    modern twin (``label_smoothing_factor``, ``lr_scheduler_type``, ``optim``, ``batching``) mean
+    the same setting: give either. After construction both hold the value.
+
+    Raises:
+        UserError: (a ``ValueError``) both were given with different values, a value is out of
+            range, or a setting could have no effect. All problems are listed at once.
+    """
+
+    # Re-declared with None so that "not given" can be told from "given with the default value".
+    label_smoothing_factor: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Label smoothing epsilon, in [0, 1). Default: 0.0."}
+    )
+    lr_scheduler_type: SchedulerType | str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Learning-rate schedule. Default: linear."}
+    )
+    optim: OptimizerNames | str | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Optimizer. Default: AdamW, fused where torch has it."}
+    )
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        self._resolve_label_smoothing(problems)
+        self._resolve_schedule(problems)
+        self._resolve_optimizer(problems)
+        self._resolve_batching(problems)
+        self._check_ranges(problems)
+        raise_problems(problems)
+        super().__post_init__()
+        if self.schedule_name == "constant" and self.warmup_steps:
+            raise UserError(
+                f"warmup_steps={self.warmup_steps}: the schedule 'constant' has no warm-up; "
+                "use --lr_scheduler constant_w_warmup, or leave --warmup_steps out"
+            )
+
+    @classmethod
+    def from_transformers(cls, args: transformers.TrainingArguments) -> Seq2SeqTrainingArguments:
+        """The same settings as transformers' ``TrainingArguments``, with ours at their defaults."""
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        values = {
+            f.name: getattr(args, f.name)
+            for f in dataclasses.fields(args)
+            if f.init and f.name in known
+        }
+        return cls(**values)
+
+    @property
+    def evaluates_while_training(self) -> bool:
+        """Whether ``eval_strategy`` asks for evaluations between training steps."""
+        return IntervalStrategy(self.eval_strategy) != IntervalStrategy.NO
+
+    @property
+    def schedule_name(self) -> str | None:
+        """The schedule's name in ``arg_to_scheduler``; None for one that only transformers has."""
+        modern = SchedulerType(self.lr_scheduler_type).value
+        return next((ours for ours, theirs in MODERN_NAMES.items() if theirs == modern), None)
+
+    @property
+    def schedule_options(self) -> dict[str, Any]:
+        """Keywords for the schedule: from ``lr_scheduler_kwargs`` and our own flags."""
+        options = dict(cast("dict[str, Any]", self.lr_scheduler_kwargs) or {})
+        for argument, (keyword, _) in OPTIONS.items():
+            if getattr(self, argument) is not None:
+                options[keyword] = getattr(self, argument)
+        return options
+
+    @property
+    def plan_mode(self) -> Mode:
+        """The batch plan's mode: ``batching``, or data order where that was asked for."""
+        in_order = self.train_sampling_strategy == "sequential"
+        return "sequential" if in_order else cast("Mode", self.batching)
+
+    @property
+    def plan_seed(self) -> int:
+        """Seed of the batch plan."""
+        return int(self.seed if self.data_seed is None else self.data_seed)
+
+    def _resolve_label_smoothing(self, problems: list[str]) -> None:
+        old, modern = self.label_smoothing, self.label_smoothing_factor
+        if old is not None and modern is not None and old != modern:
+            problems.append(_twins("label_smoothing", old, "label_smoothing_factor", modern))
+        value = next((v for v in (old, modern) if v is not None), 0.0)
+        if not 0.0 <= value < 1.0:
+            problems.append(
+                f"label_smoothing={value}: expected a number from 0 up to, not including, 1; "
+                "0.1 is usual"
+            )
+        self.label_smoothing = self.label_smoothing_factor = value
+
+    def _resolve_schedule(self, problems: list[str]) -> None:
+        old, modern = self.lr_scheduler, self.lr_scheduler_type
+        if modern is not None:
+            modern = modern.value if isinstance(modern, SchedulerType) else str(modern)
+        valid = {*MODERN_NAMES, *(s.value for s in SchedulerType)}
+        unknown = {name for name in (old, modern) if name is not None and name not in valid}
+        problems += [
+            str(unknown_name("learning-rate schedule", name, valid)) for name in sorted(unknown)
+        ]
+        if unknown:
+            return
+        as_modern = [MODERN_NAMES.get(name, name) for name in (old, modern) if name is not None]
+        if len(set(as_modern)) > 1:
+            problems.append(_twins("lr_scheduler", old, "lr_scheduler_type", modern))
+        name = as_modern[0] if as_modern else str(_HF_DEFAULTS["lr_scheduler_type"])
+        self.lr_scheduler_type = name
+        ours = next((o for o, theirs in MODERN_NAMES.items() if theirs == name), None)
+        self.lr_scheduler = ours
+        for argument, (keyword, takers) in OPTIONS.items():
+            value = getattr(self, argument)
+            if value is None:
+                continue
+            if ours not in takers:
+                problems.append(
+                    f"{argument}={value}: has no effect on the schedule '{ours or name}'; it is "
+                    f"for {' and '.join(takers)}: change --lr_scheduler or leave it out"
+                )
+            if isinstance(self.lr_scheduler_kwargs, dict) and keyword in self.lr_scheduler_kwargs:
+                problems.append(
+                    f"{argument}={value} and lr_scheduler_kwargs['{keyword}']="
+                    f"{self.lr_scheduler_kwargs[keyword]}: give one of the two"
+                )
+
+    def _resolve_optimizer(self, problems: list[str]) -> None:
+        name = self.optim.value if isinstance(self.optim, OptimizerNames) else self.optim
+        valid = [o.value for o in OptimizerNames]
+        if name is not None and name not in valid:
+            problems.append(str(unknown_name("optimizer", name, valid)))
+        if self.adafactor and name not in (None, "adafactor"):
+            problems.append(_twins("adafactor", True, "optim", name))
+        if self.adafactor:
+            name = "adafactor"
+        self.optim = name if name is not None else cast("str", _HF_DEFAULTS["optim"])
+        self.adafactor = self.optim == "adafactor"
+
+    def _resolve_batching(self, problems: list[str]) -> None:
+        if self.batching is not None and self.batching not in BATCHING_MODES:
+            problems.append(str(unknown_name("batching", self.batching, BATCHING_MODES)))
+        strategy = getattr(self, "train_sampling_strategy", "random")
+        wants_sorted = self.sortish_sampler or strategy == LENGTH_SORTED_STRATEGY
+        if wants_sorted and self.batching == "fixed":
+            problems.append(
+                _twins("sortish_sampler", True, "batching", "fixed")
+                if self.sortish_sampler
+                else _twins("train_sampling_strategy", strategy, "batching", "fixed")
+            )
+        self.batching = self.batching or ("sortish" if wants_sorted else "fixed")
+        if self.batching == "sortish" and strategy not in ("random", LENGTH_SORTED_STRATEGY):
+            problems.append(_twins("train_sampling_strategy", strategy, "batching", "sortish"))
+        self.sortish_sampler = self.batching == "sortish"
+
+    def _check_ranges(self, problems: list[str]) -> None:
+        for name in ("encoder_layerdrop", "decoder_layerdrop", "dropout", "attention_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                problems.append(f"{name}={value}: expected a probability from 0 to 1")
+        if self.loss_reduction not in LOSS_REDUCTIONS:
+            problems.append(
+                str(unknown_name("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS))
+            )
+        if self.max_nonfinite_steps < 1:
+            problems.append(f"max_nonfinite_steps={self.max_nonfinite_steps}: expected at least 1")
+        if not self.average_tokens_across_devices:
+            problems.append(
+                "average_tokens_across_devices=False: has no effect here, a step's loss is always "
+                "divided by its target tokens on all devices; leave it out"
+            )
+
+
+def _twins(old: str, old_value: object, modern: str, modern_value: object) -> str:
+    return (
+        f"{old}={old_value} and {modern}={modern_value} contradict each other: both name the same "
+        "setting; give only one of them"
+    )

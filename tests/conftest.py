@@ -1,0 +1,26 @@
+"""Every test, and every command that a test starts, sees the same empty surroundings."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+
+def pytest_configure(config):
+    """No hub, no user's own cache or profiles; set before torch and transformers are imported."""
+    config.own_folder = tempfile.mkdtemp(prefix="s2s-scale-tests-")
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        TOKENIZERS_PARALLELISM="false",
+        S2S_SCALE_CACHE=os.path.join(config.own_folder, "cache"),
+        XDG_CONFIG_HOME=os.path.join(config.own_folder, "config"),
+        COLUMNS="120",
+    )
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.own_folder, ignore_errors=True)

@@ -1,0 +1,94 @@
+"""Rows and trainers for tests that train tiny models."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.models import decoder_inputs_from_labels
+from tests.support.families import FIRST_WORD_ID, last_word_id, tiny_model
+
+
+def ragged_rows(model: PreTrainedModel, count: int, *, seed: int = 0, longest: int = 10) -> list:
+    """Rows with input_ids and labels of random lengths, EOS (and mBART's language code) last."""
+    chance = random.Random(seed)
+    end = [model.config.eos_token_id] + ([5] if model.config.model_type == "mbart" else [])
+
+    def ids() -> list[int]:
+        length = chance.randint(1, longest)
+        return [chance.randint(FIRST_WORD_ID, last_word_id(model)) for _ in range(length)] + end
+
+    return [{"input_ids": ids(), "labels": ids()} for _ in range(count)]
+
+
+def settings(folder: Path, **values: Any) -> dict[str, Any]:
+    """Training arguments for a quiet, deterministic run on the CPU that logs each step."""
+    return {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        "log_level": "error",
+        **values,
+    }
+
+
+def our_trainer(
+    model: PreTrainedModel, folder: Path, rows: Any, *, data_args: Any = None, **values: Any
+) -> Seq2SeqTrainer:
+    """Our trainer over ``rows``; keywords that are no training argument go to the trainer."""
+    own = {"eval_dataset", "compute_metrics", "callbacks", "text_evaluation_for", "tokenizer"}
+    trainer_only = {name: values.pop(name) for name in list(values) if name in own}
+    return Seq2SeqTrainer(
+        model=model,
+        data_args=data_args,
+        args=Seq2SeqTrainingArguments(**settings(folder, **values)),
+        train_dataset=rows,
+        data_collator=Seq2SeqCollator(model.config.pad_token_id),
+        **trainer_only,
+    )
+
+
+def stock_trainer(
+    model: PreTrainedModel, folder: Path, rows: Any, **values: Any
+) -> transformers.Seq2SeqTrainer:
+    """transformers' own trainer on the same rows.
+
+    Its batches carry decoder inputs: it fails without them under label smoothing, and FSMT would
+    feed its decoder the source.
+    """
+    collate = Seq2SeqCollator(model.config.pad_token_id)
+
+    def with_decoder_inputs(batch: list[Any]) -> dict[str, torch.Tensor]:
+        tensors = collate(batch)
+        tensors["decoder_input_ids"] = decoder_inputs_from_labels(
+            model, tensors["labels"], model.config.pad_token_id
+        )
+        return tensors
+
+    return transformers.Seq2SeqTrainer(
+        model=model,
+        args=transformers.Seq2SeqTrainingArguments(**settings(folder, **values)),
+        train_dataset=rows,
+        data_collator=with_decoder_inputs,
+    )
+
+
+def history(trainer: transformers.Trainer, name: str) -> list[float]:
+    """The values of ``name`` over the training logs."""
+    return [entry[name] for entry in trainer.state.log_history if "loss" in entry and name in entry]
+
+
+def fresh(family: str, **options: Any) -> PreTrainedModel:
+    """A tiny model in training mode."""
+    return tiny_model(family, **options).train()
