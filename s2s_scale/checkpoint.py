@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,11 @@ RUN_FILES = (
     "report.png",
 )
 """Files that training leaves in its output folder beside the checkpoints and the final model."""
+
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "basic_ios", "iostream error")
+"""Parts of the messages of torch's file writer: the first two name its source, the others are
+what the C++ library says once a stream has failed, which comes alone for small files."""
+_PROBE_BYTES = 1 << 20
 
 
 class SaveError(UserError):
@@ -201,37 +207,68 @@ def whole_files(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Report a failed write in the block as one ``SaveError``; for files that need no rename.
+
+    Raises:
+        SaveError: as ``whole_folder``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _save_error(what, folder, error.strerror or str(error)) from error
+
+
+@contextmanager
 def _saving(what: str, folder: Path, partial: Path) -> Iterator[None]:
     """Turn the ways in which writing fails into one ``SaveError``; leave nothing behind."""
     try:
         yield
     except BaseException as error:
+        reason = _write_failure(error, partial)  # looks at the disk as it is, so before the next
         shutil.rmtree(partial, ignore_errors=True)
-        reason = _write_failure(error)
         if reason is None:
             raise
-        raise SaveError(
-            f"saving {what} in {folder} failed: {reason}; {last_checkpoint_text(folder)}"
-        ) from error
+        raise _save_error(what, folder, reason) from error
 
 
-def _write_failure(error: BaseException) -> str | None:
-    """The system's reason if ``error`` is a failed write, else None.
+def _save_error(what: str, folder: Path, reason: str) -> SaveError:
+    return SaveError(
+        f"saving {what} in {folder} failed: {reason}; expected a folder that can be written to, "
+        f"with enough free space; {last_checkpoint_text(folder)}"
+    )
 
-    torch and safetensors wrap the system's error in their own types, with the reason only in the
-    text: torch as a RuntimeError of its file writer, safetensors as a SafetensorError.
+
+def _write_failure(error: BaseException, folder: Path) -> str | None:
+    """The system's reason if ``error`` is a failed write below ``folder``, else None.
+
+    Libraries wrap the system's error in types of their own: safetensors in a SafetensorError and
+    tokenizers in a bare Exception, both with its number in the text; torch in a RuntimeError of
+    its file writer, which names the reason only if the file could not be opened.
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)
+    text = str(error)
+    number = re.search(r"\(os error (\d+)\)", text)
+    if number:
+        return os.strerror(int(number.group(1)))
     if isinstance(error, SafetensorError):
-        return str(error)
-    writer_failed = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
-    if isinstance(error, RuntimeError) and writer_failed:
-        cause = error.__context__
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        return "torch could not write its file (disk full?)"
+        return text
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _TORCH_WRITER):
+        opening = re.search(r"strerror: (.+)", text)
+        return opening.group(1).strip() if opening else _reason_now(folder)
     return None
+
+
+def _reason_now(folder: Path) -> str:
+    """Why ``folder`` cannot be written to, found by trying; torch's writer does not tell."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+            probe.flush()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "torch could not write its file (is there room for it, and no limit on file sizes?)"
 
 
 def _flush(folder: Path) -> None:

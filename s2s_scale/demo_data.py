@@ -134,7 +134,7 @@ def _take_distinct(facts: Iterator[Renderer], count: int, *, taken: set[str]) ->
 def _facts(rng: random.Random) -> Iterator[Renderer]:
     """Facts without end; a kind as often as its weight says."""
     kinds = (_date, _time, _date_and_time, _measure, _money, _language_of_territory)
-    weights = (6, 2, 3, 6, 4, 3)
+    weights = (6, 2, 2, 6, 4, 4)
     while True:
         (kind,) = rng.choices(kinds, weights)
         yield kind(rng)

@@ -49,11 +49,13 @@ SHAPES: dict[str, dict[str, Shape]] = {
     "pegasus": {"tiny": _TINY, "small": _SMALL, "base": Shape(768, 3072, 12, 12)},
     "marian": {"tiny": _TINY, "small": _SMALL, "base": Shape(512, 2048, 8, 6)},
 }
-#: what the published models of a family set besides their shape
+#: what the published models of a family set besides their shape; all but mBART's scaled
+#: embeddings: beside them fresh position embeddings are too faint to learn word order from
+#: (copying, 300 steps: 63 to 94 % of rows exact with the scale, 100 % without)
 PUBLISHED: dict[str, dict[str, Any]] = {
     "bart": {"activation_function": "gelu"},
     "t5": {"feed_forward_proj": "relu"},
-    "mbart": {"activation_function": "gelu", "scale_embedding": True},
+    "mbart": {"activation_function": "gelu", "scale_embedding": False},
     "fsmt": {"activation_function": "relu", "scale_embedding": True, "tie_word_embeddings": True},
     "pegasus": {"activation_function": "relu", "scale_embedding": True},
     "marian": {"activation_function": "swish", "scale_embedding": True},

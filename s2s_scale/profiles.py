@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from s2s_scale.errors import UserError, did_you_mean, raise_problems
-from s2s_scale.options import Option, data_options, model_options, training_options
-from s2s_scale.values import from_node, is_null, plain
-from s2s_scale.yaml_files import Entry, mapping_entries, read_entries
+from s2s_scale.settings.options import Option, data_options, model_options, training_options
+from s2s_scale.settings.values import from_node, is_null, plain
+from s2s_scale.settings.yaml_files import Entry, mapping_entries, read_entries
 
 BACKENDS = ("local",)
 LAUNCHERS = ("none",)

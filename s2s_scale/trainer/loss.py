@@ -145,6 +145,8 @@ class LossTrainer(TrainerBase):
             logs.update(self._meter.read())
             if self._guard.steps:
                 logs["nonfinite_steps"] = len(self._guard.steps)
+        if "train_loss" in logs:  # the summary at the end, which becomes the results
+            logs["train_nonfinite_steps"] = len(self._guard.steps)
         super().log(logs, start_time)
 
     @contextmanager

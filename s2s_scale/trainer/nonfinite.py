@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from s2s_scale.checkpoint import last_checkpoint_text
+from s2s_scale.checkpoint import CHECKPOINT_NAME, checkpoints
 from s2s_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class NonFiniteGuard:
         self.limit = limit
         self.output_dir = output_dir
         self.steps: list[int] = []
+        self._last_finite: int | None = None
         self._bad: Tensor | None = None
 
     def observe(self, value: Tensor | float | None) -> None:
@@ -53,7 +54,10 @@ class NonFiniteGuard:
         bad = self._bad is not None and bool(self._bad)
         self._bad = None
         if not bad:
+            self._last_finite = step
             return
+        if self._last_finite is None:  # the first step of this process: the one before went well
+            self._last_finite = step - 1
         # Without gradients the optimizer skips every parameter: weights and moments stay finite.
         optimizer.zero_grad(set_to_none=True)
         self.steps.append(step)
@@ -67,6 +71,28 @@ class NonFiniteGuard:
             raise NonFiniteLossError(
                 f"{found}; stopped after {len(self.steps)} such steps "
                 f"({', '.join(map(str, self.steps))}; limit: --max_nonfinite_steps {self.limit}); "
-                f"{last_checkpoint_text(self.output_dir)}; lower --learning_rate, raise "
-                "--warmup_steps, or look at the rows named"
+                f"{self._remedy(self._last_finite)}"
             )
+
+    def _remedy(self, last_finite: int) -> str:
+        """Which checkpoint is good, and how to go on from it.
+
+        The newest one may hold weights that the last update had broken already. A checkpoint is
+        known to be good when a later step had a finite loss.
+        """
+        good = [
+            folder
+            for folder in checkpoints(self.output_dir)
+            if (match := CHECKPOINT_NAME.fullmatch(folder.name)) and int(match[1]) < last_finite
+        ]
+        if not good:
+            return (
+                "no good checkpoint had been saved; look at the rows named, or start again with a "
+                "lower --learning_rate or more --warmup_steps"
+            )
+        return (
+            f"the last good checkpoint is {good[-1]} (the last finite loss was that of step "
+            f"{last_finite}); look at the rows named and go on with --resume_from_checkpoint "
+            f"{good[-1]}, or start from its weights, --model_name_or_path {good[-1]}, with a lower "
+            "--learning_rate or more --warmup_steps"
+        )

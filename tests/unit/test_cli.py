@@ -12,10 +12,7 @@ import pytest
 
 import s2s_scale
 from s2s_scale import cli, profiles
-from s2s_scale.config import DataArguments, ModelArguments
-from s2s_scale.errors import UserError
-from s2s_scale.settings import split_settings
-from s2s_scale.verbs import (
+from s2s_scale.cli.verbs import (
     DATA_READING,
     EVALUATE_TEXTS,
     EVALUATION_NAMES,
@@ -27,6 +24,9 @@ from s2s_scale.verbs import (
     PLAN_TEXTS,
     verbs,
 )
+from s2s_scale.config import DataArguments, ModelArguments
+from s2s_scale.errors import UserError
+from s2s_scale.settings import split_settings
 
 ROOT = Path(__file__).parents[2]
 RUN = ["--model", "m", "--data_dir", "d", "--output_dir", "o"]
@@ -593,7 +593,7 @@ def test_help_of_train_begins_with_our_groups(capsys):
     ours = ["model", "data", "output", "launch", "training", "batching", "loss", "learning rate"]
     assert [line for line in heads if line in ours] == ours
     assert text.index("\nmodel\n") < text.index("\ngeneration\n") < text.index("\nhub integration")
-    assert "[on; --no_dataloader_pin_memory turns it off]" in text
+    assert "[on; --no_dataloader_pin_memory turns it off]" in " ".join(text.split())
 
 
 def test_help_shows_choices_and_defaults(capsys):

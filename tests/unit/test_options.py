@@ -13,12 +13,12 @@ import transformers
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
-from s2s_scale import options
 from s2s_scale.config import SCHEDULES, DataArguments, ModelArguments, TrainingExtras
 from s2s_scale.errors import UserError
-from s2s_scale.options import Option, data_options, model_options, training_options
+from s2s_scale.settings import options
+from s2s_scale.settings.options import Option, data_options, model_options, training_options
+from s2s_scale.settings.values import from_words
 from s2s_scale.training_arguments import Seq2SeqTrainingArguments
-from s2s_scale.values import from_words
 
 TABLE = {entry.name: entry for entry in training_options()}
 THEIRS = {entry.name: entry for entry in dataclasses.fields(transformers.Seq2SeqTrainingArguments)}
@@ -139,7 +139,7 @@ def test_transformers_missing(monkeypatch):
 
 def test_the_table_is_read_without_importing_what_it_describes():
     code = (
-        "import sys; from s2s_scale.options import training_options; "
+        "import sys; from s2s_scale.settings.options import training_options; "
         "assert len(training_options()) > 100; "
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )

@@ -470,7 +470,7 @@ def test_a_batch_without_labels_says_what_is_missing(tmp_path):
 
 
 def poisoned(model, bad_step):
-    """Make the decoder's weights give NaN from the ``bad_step``-th forward pass on, for one pass."""
+    """Make the decoder give NaN in the forward passes whose numbers are in ``bad_step``."""
     calls = {"n": 0}
 
     def hook(module, args, output):

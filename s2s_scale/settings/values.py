@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2s_scale.errors import UserError, did_you_mean
-from s2s_scale.options import Option
+from s2s_scale.settings.options import Option
 
 if TYPE_CHECKING:
     import yaml

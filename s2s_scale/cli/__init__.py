@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from s2s_scale import __version__
+from s2s_scale.cli.verbs import Verb, verbs
 from s2s_scale.errors import UserError, did_you_mean
-from s2s_scale.values import TRUE_WORDS
-from s2s_scale.verbs import Verb, verbs
+from s2s_scale.settings.values import TRUE_WORDS
 
 EXIT_USER_ERROR = 2
 HELP_WORDS = ("-h", "--help")
@@ -43,12 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     if not words:
-        from s2s_scale.help_text import overview
+        from s2s_scale.cli.help_text import overview
 
         print(overview(), end="", file=sys.stderr)
         return EXIT_USER_ERROR
     if words[0] in HELP_WORDS:
-        from s2s_scale.help_text import overview
+        from s2s_scale.cli.help_text import overview
 
         print(overview(), end="")
         return 0
@@ -57,7 +57,7 @@ def _run(words: list[str]) -> int:
         return 0
     verb = _verb(words[0])
     if any(word in HELP_WORDS for word in words[1:]):
-        from s2s_scale.help_text import verb_help
+        from s2s_scale.cli.help_text import verb_help
 
         print(verb_help(verb), end="")
         return 0
@@ -91,8 +91,8 @@ def version_line() -> str:
 
 def _launched(verb: Verb, words: list[str]) -> int:
     """A verb that a profile starts: the launcher's environment first, then the runner."""
+    from s2s_scale.cli.build import build_settings
     from s2s_scale.launch import describe, plan_launch
-    from s2s_scale.settings import build_settings
 
     settings = build_settings(verb, words[1:])
     assert settings.profile is not None  # every verb that comes here has --profile
@@ -121,7 +121,7 @@ def _without_dry_run(words: list[str]) -> list[str]:
 
 
 def _plan(verb: Verb, words: list[str]) -> int:
-    from s2s_scale.settings import build_settings
+    from s2s_scale.cli.build import build_settings
 
     settings = build_settings(verb, words[1:])
     from s2s_scale import runner
@@ -130,7 +130,7 @@ def _plan(verb: Verb, words: list[str]) -> int:
 
 
 def _new_model(verb: Verb, words: list[str]) -> int:
-    from s2s_scale.settings import build_settings
+    from s2s_scale.cli.build import build_settings
 
     settings = build_settings(verb, words[1:])
     from s2s_scale import runner
@@ -139,7 +139,7 @@ def _new_model(verb: Verb, words: list[str]) -> int:
 
 
 def _demo(verb: Verb, words: list[str]) -> int:
-    from s2s_scale.settings import build_settings
+    from s2s_scale.cli.build import build_settings
 
     settings = build_settings(verb, words[1:])
     from s2s_scale import demo
@@ -148,14 +148,14 @@ def _demo(verb: Verb, words: list[str]) -> int:
 
 
 def _profiles(verb: Verb, words: list[str]) -> int:
-    from s2s_scale.command_line import parse_line
+    from s2s_scale.cli.command_line import parse_line
     from s2s_scale.errors import raise_problems
     from s2s_scale.profiles import as_yaml, resolve
 
     line = parse_line(verb, words[1:])
     raise_problems(line.problems)
     if line.positional is None:
-        from s2s_scale.profile_table import print_table
+        from s2s_scale.cli.profile_table import print_table
 
         return print_table()
     print(as_yaml(resolve(line.positional)), end="")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2s_scale.options import Option, data_options, model_options, option, training_options
+from s2s_scale.settings.options import Option, data_options, model_options, option, training_options
 
 ARCHITECTURES = ("bart", "t5", "mbart", "fsmt", "pegasus", "marian")
 SIZES = ("tiny", "small", "base")

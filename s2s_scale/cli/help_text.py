@@ -6,8 +6,8 @@ import shutil
 import textwrap
 from collections.abc import Iterable
 
-from s2s_scale.options import Option
-from s2s_scale.verbs import Verb, verbs
+from s2s_scale.cli.verbs import Verb, verbs
+from s2s_scale.settings.options import Option
 
 # Groups that come first, in this order; others follow as they occur in transformers' source.
 FIRST_GROUPS = (

@@ -4,54 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s2s_scale.command_line import parse_line, unknown_option
+from s2s_scale.cli.command_line import parse_line, unknown_option
+from s2s_scale.cli.verbs import Verb
 from s2s_scale.config import DataArguments
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.profiles import LauncherProfile, default_profile_name, resolve
-from s2s_scale.values import expected, from_node
-from s2s_scale.verbs import Verb
-from s2s_scale.yaml_files import read_entries
+from s2s_scale.settings import Settings
+from s2s_scale.settings.values import expected, from_node
+from s2s_scale.settings.yaml_files import read_entries
 
 COMMAND_LINE = "command line"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a verb was asked to do.
-
-    ``values`` holds the model, data and training settings that were given, typed; what is absent
-    has its dataclass's default. ``origins`` says where each of them came from: "command line",
-    "conf.yaml:7" or "profile gpu". ``verb_values`` holds the verb's own options, defaults included.
-    ``profile`` is None for verbs that start nothing.
-    """
-
-    verb: str
-    values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)
-    profile: LauncherProfile | None = None
-    verb_values: dict[str, Any] = field(default_factory=dict)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of a setting or of the verb's own option, or ``default``."""
-        return self.verb_values.get(name, self.values.get(name, default))
-
-
-def split_settings(values: Mapping[str, Any], *classes: type) -> tuple[dict[str, Any], ...]:
-    """The part of ``values`` that each dataclass takes, in the order of ``classes``.
-
-    Raises:
-        KeyError: no class has a field of that name; an error in the program, since names from
-            the user are checked before.
-    """
-    names = [{entry.name for entry in dataclasses.fields(cls) if entry.init} for cls in classes]
-    homeless = set(values) - set().union(*names)
-    if homeless:
-        raise KeyError(f"no settings class has {sorted(homeless)}")
-    return tuple({k: v for k, v in values.items() if k in known} for known in names)
 
 
 def build_settings(verb: Verb, words: Sequence[str]) -> Settings:
