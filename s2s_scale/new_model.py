@@ -16,6 +16,7 @@ from s2s_scale.families import FAMILIES
 from s2s_scale.tokenizer_training import TokenizerSettings, train_tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ ARCHITECTURES = ("bart", "t5", "mbart", "fsmt", "pegasus", "marian")
 SIZES = ("tiny", "small", "base")
 #: tokens at which generation stops unless told otherwise (transformers' own default is 20)
 GENERATION_MAX_LENGTH = 200
+#: spread of T5's relative position biases in a new model
+RELATIVE_POSITION_STD = 2.5
 
 
 @dataclass(frozen=True)
@@ -223,10 +226,24 @@ def _write_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForSeq2SeqLM.from_config(config)
+        _redraw_relative_positions(model)
     model.generation_config.max_length = GENERATION_MAX_LENGTH
     set_languages(model, tokenizer, src_lang=languages[0], tgt_lang=languages[1])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _redraw_relative_positions(model: torch.nn.Module) -> None:
+    """Draw T5's position biases, its only sense of word order, wide enough to learn from.
+
+    transformers draws them with a deviation of 1/sqrt(d_model), which training from scratch takes
+    long to outgrow: copying, 300 steps, 8 % of rows exact with 0.09 and 96 % with 2.65.
+    """
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if name.endswith("relative_attention_bias.weight"):
+            torch.nn.init.normal_(parameter, std=RELATIVE_POSITION_STD)
 
 
 def _token_fields(architecture: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

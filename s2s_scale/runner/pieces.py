@@ -52,6 +52,8 @@ def open_backend(settings: Settings) -> Iterator[Backend]:
     backend = make_backend(settings.profile.backend)
     raise_problems(list(backend.problems()))
     backend.prepare_process()
+    # Its bars over the shards of a file say nothing that our own lines do not.
+    transformers.utils.logging.disable_progress_bar()
     try:
         yield backend
     finally:

@@ -15,11 +15,12 @@ from s2s_scale.checkpoint import (
     refuse_earlier_run,
     remove_earlier_run,
     resolve_resume,
+    writing,
 )
 from s2s_scale.data.sources import Split, has_split, load_pairs
 from s2s_scale.errors import raise_problems, unknown_name
 from s2s_scale.evaluation.metrics import TextMetrics
-from s2s_scale.results import Results, print_table, write_run_report
+from s2s_scale.report.results import Results, print_table, write_run_report
 from s2s_scale.runner.pieces import (
     Run,
     build_trainer,
@@ -30,6 +31,7 @@ from s2s_scale.runner.pieces import (
 )
 from s2s_scale.settings import Settings
 from s2s_scale.trainer import Seq2SeqTrainer
+from s2s_scale.trainer.nonfinite import NonFiniteLossError
 
 INTERRUPTED = 130
 
@@ -95,10 +97,29 @@ def _train(
     resume: Path | None,
 ) -> int:
     """Train, save, evaluate, and write results and report."""
-    results, output_dir = Results(), run.output_dir
-    outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    output_dir = run.output_dir
+    try:
+        outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    except NonFiniteLossError as error:
+        trainer.log({"nonfinite_steps": error.count})
+        with writing("the log", output_dir):
+            trainer.state.save_to_json(str(output_dir / STATE_FILE))
+        raise
     trainer.save_model()
-    results.add("train", outcome.metrics, None)
+    with writing("the results", output_dir):
+        _finish(run, trainer, examples, outcome.metrics)
+    return 0
+
+
+def _finish(
+    run: Run,
+    trainer: Seq2SeqTrainer,
+    examples: dict[Split, datasets.Dataset],
+    train_metrics: dict[str, float],
+) -> None:
+    """Evaluate what was asked for, and write results and report."""
+    results, output_dir = Results(), run.output_dir
+    results.add("train", train_metrics, None)
     results.write(output_dir, "train")
     after: dict[Split, bool] = {
         "val": run.training_args.do_eval,
@@ -112,14 +133,13 @@ def _train(
     trainer.state.save_to_json(str(output_dir / STATE_FILE))
     html, png = write_run_report(
         output_dir,
-        title=f"{run.model_args.model_name_or_path} → {output_dir}",
+        title=f"Training run {output_dir.name}",
         history=trainer.state.log_history,
         results=results,
         settings=run.given,
     )
     print_table(results, title=f"results in {output_dir}")
     print(f"model:   {output_dir}\nreport:  {html}\npicture: {png}")
-    return 0
 
 
 def _splits_of_training(run: Run) -> list[Split]:

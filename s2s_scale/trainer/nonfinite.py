@@ -19,7 +19,14 @@ SHOWN_ROWS = 16
 
 
 class NonFiniteLossError(UserError):
-    """Training stopped because too many steps had a loss or gradient that was not finite."""
+    """Training stopped because too many steps had a loss or gradient that was not finite.
+
+    ``count`` says how many.
+    """
+
+    def __init__(self, problem: str, *, count: int) -> None:
+        super().__init__(problem)
+        self.count = count
 
 
 class NonFiniteGuard:
@@ -71,7 +78,8 @@ class NonFiniteGuard:
             raise NonFiniteLossError(
                 f"{found}; stopped after {len(self.steps)} such steps "
                 f"({', '.join(map(str, self.steps))}; limit: --max_nonfinite_steps {self.limit}); "
-                f"{self._remedy(self._last_finite)}"
+                f"{self._remedy(self._last_finite)}",
+                count=len(self.steps),
             )
 
     def _remedy(self, last_finite: int) -> str:

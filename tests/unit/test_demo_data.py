@@ -9,7 +9,7 @@ import unicodedata
 
 import pytest
 
-from s2s_scale.demo_data import SPLIT_SIZES, TARGET_LANGUAGES, demo_pairs, write_demo_data
+from s2s_scale.demo.data import SPLIT_SIZES, TARGET_LANGUAGES, demo_pairs, write_demo_data
 from s2s_scale.errors import UserError
 
 SMALL = {"train": 1_200, "val": 60, "test": 60}

@@ -149,6 +149,13 @@ def test_base_is_the_published_shape(folders: dict[str, Path]) -> None:
     assert (t5.d_model, t5.num_layers, t5.num_heads, t5.d_kv, t5.d_ff) == (768, 12, 12, 64, 3072)
 
 
+def test_t5_begins_with_position_biases_that_matter(folders: dict[str, Path]) -> None:
+    weights = AutoModelForSeq2SeqLM.from_pretrained(folders["t5"]).state_dict()
+    biases = [w for name, w in weights.items() if "relative_attention_bias" in name]
+    assert len(biases) == 2
+    assert all(2.0 < float(bias.std()) < 3.0 for bias in biases)
+
+
 def test_mbart_languages(tmp_path: Path) -> None:
     folder = make(tmp_path / "m", architecture="mbart", src_lang="ro_RO", tgt_lang="fr_XX")
     tokenizer = AutoTokenizer.from_pretrained(folder)

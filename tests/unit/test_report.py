@@ -12,8 +12,8 @@ import matplotlib._pylab_helpers
 import pytest
 from PIL import Image
 
-from s2s_scale.report import LONGEST_TEXT, RunRecord, write_report
-from s2s_scale.report_plots import MOST_POINTS, PANELS, drawn_panels, panel_svg, points
+from s2s_scale.report.page import LONGEST_TEXT, RunRecord, write_report
+from s2s_scale.report.plots import MOST_POINTS, PANELS, drawn_panels, panel_svg, points
 
 
 def history(steps=5):

@@ -20,7 +20,7 @@ import yaml
 from s2s_scale.checkpoint import check_writable, checkpoints, earlier_run
 from s2s_scale.cli.build import build_settings
 from s2s_scale.cli.verbs import verbs
-from s2s_scale.demo_data import SPLIT_SIZES, write_demo_data
+from s2s_scale.demo.data import SPLIT_SIZES, write_demo_data
 from s2s_scale.errors import UserError
 from s2s_scale.launch import plan_launch
 from s2s_scale.settings import Settings

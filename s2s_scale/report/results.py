@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from s2s_scale.evaluation.text import TextEvaluation
-from s2s_scale.report import RunRecord, write_report
+from s2s_scale.report.page import RunRecord, write_report
 
 PACKAGES = (
     "s2s-scale", "torch", "transformers", "accelerate", "datasets", "tokenizers", "sacrebleu",
@@ -24,6 +24,7 @@ ALL_RESULTS = "all_results.json"
 
 _DIGITS = {"loss": 4, "nll_loss": 4, "perplexity": 3}
 _HIDDEN = ("total_flos", "model_preparation_time", "steps_per_second", "epoch")
+"""Figures of transformers' trainer that say nothing about the result; in the files all the same."""
 
 
 @dataclass
@@ -103,7 +104,12 @@ def write_run_report(
     record = RunRecord(
         title=title,
         history=history,
-        results={**results.metrics, **{f"{k} signature": v for k, v in results.signatures.items()}},
+        results={
+            name: value
+            for name, value in results.metrics.items()
+            if not name.endswith(_HIDDEN)
+        }
+        | {f"{name} signature": value for name, value in results.signatures.items()},
         settings=dict(settings),
         versions=versions(),
         samples=results.samples,

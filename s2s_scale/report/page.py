@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s2s_scale.report_plots import all_panels_png, drawn_panels, last_step, panel_svg
+from s2s_scale.report.plots import all_panels_png, drawn_panels, last_step, panel_svg
 
 SPLITS = ("train", "val", "test")
 LONGEST_TEXT = 2_000  # characters of a sample that are shown
