@@ -187,13 +187,29 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             problems.append(
                 str(unknown_name("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS))
             )
-        if self.max_nonfinite_steps < 1:
-            problems.append(f"max_nonfinite_steps={self.max_nonfinite_steps}: expected at least 1")
+        problems += [
+            f"{name}={value}: expected at least {least}; give --{name} a larger value"
+            for name, least in _LEAST.items()
+            if (value := getattr(self, name)) is not None and value < least
+        ]
         if not self.average_tokens_across_devices:
             problems.append(
                 "average_tokens_across_devices=False: has no effect here, a step's loss is always "
                 "divided by its target tokens on all devices; leave it out"
             )
+
+
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "max_nonfinite_steps": 1,
+}
+"""Smallest values that make sense, checked here because what uses them would fail late."""
 
 
 def _twins(old: str, old_value: object, modern: str, modern_value: object) -> str:

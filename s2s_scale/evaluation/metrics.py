@@ -101,6 +101,16 @@ class _Sacrebleu:
             self.sums = (
                 row if self.sums is None else [a + b for a, b in zip(self.sums, row, strict=True)]
             )
+        self._forget_lines()
+
+    def _forget_lines(self) -> None:
+        """Empty the caches of sacrebleu's tokenizers, which hold the last 65,536 lines each."""
+        tokenizer = getattr(self.metric, "tokenizer", None)  # chrF has none
+        while tokenizer is not None:
+            clear = getattr(type(tokenizer).__call__, "cache_clear", None)
+            if clear is not None:
+                clear()
+            tokenizer = getattr(tokenizer, "_post_tokenizer", None)
 
     def result(self) -> dict[str, float]:
         if self.sums is None:

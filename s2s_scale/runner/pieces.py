@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,8 +76,8 @@ def read_settings(settings: Settings, extra: dict[str, Any] | None = None) -> Ru
     except UserError:
         raise
     except (ValueError, ImportError) as error:
-        # transformers' own checks: their first line says what is wrong with which argument.
-        raise UserError(str(error).strip().splitlines()[0]) from error
+        # transformers' own checks, some of them over several lines
+        raise UserError(" ".join(str(error).split())) from error
     given = {name: (value, settings.origins.get(name, "verb")) for name, value in values.items()}
     return Run(ModelArguments(**model), data_args, training_args, given)
 
@@ -159,22 +160,39 @@ def build_trainer(
         run.texts[prefix] = text
         return text
 
-    trainer = Seq2SeqTrainer(
-        loaded.config,
-        run.data_args,
-        model=loaded.model,
-        args=args,
-        train_dataset=examples.get("train"),
-        eval_dataset=examples.get("val") if args.evaluates_while_training else None,
-        data_collator=Seq2SeqCollator(loaded.config.pad_token_id),
-        processing_class=loaded.tokenizer,
-        backend=backend,
-        text_evaluation_for=text_evaluation_for,
-    )
+    with _unusable_loggers_refused(args.report_to):
+        trainer = Seq2SeqTrainer(
+            loaded.config,
+            run.data_args,
+            model=loaded.model,
+            args=args,
+            train_dataset=examples.get("train"),
+            eval_dataset=examples.get("val") if args.evaluates_while_training else None,
+            data_collator=Seq2SeqCollator(loaded.config.pad_token_id),
+            processing_class=loaded.tokenizer,
+            backend=backend,
+            text_evaluation_for=text_evaluation_for,
+        )
     if not args.disable_tqdm:
         trainer.remove_callback(transformers.ProgressCallback)
         trainer.add_callback(LineProgressCallback)
     return trainer
+
+
+@contextmanager
+def _unusable_loggers_refused(names: list[str]) -> Iterator[None]:
+    """Turn what transformers raises for an unknown or missing logger into a ``UserError``."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        unknown = "is not supported, only" in text
+        if not unknown and not re.search(r"requires .+ to be installed", text):
+            raise
+        raise UserError(
+            f"report_to={','.join(names)}: {text}; expected loggers that are installed here; "
+            "change --report_to, or give 'none'"
+        ) from error
 
 
 def wanted_device(settings: Settings) -> torch.device:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import datasets
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from s2s_scale.checkpoint import (
     STATE_FILE,
@@ -56,7 +58,7 @@ def train(settings: Settings) -> int:
         examples = {split: tokenize(run, loaded, pairs[split], split) for split in pairs}
         trainer = build_trainer(run, loaded, backend, examples)
         if resume is None:
-            remove_earlier_run(run.output_dir)
+            trainer.add_callback(RemoveEarlierRun(run.output_dir))
         try:
             return _train(run, trainer, examples, resume)
         except KeyboardInterrupt:
@@ -66,6 +68,26 @@ def train(settings: Settings) -> int:
                 file=sys.stderr,
             )
             return INTERRUPTED
+
+
+class RemoveEarlierRun(TrainerCallback):
+    """Deletes an earlier run once training begins: by then all that can be refused has been.
+
+    Optimizer, schedule and data loaders are made by ``train`` itself, and settings that do not
+    fit them are found there.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+        self._done = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # Training begins anew after running out of memory, where the batch size finds itself.
+        if state.is_world_process_zero and not self._done:
+            remove_earlier_run(self.output_dir)
+        self._done = True
 
 
 def evaluate(settings: Settings) -> int:

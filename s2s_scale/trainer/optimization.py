@@ -39,15 +39,23 @@ class OptimizationTrainer(LossTrainer):
                 "the model has no parameter left to train: everything is frozen; drop "
                 "--freeze_encoder or --freeze_embeds"
             )
-        optimizer_class, options = self.optimizer_cls_and_kwargs or (
-            self.get_optimizer_cls_and_kwargs(self.args, target)
-        )
+        optimizer_class, options = self.optimizer_cls_and_kwargs or self._chosen_optimizer(target)
         # GaLore, LOMO and their like bring their own groups or are factories: transformers knows.
         own_groups = {"params", "model", "optimizer_dict"} & set(options)
         if own_groups or not issubclass(optimizer_class, Optimizer):
             return super().create_optimizer(model)
         self.optimizer = self.backend.build_optimizer(optimizer_class, groups, options)
         return self.optimizer
+
+    def _chosen_optimizer(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
+        """Class and keywords of ``args.optim``; ``UserError`` where its package is missing."""
+        try:
+            return self.get_optimizer_cls_and_kwargs(self.args, model)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"optim={_plain(self.args.optim)}: {_first_line(error)}; expected an optimizer that "
+                "is installed here; choose another --optim or install what it needs"
+            ) from error
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
@@ -61,10 +69,20 @@ class OptimizationTrainer(LossTrainer):
                 )
             return self.lr_scheduler
         if self.args.schedule_name is None:
-            return super().create_scheduler(num_training_steps, optimizer)
+            return self._stock_scheduler(num_training_steps, optimizer)
         self.lr_scheduler = self._get_lr_scheduler(num_training_steps, optimizer=optimizer)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _stock_scheduler(self, num_training_steps: int, optimizer: Optimizer | None) -> LRScheduler:
+        """A schedule that only transformers knows; ``UserError`` where it lacks its options."""
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"lr_scheduler_type={_plain(self.args.lr_scheduler_type)}: {_first_line(error)}; "
+                "give what it needs in --lr_scheduler_kwargs, or choose another --lr_scheduler"
+            ) from error
 
     def _get_lr_scheduler(
         self, num_training_steps: int, *, optimizer: Optimizer | None = None
@@ -76,3 +94,12 @@ class OptimizationTrainer(LossTrainer):
             num_training_steps=num_training_steps,
             **self.args.schedule_options,
         )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _plain(choice: Any) -> str:
+    """A choice as it is written; transformers keeps its own as enum members."""
+    return str(getattr(choice, "value", choice))
