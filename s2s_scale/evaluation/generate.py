@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.evaluation.metrics import TextMetrics
 from s2s_scale.evaluation.text import decode, one_line
-from s2s_scale.families import source_vocab_size
+from s2s_scale.models.families import source_vocab_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

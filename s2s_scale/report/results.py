@@ -105,9 +105,7 @@ def write_run_report(
         title=title,
         history=history,
         results={
-            name: value
-            for name, value in results.metrics.items()
-            if not name.endswith(_HIDDEN)
+            name: value for name, value in results.metrics.items() if not name.endswith(_HIDDEN)
         }
         | {f"{name} signature": value for name, value in results.signatures.items()},
         settings=dict(settings),

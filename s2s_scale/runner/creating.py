@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from s2s_scale.config import DataArguments
-from s2s_scale.new_model import run_new_model
+from s2s_scale.models.new_model import run_new_model
 from s2s_scale.settings import Settings
 
 

@@ -180,7 +180,7 @@ def build_trainer(
 
 
 @contextmanager
-def _unusable_loggers_refused(names: list[str]) -> Iterator[None]:
+def _unusable_loggers_refused(names: Any) -> Iterator[None]:
     """Turn what transformers raises for an unknown or missing logger into a ``UserError``."""
     try:
         yield
@@ -190,7 +190,7 @@ def _unusable_loggers_refused(names: list[str]) -> Iterator[None]:
         if not unknown and not re.search(r"requires .+ to be installed", text):
             raise
         raise UserError(
-            f"report_to={','.join(names)}: {text}; expected loggers that are installed here; "
+            f"report_to={names}: {text}; expected loggers that are installed here; "
             "change --report_to, or give 'none'"
         ) from error
 

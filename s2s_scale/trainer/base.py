@@ -53,11 +53,13 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         **kwargs: Any,
     ) -> None:
         given = _base_arguments(args, kwargs)
+        if config is None:
+            _refuse_without_config(given.get("model"))
         self.backend = backend or make_backend("local")
         self.data_args = data_args
         self.text_evaluation_for = text_evaluation_for
         super().__init__(**given)
-        self.config = config if config is not None else self._config_of_model()
+        self.config = config if config is not None else self.model.config
         self.vocab_size = target_vocab_size(self.config)
         self._check_pad_token()
         self._check_dropouts()
@@ -76,14 +78,6 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         )
         self._step_callback = StepCallback(self._guard)
         self.add_callback(self._step_callback)
-
-    def _config_of_model(self) -> PreTrainedConfig:
-        if isinstance(self.model, PreTrainedModel):
-            return self.model.config
-        raise ValueError(
-            f"config: without one the model must be a PreTrainedModel, but it is a "
-            f"{type(self.model).__name__}; pass config=…"
-        )
 
     @property
     def _loss_mode(self) -> str:
@@ -134,6 +128,15 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         raise ValueError(
             "neither config.pad_token_id nor config.eos_token_id is defined: one of them is needed "
             "to pad tensors; set config.pad_token_id"
+        )
+
+
+def _refuse_without_config(model: Any) -> None:
+    """A model that is no PreTrainedModel does not say its vocabulary and special tokens."""
+    if model is not None and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"config: without one the model must be a PreTrainedModel, but it is a "
+            f"{type(model).__name__}; pass config=…"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,8 +33,11 @@ class LossTrainer(TrainerBase):
         """Model inputs without labels but with decoder inputs, derived from labels if absent."""
         model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
         if model_inputs.get("decoder_input_ids") is None:
+            plain = self.accelerator.unwrap_model(self.model)
+            # A module that came with a config of its own need not carry it as an attribute.
+            source = plain if hasattr(plain, "config") else SimpleNamespace(config=self.config)
             model_inputs["decoder_input_ids"] = decoder_inputs_from_labels(
-                self.accelerator.unwrap_model(self.model), labels, self._padding_id()
+                source, labels, self._padding_id()
             )
         return model_inputs
 

@@ -47,14 +47,14 @@ class OptimizationTrainer(LossTrainer):
         self.optimizer = self.backend.build_optimizer(optimizer_class, groups, options)
         return self.optimizer
 
-    def _chosen_optimizer(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
+    def _chosen_optimizer(self, model: Any) -> tuple[Any, dict[str, Any]]:
         """Class and keywords of ``args.optim``; ``UserError`` where its package is missing."""
         try:
             return self.get_optimizer_cls_and_kwargs(self.args, model)
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"optim={_plain(self.args.optim)}: {_first_line(error)}; expected an optimizer that "
-                "is installed here; choose another --optim or install what it needs"
+                f"optim={_plain(self.args.optim)}: {_first_line(error)}; expected an optimizer "
+                "that is installed here; choose another --optim or install what it needs"
             ) from error
 
     def create_scheduler(

@@ -116,3 +116,15 @@ def test_lengths_that_differ_are_refused() -> None:
 )
 def test_split_sentences(text: str, lines: list[str]) -> None:
     assert split_sentences(text) == "\n".join(lines)
+
+
+def test_no_line_is_kept_by_sacrebleu_s_tokenizers() -> None:
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+    from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
+
+    caches = [kind.__call__ for kind in (Tokenizer13a, TokenizerRegexp)]
+    sacrebleu.corpus_bleu(["one line of words"], [["another line of words"]])
+    assert all(cache.cache_info().currsize > 0 for cache in caches)  # it does keep them
+    hypotheses, references = corpus(30)
+    TextMetrics(["bleu"]).add(hypotheses, references)
+    assert [cache.cache_info().currsize for cache in caches] == [0, 0]

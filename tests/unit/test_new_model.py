@@ -14,8 +14,15 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from s2s_scale.config import DataArguments
 from s2s_scale.errors import UserError
-from s2s_scale.new_model import ARCHITECTURES, SHAPES, SIZES, fresh_config, new_model, run_new_model
-from s2s_scale.tokenizer_training import draw_lines
+from s2s_scale.models.new_model import (
+    ARCHITECTURES,
+    SHAPES,
+    SIZES,
+    fresh_config,
+    new_model,
+    run_new_model,
+)
+from s2s_scale.models.tokenizers import draw_lines
 from tests.support.families import FAMILY_NAMES, TINY_TEXTS, tiny_folder
 
 

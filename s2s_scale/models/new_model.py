@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from s2s_scale.config import DataArguments
 from s2s_scale.errors import UserError, raise_problems, unknown_name
-from s2s_scale.families import FAMILIES
-from s2s_scale.tokenizer_training import TokenizerSettings, train_tokenizer
+from s2s_scale.models.families import FAMILIES
+from s2s_scale.models.tokenizers import TokenizerSettings, train_tokenizer
 
 if TYPE_CHECKING:
     import torch

@@ -9,40 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from s2s_scale.config import ModelArguments
 from s2s_scale.errors import UserError, did_you_mean, unknown_name
-from s2s_scale.families import (
-    FAMILIES,
-    LABEL_PAD_ID,
-    Family,
+from s2s_scale.models.families import (
     apply_dropout_settings,
-    decoder_inputs_from_labels,
     family_of,
-    source_vocab_size,
-    target_vocab_size,
 )
-from s2s_scale.model_files import VOCABULARY_FILES, check_folder, has_vocabulary, readable
+from s2s_scale.models.files import VOCABULARY_FILES, check_folder, has_vocabulary, readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = [
-    "FAMILIES",
-    "LABEL_PAD_ID",
-    "Family",
-    "Loaded",
-    "apply_dropout_settings",
-    "apply_task_parameters",
-    "decoder_inputs_from_labels",
-    "family_of",
-    "freeze_embeddings",
-    "freeze_encoder",
-    "load",
-    "load_config",
-    "load_tokenizer",
-    "set_languages",
-    "settle_pad_token",
-    "source_vocab_size",
-    "target_vocab_size",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,255 @@
+"""Saving fails: on a full disk, at a limit on file sizes, in a folder that turns read-only.
+
+What counts: exit code 2, the system's reason, and the last good checkpoint named, whole, and good
+to go on from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from tests.support.command import (
+    Outcome,
+    finish,
+    refused,
+    run_command,
+    snapshot,
+    start_command,
+)
+
+ROOT = Path(__file__).parents[2]
+NO_SPACE = "No space left on device"
+MIB = 1 << 20
+
+
+def words_of(model: Path, data: Path, output_dir: Path, *more: object) -> list[str]:
+    """A training of two steps that saves after each."""
+    words = ["train", "--profile", "cpu", "--model_name_or_path", model, "--data_dir", data]
+    words += ["--output_dir", output_dir, "--save_steps", 1, "--logging_steps", 1]
+    words += ["--report_to", "none", "--disable_tqdm", *more]
+    if "--max_steps" not in more:
+        words += ["--max_steps", 2]
+    return [str(word) for word in words]
+
+
+def check_whole(checkpoint: Path, like: Path) -> None:
+    """``checkpoint`` holds every file that ``like`` holds, and its tensors can be read."""
+    assert {p.name for p in checkpoint.iterdir()} == {p.name for p in like.iterdir()}
+    AutoModelForSeq2SeqLM.from_pretrained(checkpoint)
+    torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    step = int(checkpoint.name.rpartition("-")[2])
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == step
+
+
+def check_goes_on(here, model: Path, data: Path, folder: Path) -> None:
+    """``latest`` continues in ``folder`` to step 4."""
+    resume = ("--resume_from_checkpoint", "latest", "--max_steps", 4)
+    outcome = here(*words_of(model, data, folder, *resume))
+    assert outcome.code == 0, outcome.err
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert [e["step"] for e in state["log_history"] if "loss" in e] == [1, 2, 3, 4]
+
+
+# ---- Disks of a given size, mounted where only the command sees them ----
+
+
+def pages_kib(*paths: Path) -> int:
+    """What the files take on a tmpfs, which gives out pages of 4 KiB."""
+    return sum(-(-path.stat().st_size // 4096) * 4 for path in paths)
+
+
+@pytest.fixture(scope="module")
+def mounts() -> None:
+    probe = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
+    if not shutil.which("unshare") or subprocess.run(probe, check=False).returncode:
+        pytest.skip("this machine allows no mounts of one's own (unshare -rm)")
+
+
+@pytest.fixture(scope="module")
+def sizes(earlier_run: Path) -> dict[str, int]:
+    """Sizes in KiB at which the disk is full while a certain file is written."""
+    saved = earlier_run / "checkpoint-2"
+    whole = pages_kib(*saved.iterdir())
+    weights, optimizer = pages_kib(saved / "model.safetensors"), pages_kib(saved / "optimizer.pt")
+    small = whole - weights - optimizer
+    state, chance = (pages_kib(saved / name) for name in ("trainer_state.json", "rng_state.pth"))
+    final = pages_kib(*(earlier_run / p.name for p in saved.iterdir() if p.name not in (
+        "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")))  # fmt: skip
+    return {
+        "weights": whole + weights // 2,
+        "optimizer": whole + weights + small + optimizer // 2,
+        "random state": 2 * whole - state - chance,
+        "trainer state": 2 * whole - state,
+        "final model": 2 * whole + weights // 2,
+        "report": 2 * whole + final + 64,
+    }
+
+
+@pytest.fixture(scope="module")
+def on_small_disks(
+    mounts: None,
+    sizes: dict[str, int],
+    model: Path,
+    data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Path]:
+    """Results of one run for each of ``sizes``, and one on a disk that turns read-only."""
+    results, disk = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("disk")
+    words = words_of(model, data, disk)
+    runs = [{"name": name, "size_kib": size, "words": words} for name, size in sizes.items()]
+    runs.append(
+        {
+            "name": "read-only",
+            "size_kib": 256 * 1024,
+            "lock": str(disk / "checkpoint-2" / "trainer_state.json"),
+            "words": words_of(model, data, disk, "--max_steps", 500, "--save_total_limit", 2),
+        }
+    )
+    spec = results / "spec.json"
+    spec.write_text(json.dumps({"folder": str(disk), "runs": runs}), encoding="utf-8")
+    command = ["unshare", "-rm", sys.executable, "-m", "tests.support.small_disks", str(spec)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return results, disk
+
+
+def outcome_of(results: Path, name: str) -> Outcome:
+    return Outcome(**json.loads((results / f"{name}.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", ["weights", "optimizer", "random state", "trainer state"])
+def test_the_disk_fills_while_a_checkpoint_is_saved(
+    here, on_small_disks, model, data, earlier_run, name
+):
+    results, disk = on_small_disks
+    refused(
+        outcome_of(results, name),
+        f"saving checkpoint-2 in {disk} failed: {NO_SPACE}",
+        "enough free space",
+        f"the last good checkpoint is {disk}/checkpoint-1",
+        "--resume_from_checkpoint latest",
+    )
+    left = results / name
+    assert [path.name for path in left.iterdir()] == ["checkpoint-1"], "nothing half-written"
+    check_whole(left / "checkpoint-1", earlier_run / "checkpoint-1")
+    check_goes_on(here, model, data, left)
+
+
+def test_the_disk_fills_while_the_final_model_is_saved(on_small_disks, earlier_run):
+    results, disk = on_small_disks
+    refused(
+        outcome_of(results, "final model"),
+        f"saving the model in {disk} failed: {NO_SPACE}",
+        f"the last good checkpoint is {disk}/checkpoint-2",
+    )
+    left = results / "final model"
+    assert sorted(path.name for path in left.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    check_whole(left / "checkpoint-2", earlier_run / "checkpoint-2")
+
+
+def test_the_disk_fills_while_the_report_is_written(on_small_disks, earlier_run):
+    results, disk = on_small_disks
+    refused(
+        outcome_of(results, "report"),
+        f"saving the results in {disk} failed: {NO_SPACE}",
+        f"the last good checkpoint is {disk}/checkpoint-2",
+    )
+    left = results / "report"
+    AutoModelForSeq2SeqLM.from_pretrained(left)
+    assert not (left / "report.html").exists() or (left / "report.html").stat().st_size > 100_000
+    check_whole(left / "checkpoint-2", earlier_run / "checkpoint-2")
+
+
+def test_the_folder_turns_read_only_while_training(on_small_disks, earlier_run):
+    results, disk = on_small_disks
+    saved = sorted((results / "read-only").glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    assert saved and int(saved[-1].name[11:]) < 500
+    refused(
+        outcome_of(results, "read-only"),
+        f"in {disk} failed: Read-only file system",
+        f"the last good checkpoint is {disk}/{saved[-1].name}",
+    )
+    check_whole(saved[-1], earlier_run / "checkpoint-1")
+
+
+def test_a_full_disk_as_a_user_meets_it(mounts, sizes, model, data, earlier_run, tmp_path):
+    disk, copy = tmp_path / "disk", tmp_path / "copy"
+    disk.mkdir()
+    script = (
+        f"mount -t tmpfs -o size={sizes['optimizer']}k none {disk}; "
+        f'"$@"; code=$?; cp -a {disk} {copy}; exit $code'
+    )
+    process = start_command(
+        *words_of(model, data, disk), before=("unshare", "-rm", "sh", "-c", script, "sh")
+    )
+    refused(finish(process), f"saving checkpoint-2 in {disk} failed: {NO_SPACE}", "checkpoint-1")
+    assert [path.name for path in copy.iterdir()] == ["checkpoint-1"]
+    check_whole(copy / "checkpoint-1", earlier_run / "checkpoint-1")
+
+
+# ---- A limit on the size of files, which needs no privileges ----
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writing beyond ``size`` bytes of a file fails with EFBIG (Python ignores SIGXFSZ)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def own_run(earlier_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be continued."""
+    return Path(shutil.copytree(earlier_run, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"), [(2 * MIB, os.strerror(27)), (5 * MIB, "torch could not write its file")]
+)
+def test_a_file_becomes_too_large(here, model, data, own_run, earlier_run, limit, reason):
+    """2 MiB stop the weights, 5 MiB the optimizer's state."""
+    saved = earlier_run / "checkpoint-2"
+    assert (saved / "model.safetensors").stat().st_size < 5 * MIB
+    assert (saved / "optimizer.pt").stat().st_size > 5 * MIB
+    before = snapshot(own_run)
+    words = words_of(model, data, own_run, "--resume_from_checkpoint", "latest", "--max_steps", 4)
+    with file_size_limit(limit):
+        outcome = here(*words)
+    refused(
+        outcome,
+        f"saving checkpoint-3 in {own_run} failed: {reason}",
+        f"the last good checkpoint is {own_run}/checkpoint-2",
+        "--resume_from_checkpoint latest",
+    )
+    assert snapshot(own_run) == before
+    check_goes_on(here, model, data, own_run)
+
+
+def test_a_file_becomes_too_large_as_a_user_meets_it(model, data, tmp_path):
+    folder = tmp_path / "run"
+    outcome = run_command(
+        *words_of(model, data, folder),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, 2 * MIB)),
+    )
+    refused(
+        outcome,
+        f"saving checkpoint-1 in {folder} failed: {os.strerror(27)}",
+        "no checkpoint had been saved",
+    )
+    assert list(folder.iterdir()) == []
