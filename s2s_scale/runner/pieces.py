@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,7 +160,7 @@ def build_trainer(
         run.texts[prefix] = text
         return text
 
-    with _unusable_loggers_refused(args.report_to):
+    with _unusable_loggers_refused(args.report_to or ()):
         trainer = Seq2SeqTrainer(
             loaded.config,
             run.data_args,
@@ -180,7 +180,7 @@ def build_trainer(
 
 
 @contextmanager
-def _unusable_loggers_refused(names: Any) -> Iterator[None]:
+def _unusable_loggers_refused(names: Sequence[str]) -> Iterator[None]:
     """Turn what transformers raises for an unknown or missing logger into a ``UserError``."""
     try:
         yield
@@ -190,7 +190,7 @@ def _unusable_loggers_refused(names: Any) -> Iterator[None]:
         if not unknown and not re.search(r"requires .+ to be installed", text):
             raise
         raise UserError(
-            f"report_to={names}: {text}; expected loggers that are installed here; "
+            f"report_to={','.join(names)}: {text}; expected loggers that are installed here; "
             "change --report_to, or give 'none'"
         ) from error
 

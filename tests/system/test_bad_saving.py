@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from s2s_scale.checkpoint import SaveError, whole_folder
 from tests.support.command import (
     Outcome,
     finish,
@@ -253,3 +254,43 @@ def test_a_file_becomes_too_large_as_a_user_meets_it(model, data, tmp_path):
         "no checkpoint had been saved",
     )
     assert list(folder.iterdir()) == []
+
+
+# ---- How each library reports a failed write ----
+
+
+def save_tokenizer(path: Path, bart: Path) -> None:
+    AutoTokenizer.from_pretrained(bart).backend_tokenizer.save(str(path))
+
+
+@pytest.mark.parametrize(
+    ("save", "reason"),
+    [
+        (lambda path, _: torch.save({"a": torch.zeros(3)}, path), "torch could not write"),
+        (lambda path, _: torch.save({"a": torch.zeros(MIB)}, path), "torch could not write"),
+        (lambda path, _: path.write_text("{}"), NO_SPACE),
+        (save_tokenizer, NO_SPACE),
+    ],
+    ids=["torch, small", "torch, large", "text", "tokenizers"],
+)
+def test_a_write_that_fails_is_told_from_an_error_in_the_program(own_run, bart, save, reason):
+    """/dev/full takes no byte. The folder itself has room, so torch's reason cannot be found."""
+    before = snapshot(own_run)
+
+    def save_there() -> None:
+        with whole_folder(own_run / "checkpoint-3") as folder:
+            (folder / "file").symlink_to("/dev/full")
+            save(folder / "file", bart)
+
+    with pytest.raises(SaveError) as caught:
+        save_there()
+    assert f"saving checkpoint-3 in {own_run} failed: {reason}" in str(caught.value)
+    assert f"{own_run}/checkpoint-2" in str(caught.value)
+    assert snapshot(own_run) == before
+
+
+def test_an_error_in_the_program_stays_what_it_is(own_run):
+    before = snapshot(own_run)
+    with pytest.raises(RuntimeError, match="shapes"), whole_folder(own_run / "checkpoint-3"):
+        raise RuntimeError("shapes do not match")
+    assert snapshot(own_run) == before
