@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -39,6 +40,21 @@ _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "basic_ios", "iostre
 """Parts of the messages of torch's file writer: the first two name its source, the others are
 what the C++ library says once a stream has failed, which comes alone for small files."""
 _PROBE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What saving needs to know of the other ranks.
+
+    ``gather`` gives every rank's value in the order of ranks; every rank must call it.
+    """
+
+    main: bool
+    gather: Callable[[str | None], list[str | None]]
+
+
+SINGLE = Ranks(main=True, gather=lambda value: [value])
+"""The only process there is."""
 
 
 class SaveError(UserError):
@@ -164,46 +180,93 @@ def check_writable(output_dir: Path) -> None:
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
+def whole_folder(final: Path, ranks: Ranks = SINGLE) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``final`` when the block ends well, else vanishes.
 
     Files are flushed to disk before the rename, so ``final`` is either absent, its earlier self,
-    or complete; never half-written.
+    or complete; never half-written. Every rank must enter, and all of them see the same folder.
 
     Raises:
-        SaveError: writing failed; names the last good checkpoint beside ``final``.
+        SaveError: writing failed on some rank; names the last good checkpoint beside ``final``.
     """
     partial = final.with_name(f".{final.name}.incomplete")
-    with _saving(final.name, final.parent, partial):
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        yield partial
-        _flush(partial)
+
+    def publish() -> None:
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
 
+    with _staged(final.name, final.parent, partial, publish, ranks):
+        yield partial
+
 
 @contextmanager
-def whole_files(folder: Path) -> Iterator[Path]:
+def whole_files(folder: Path, ranks: Ranks = SINGLE) -> Iterator[Path]:
     """Yield a temporary folder whose files move into ``folder`` when the block ends well.
 
     For results that stand beside other files, such as the final model in the output folder.
+    Every rank must enter.
 
     Raises:
         SaveError: as ``whole_folder``.
     """
     partial = folder / ".final.incomplete"
-    with _saving("the model", folder, partial):
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        yield partial
-        _flush(partial)
+
+    def publish() -> None:
         for path in sorted(partial.iterdir()):
             path.replace(folder / path.name)
         partial.rmdir()
+
+    with _staged("the model", folder, partial, publish, ranks):
+        yield partial
+
+
+@contextmanager
+def _staged(
+    what: str, folder: Path, partial: Path, publish: Callable[[], None], ranks: Ranks
+) -> Iterator[None]:
+    """Rank 0 makes ``partial``, the block fills it, rank 0 publishes it; all or none succeed.
+
+    A failed write on one rank is raised on every rank, so that none waits for another.
+    """
+
+    def settle(error: BaseException | None) -> None:
+        # The reason is looked for on the disk as it is, so before anything is deleted.
+        reason = None if error is None else _write_failure(error, partial)
+        unexpected = error is not None and reason is None
+        first = None if unexpected else next((r for r in ranks.gather(reason) if r), None)
+        if ranks.main and (unexpected or first):
+            shutil.rmtree(partial, ignore_errors=True)
+        if error is not None and unexpected:
+            raise error
+        if first is not None:
+            raise _save_error(what, folder, first) from error
+
+    def make() -> None:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+
+    def finish() -> None:
+        _flush(partial)
+        publish()
+
+    settle(_failure_of(make) if ranks.main else None)
+    failure = None
+    try:
+        yield
+    except BaseException as error:  # noqa: BLE001  (settle raises it again, on every rank)
+        failure = error
+    settle(failure)
+    settle(_failure_of(finish) if ranks.main else None)
+
+
+def _failure_of(step: Callable[[], None]) -> BaseException | None:
+    try:
+        step()
+    except BaseException as error:  # noqa: BLE001  (handed to settle, which raises it again)
+        return error
+    return None
 
 
 @contextmanager
@@ -217,19 +280,6 @@ def writing(what: str, folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _save_error(what, folder, error.strerror or str(error)) from error
-
-
-@contextmanager
-def _saving(what: str, folder: Path, partial: Path) -> Iterator[None]:
-    """Turn the ways in which writing fails into one ``SaveError``; leave nothing behind."""
-    try:
-        yield
-    except BaseException as error:
-        reason = _write_failure(error, partial)  # looks at the disk as it is, so before the next
-        shutil.rmtree(partial, ignore_errors=True)
-        if reason is None:
-            raise
-        raise _save_error(what, folder, reason) from error
 
 
 def _save_error(what: str, folder: Path, reason: str) -> SaveError:

@@ -14,8 +14,8 @@ BACKENDS: dict[str, str] = {
 }
 
 
-def make_backend(name: str) -> Backend:
-    """The backend called ``name``.
+def make_backend(name: str, device: str = "cpu") -> Backend:
+    """The backend called ``name`` for ``device`` (cpu, cuda or tpu).
 
     Raises:
         UserError: no backend has that name.
@@ -23,7 +23,7 @@ def make_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise unknown_name("backend", name, BACKENDS)
     module, _, attribute = BACKENDS[name].partition(":")
-    backend: Backend = getattr(importlib.import_module(module), attribute)()
+    backend: Backend = getattr(importlib.import_module(module), attribute)(device)
     return backend
 
 

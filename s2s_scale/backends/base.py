@@ -9,14 +9,19 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+T = TypeVar("T")
 
 
 class Backend(abc.ABC):
     """Carries a training run onto one kind of hardware."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
 
     @abc.abstractmethod
     def problems(self) -> Sequence[str]:
@@ -32,12 +37,31 @@ class Backend(abc.ABC):
     @property
     @abc.abstractmethod
     def data_rank(self) -> int:
-        """Which share of each step's rows this process takes, from 0."""
+        """Which share of each step's rows this process takes, from 0; 0 also writes the files."""
 
     @property
     @abc.abstractmethod
     def data_world_size(self) -> int:
         """Into how many shares each step's rows are divided."""
+
+    @abc.abstractmethod
+    def total(self, value: Tensor) -> Tensor:
+        """``value`` summed over all ranks, on every rank. Every rank must call it."""
+
+    @abc.abstractmethod
+    def gather_rows(self, rows: Tensor, padding: int) -> Tensor:
+        """All ranks' ``rows`` [B, T], rank after rank: [ranks * B, longest T], on every rank.
+
+        Every rank must call it with the same B; T may differ, shorter rows are padded on the right.
+        """
+
+    @abc.abstractmethod
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's ``value``, in the order of ranks, on every rank. Every rank must call it."""
+
+    @abc.abstractmethod
+    def main_first(self) -> AbstractContextManager[None]:
+        """Context that rank 0 runs through before the others enter. Every rank must enter it."""
 
     @abc.abstractmethod
     def build_optimizer(

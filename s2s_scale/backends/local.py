@@ -1,42 +1,85 @@
-"""One process on a CPU or a single GPU: the null object among the backends."""
+"""Plain torch: one process on a CPU or GPU, or one per device under DistributedDataParallel."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2s_scale.backends.base import Backend
 
+T = TypeVar("T")
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher sets for each rank; torch reads them to form the process group."""
+
 
 class LocalBackend(Backend):
-    """Adds nothing to what torch does in one process."""
+    """Adds nothing to what torch does; collectives are the identity in a single process."""
 
     def problems(self) -> Sequence[str]:
-        ranks = os.environ.get("WORLD_SIZE", "1")
-        if ranks != "1":
-            return [
-                f"WORLD_SIZE={ranks}: this backend runs one process; start it without a launcher, "
-                "or unset WORLD_SIZE and RANK"
-            ]
-        return []
+        there = [name for name in RANK_VARIABLES if os.environ.get(name)]
+        missing = [name for name in RANK_VARIABLES if name not in there]
+        single = os.environ.get("WORLD_SIZE") == "1"
+        # MASTER_ADDR and MASTER_PORT alone are left by many a job script and mean nothing.
+        launched = any("RANK" in name or name == "WORLD_SIZE" for name in there)
+        return [_half_launched(there, missing)] if launched and missing and not single else []
 
     def prepare_process(self) -> None:
         # An installed torch-xla would pull transformers and accelerate onto XLA code paths even
         # for a CPU or GPU run.
         os.environ.setdefault("USE_TORCH_XLA", "0")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            if self.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if self.device == "cuda" else "gloo")
 
     @property
     def data_rank(self) -> int:
-        return 0
+        return dist.get_rank() if dist.is_initialized() else 0
 
     @property
     def data_world_size(self) -> int:
-        return 1
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    def total(self, value: Tensor) -> Tensor:
+        if self.data_world_size == 1:
+            return value
+        summed = value.detach().clone()
+        dist.all_reduce(summed)
+        return summed
+
+    def gather_rows(self, rows: Tensor, padding: int) -> Tensor:
+        if self.data_world_size == 1:
+            return rows
+        width = torch.tensor(rows.shape[1], device=rows.device)
+        dist.all_reduce(width, op=dist.ReduceOp.MAX)
+        missing = int(width) - rows.shape[1]
+        padded = nn.functional.pad(rows, (0, missing), value=padding).contiguous()
+        parts = [torch.empty_like(padded) for _ in range(self.data_world_size)]
+        dist.all_gather(parts, padded)
+        return torch.cat(parts)
+
+    def gather_objects(self, value: T) -> list[T]:
+        if self.data_world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.data_world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        if self.data_rank > 0:
+            dist.barrier()
+        yield
+        if self.data_rank == 0 and self.data_world_size > 1:
+            dist.barrier()
 
     def build_optimizer(
         self,
@@ -50,9 +93,18 @@ class LocalBackend(Backend):
         return _no_extra_keywords()
 
     def close(self) -> None:
-        return None
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextmanager
 def _no_extra_keywords() -> Iterator[Mapping[str, Any]]:
     yield {}
+
+
+def _half_launched(there: Sequence[str], missing: Sequence[str]) -> str:
+    return (
+        f"{', '.join(f'{name}={os.environ[name]}' for name in there)} set, but "
+        f"{', '.join(missing)} not: a launcher sets all of them; start with torchrun or "
+        "--profile cpu-ddp, or unset them for a single process"
+    )

@@ -10,7 +10,7 @@ same plan under every numpy version.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,7 @@ __all__ = [
     "EpochPlan",
     "Lengths",
     "count_rows",
+    "deal_batches",
     "divide_step",
     "evaluation_batches",
     "micro_batches_of_step",
@@ -201,3 +202,18 @@ def evaluation_batches(lengths: Lengths | None, *, n_rows: int, rows_per_batch: 
         source, target = lengths
         order = np.lexsort((order, -target.astype(np.int64), -source.astype(np.int64)))
     return [order[start : start + rows_per_batch] for start in range(0, count, rows_per_batch)]
+
+
+def deal_batches(batches: Sequence[Rows], *, world_size: int) -> list[list[Rows]]:
+    """Deal evaluation batches to ranks: ``result[round][rank]`` are the rows of that rank.
+
+    In a round every rank has the same number of rows, as collective operations need; in the last
+    one, ids below 0 (``~row``) fill up and stand for rows that count nothing (see ``MarkedRows``).
+    """
+    rounds = []
+    for start in range(0, len(batches), world_size):
+        rows = np.concatenate(batches[start : start + world_size])
+        missing = -len(rows) % world_size
+        filled = np.concatenate([rows, np.repeat(~rows[-1:], missing)])
+        rounds.append(np.split(filled, world_size))
+    return rounds

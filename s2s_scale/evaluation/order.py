@@ -13,7 +13,8 @@ def in_data_order(rows: Any, order: np.ndarray) -> Any:
     Args:
         rows: array [N, ...], or [N * R, ...] with R entries per data row (several returned
             sequences); tuples and lists of such arrays; or None.
-        order: int array [N], a permutation of the data rows.
+        order: int array [N]: a permutation of the data rows, with any number of ids below 0 in
+            between, whose entries stand for no row and are left out.
 
     Raises:
         ValueError: the number of entries is no multiple of N.
@@ -27,6 +28,7 @@ def in_data_order(rows: Any, order: np.ndarray) -> Any:
         raise ValueError(
             f"{len(rows)} predictions for {len(order)} data rows: expected a multiple of the rows"
         )
-    positions = np.argsort(order, kind="stable")
+    real = np.flatnonzero(order >= 0)
+    positions = real[np.argsort(order[real], kind="stable")]
     entries = (positions[:, None] * per_row + np.arange(per_row)).reshape(-1)
     return rows[entries]

@@ -50,7 +50,7 @@ class Run:
 def open_backend(settings: Settings) -> Iterator[Backend]:
     """The profile's backend, ready in this process; closed at the end, errors included."""
     assert settings.profile is not None, "a verb that trains or evaluates has a profile"
-    backend = make_backend(settings.profile.backend)
+    backend = make_backend(settings.profile.backend, settings.profile.device)
     raise_problems(list(backend.problems()))
     backend.prepare_process()
     # Its bars over the shards of a file say nothing that our own lines do not.
@@ -97,10 +97,11 @@ def load_model(run: Run) -> models.Loaded:
 
 
 def tokenize(
-    run: Run, loaded: models.Loaded, pairs: datasets.Dataset, split: Split
+    run: Run, loaded: models.Loaded, backend: Backend, pairs: datasets.Dataset, split: Split
 ) -> datasets.Dataset:
-    """A split's token ids, checked against the model's vocabulary."""
-    examples = tokenize_with(loaded.tokenizer, loaded.config, run, pairs, split)
+    """A split's token ids, checked against the model's vocabulary. Every rank must call it."""
+    with backend.main_first():  # the other ranks then find the examples in the cache
+        examples = tokenize_with(loaded.tokenizer, loaded.config, run, pairs, split)
     check_token_ids(
         examples,
         source_vocab_size=models.source_vocab_size(loaded.config),

@@ -55,7 +55,7 @@ def train(settings: Settings) -> int:
         _check_best_metric(run)
         pairs = {split: load_pairs(run.data_args, split) for split in _splits_of_training(run)}
         loaded = load_model(run)
-        examples = {split: tokenize(run, loaded, pairs[split], split) for split in pairs}
+        examples = {split: tokenize(run, loaded, backend, pairs[split], split) for split in pairs}
         trainer = build_trainer(run, loaded, backend, examples)
         if resume is None:
             trainer.add_callback(RemoveEarlierRun(run.output_dir))
@@ -101,14 +101,15 @@ def evaluate(settings: Settings) -> int:
             check_writable(run.output_dir)
         pairs = load_pairs(run.data_args, split)
         loaded = load_model(run)
-        examples = {split: tokenize(run, loaded, pairs, split)}
+        examples = {split: tokenize(run, loaded, backend, pairs, split)}
         trainer = build_trainer(run, loaded, backend, examples)
         results = Results()
         metrics = trainer.evaluate(examples[split], metric_key_prefix=split)
         results.add(split, metrics, run.texts.get(split))
-        print_table(results, title=f"{run.model_args.model_name_or_path} on {split}")
-        if keep:
-            print(f"results: {results.write(run.output_dir, split)}")
+        if backend.data_rank == 0:
+            print_table(results, title=f"{run.model_args.model_name_or_path} on {split}")
+            if keep:
+                print(f"results: {results.write(run.output_dir, split)}")
     return 0
 
 
@@ -141,8 +142,10 @@ def _finish(
 ) -> None:
     """Evaluate what was asked for, and write results and report."""
     results, output_dir = Results(), run.output_dir
+    main = trainer.backend.data_rank == 0
     results.add("train", train_metrics, None)
-    results.write(output_dir, "train")
+    if main:
+        results.write(output_dir, "train")
     after: dict[Split, bool] = {
         "val": run.training_args.do_eval,
         "test": run.training_args.do_predict,
@@ -151,7 +154,10 @@ def _finish(
         if wanted:
             metrics = trainer.evaluate(examples[split], metric_key_prefix=split)
             results.add(split, metrics, run.texts.get(split))
-            results.write(output_dir, split)
+            if main:
+                results.write(output_dir, split)
+    if not main:
+        return
     trainer.state.save_to_json(str(output_dir / STATE_FILE))
     html, png = write_run_report(
         output_dir,

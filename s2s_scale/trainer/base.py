@@ -71,12 +71,13 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         self._batch_nll: Tensor | None = None
         self._evaluation_meter: EvaluationMeter | None = None
         self._text: TextEvaluation | None = None
+        self._generates_text = False
         self._evaluated_rows: Iterator[list[int]] = iter(())
         self._evaluation_loaders: dict[int, EvaluationLoader] = {}
         self._guard = NonFiniteGuard(
             limit=self.args.max_nonfinite_steps, output_dir=Path(str(self.args.output_dir))
         )
-        self._step_callback = StepCallback(self._guard)
+        self._step_callback = StepCallback(self._guard, self.backend.total)
         self.add_callback(self._step_callback)
 
     @property

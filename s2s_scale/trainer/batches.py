@@ -102,6 +102,8 @@ class BatchTrainer(OptimizationTrainer):
             collate,
             source=dataset,
             rows_per_batch=self.args.eval_batch_size,
+            rank=self.backend.data_rank,
+            world_size=self.backend.data_world_size,
             **loader_options(self.args),
         )
         if self.args.dataloader_persistent_workers:

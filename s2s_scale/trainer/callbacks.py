@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -18,8 +20,9 @@ class StepCallback(TrainerCallback):
     resuming wraps the loader in one that forwards no epoch.
     """
 
-    def __init__(self, guard: NonFiniteGuard) -> None:
+    def __init__(self, guard: NonFiniteGuard, total: Callable[[Tensor], Tensor]) -> None:
         self.guard = guard
+        self.total = total
         self.sampler: PlanSampler | None = None
         self._next_epoch = 0
         self._epoch_start = 0
@@ -57,4 +60,5 @@ class StepCallback(TrainerCallback):
             step=state.global_step + 1,
             rows=rows,
             learning_rate=float(optimizer.param_groups[0]["lr"]),
+            total=self.total,
         )

@@ -15,6 +15,7 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 from s2s_scale.evaluation.order import in_data_order
+from s2s_scale.losses import IGNORE_INDEX
 from s2s_scale.trainer.batches import BatchTrainer
 from s2s_scale.trainer.loaders import EvaluationLoader
 from s2s_scale.trainer.meters import EvaluationMeter
@@ -93,12 +94,13 @@ class EvaluationTrainer(BatchTrainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
             metrics = dict(output.metrics or {})
-            own = self._evaluation_meter.read() | (self._text.finish() if self._text else {})
+            own = self._evaluation_meter.read(self.backend.total) | self._finish_text()
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in own.items()}
         finally:
             self.compute_metrics = stock_metrics
             self._evaluation_meter = None
             self._text = None
+            self._generates_text = False
         if sorted_loader is None:
             return output._replace(metrics=metrics)
         return output._replace(
@@ -110,9 +112,32 @@ class EvaluationTrainer(BatchTrainer):
     def _start_text(self, loader: EvaluationLoader, prefix: str) -> None:
         if self.text_evaluation_for is None or not self.args.predict_with_generate:
             return
-        self._text = self.text_evaluation_for(loader.source, prefix)
-        self._text.start(len(loader.row_order))
-        self._evaluated_rows = iter(loader.batch_sampler)  # type: ignore[arg-type]
+        self._generates_text = True
+        self._evaluated_rows = iter(loader.rounds)
+        if self.backend.data_rank == 0:
+            self._text = self.text_evaluation_for(loader.source, prefix)
+            self._text.start(int((loader.row_order >= 0).sum()))
+
+    def _add_text(self, generated: Tensor, labels: Tensor | None) -> None:
+        """Bring all ranks' generated rows [B * R, T] of a batch to rank 0, which scores them."""
+        generated = self.backend.gather_rows(generated, self._padding_id())
+        if labels is not None:
+            labels = self.backend.gather_rows(labels, IGNORE_INDEX)
+        rows = next(self._evaluated_rows)
+        if self._text is None:
+            return
+        real = [place for place, row in enumerate(rows) if row >= 0]
+        returned = generated.view(len(rows), -1, generated.shape[-1])[real]
+        self._text.add(
+            [rows[place] for place in real],
+            returned.flatten(0, 1),
+            None if labels is None else labels[real],
+        )
+
+    def _finish_text(self) -> dict[str, float]:
+        """The text metrics, on every rank; empty where no text was generated."""
+        metrics = self._text.finish() if self._text is not None else {}
+        return self.backend.gather_objects(metrics)[0]
 
     def _ordered_metrics(
         self, loader: EvaluationLoader | None
@@ -148,7 +173,7 @@ class EvaluationTrainer(BatchTrainer):
         Generated tokens [B, L] and labels [B, L] are padded to the generation limit L.
         """
         generates = self.args.predict_with_generate and not prediction_loss_only
-        if not generates and self._text is None:
+        if not generates and not self._generates_text:
             return super().prediction_step(
                 model, inputs, prediction_loss_only, ignore_keys=ignore_keys
             )
@@ -163,8 +188,8 @@ class EvaluationTrainer(BatchTrainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, inputs, num_items_in_batch=tokens)
             loss = loss.detach().mean()
-        if self._text is not None:
-            self._text.add(next(self._evaluated_rows), generated, labels)
+        if self._generates_text:
+            self._add_text(generated, labels)
             return loss, None, None
         if self.args.prediction_loss_only:
             return loss, None, None

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
-from s2s_scale.data.batching import evaluation_batches, row_lengths
-from s2s_scale.data.samplers import PlanBatchSampler
+from s2s_scale.data.batching import deal_batches, evaluation_batches, row_lengths
+from s2s_scale.data.samplers import MarkedRows, PlanBatchSampler
 
 
 def loader_options(args: TrainingArguments) -> dict[str, Any]:
@@ -43,11 +43,14 @@ class TrainingLoader(DataLoader):  # type: ignore[type-arg]
 
 
 class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
-    """Batches of rows of like length, longest first; ``row_order`` says which row came when.
+    """This rank's batches of rows of like length, longest first.
 
     Rows come in the data's order where their lengths are not to be had without reading them all.
+    ``rounds`` holds the row ids of all ranks, rank after rank, batch after batch; ids below 0 fill
+    up the last batches of some ranks and stand for no row. ``row_order`` is all of them in a row.
     """
 
+    rounds: list[list[int]]
     row_order: np.ndarray
     source: Dataset[Any]
 
@@ -58,16 +61,27 @@ class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
         *,
         source: Dataset[Any],
         rows_per_batch: int,
+        rank: int,
+        world_size: int,
         **options: Any,
     ) -> None:
         n_rows = len(source)  # type: ignore[arg-type]
-        lengths = row_lengths(source) if hasattr(source, "column_names") else None
+        lengths = row_lengths(source) if _has_lengths(source) else None
         batches = evaluation_batches(lengths, n_rows=n_rows, rows_per_batch=rows_per_batch)
+        dealt = deal_batches(batches, world_size=world_size)
         super().__init__(
-            dataset,
-            batch_sampler=[batch.tolist() for batch in batches],
+            MarkedRows(dataset),
+            batch_sampler=[shares[rank].tolist() for shares in dealt],
             collate_fn=collate,
             **options,
         )
-        self.row_order = np.concatenate(batches) if batches else np.empty(0, dtype=np.int64)
+        rounds = [np.concatenate(shares) for shares in dealt]
+        self.rounds = [rows.tolist() for rows in rounds]
+        self.row_order = np.concatenate(rounds) if rounds else np.empty(0, dtype=np.int64)
         self.source = source
+
+
+def _has_lengths(dataset: Any) -> bool:
+    """Whether lengths can be had from columns, without reading row after row."""
+    columns = getattr(dataset, "column_names", None) or ()
+    return any(name in columns for name in ("source_length", "length", "input_ids"))

@@ -120,9 +120,7 @@ class LossTrainer(TrainerBase):
             return None
         counts = [count_tokens(self._targets(batch["labels"])) for batch in batch_samples]
         tokens = torch.stack(counts).sum().to(device)
-        if self.backend.data_world_size > 1:
-            tokens = self.accelerator.gather(tokens).sum()
-        return tokens
+        return self.backend.total(tokens)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -146,7 +144,7 @@ class LossTrainer(TrainerBase):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.is_in_train:
-            logs.update(self._meter.read())
+            logs.update(self._meter.read(self.backend.total))
             if self._guard.steps:
                 logs["nonfinite_steps"] = len(self._guard.steps)
         if "train_loss" in logs:  # the summary at the end, which becomes the results

@@ -6,11 +6,14 @@ Reading a device value stalls the device, so nothing here calls ``.item()`` befo
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from s2s_scale.losses import TokenLoss
+
+Total = Callable[[Tensor], Tensor]
 
 
 class TrainingMeter:
@@ -38,11 +41,14 @@ class TrainingMeter:
         """Do not count ``seconds`` (an evaluation, a save) as training time."""
         self._paused += seconds
 
-    def read(self) -> dict[str, float]:
-        """``nll_loss`` (nats per token, mean over steps), ``tokens_per_second``; then restart."""
+    def read(self, total: Total) -> dict[str, float]:
+        """``nll_loss`` (nats per token, mean over steps), ``tokens_per_second``; then restart.
+
+        ``total`` sums over ranks; every rank must call.
+        """
         values: dict[str, float] = {}
         if self._steps and self._nll is not None and self._tokens is not None:
-            values["nll_loss"] = float(self._nll) / self._steps
+            values["nll_loss"] = float(total(self._nll)) / self._steps
             seconds = time.perf_counter() - (self._started or 0.0) - self._paused
             if seconds > 0:
                 values["tokens_per_second"] = float(self._tokens) / seconds
@@ -64,9 +70,14 @@ class EvaluationMeter:
         )
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def read(self) -> dict[str, float]:
-        """``loss`` and ``nll_loss`` in nats per target token; empty if no token was counted."""
-        if self._sums is None or not self._sums[2]:
+    def read(self, total: Total) -> dict[str, float]:
+        """``loss`` and ``nll_loss`` in nats per target token; empty if no token was counted.
+
+        ``total`` sums over ranks; every rank must call.
+        """
+        if self._sums is None:
             return {}
-        loss, nll, tokens = self._sums.tolist()
+        loss, nll, tokens = total(self._sums).tolist()
+        if not tokens:
+            return {}
         return {"loss": loss / tokens, "nll_loss": nll / tokens}

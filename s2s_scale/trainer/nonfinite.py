@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,18 +47,25 @@ class NonFiniteGuard:
         self._bad = bad if self._bad is None else self._bad | bad
 
     def finish_step(
-        self, optimizer: Optimizer, *, step: int, rows: Sequence[int], learning_rate: float
+        self,
+        optimizer: Optimizer,
+        *,
+        step: int,
+        rows: Sequence[int],
+        learning_rate: float,
+        total: Callable[[Tensor], Tensor],
     ) -> None:
         """Before the update: drop the gradients if anything observed was not finite.
 
         Args:
             step: number of the optimizer step about to be made, from 1.
             rows: row ids of the training set in this step.
+            total: sums over ranks, so that all of them skip the same steps.
 
         Raises:
             NonFiniteLossError: this was the ``limit``-th such step.
         """
-        bad = self._bad is not None and bool(self._bad)
+        bad = self._bad is not None and bool(total(self._bad.float()))
         self._bad = None
         if not bad:
             self._last_finite = step

@@ -9,12 +9,16 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from s2s_scale.checkpoint import STATE_FILE, whole_files, whole_folder
+from s2s_scale.checkpoint import STATE_FILE, Ranks, whole_files, whole_folder
 from s2s_scale.trainer.evaluating import EvaluationTrainer
 
 
 class SavingTrainer(EvaluationTrainer):
     """Saves."""
+
+    @property
+    def _ranks(self) -> Ranks:
+        return Ranks(main=self.backend.data_rank == 0, gather=self.backend.gather_objects)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write model and tokenizer, whole or not at all.
@@ -25,8 +29,8 @@ class SavingTrainer(EvaluationTrainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
-        with whole_files(Path(str(output_dir or self.args.output_dir))) as partial_folder:
-            super().save_model(str(partial_folder), _internal_call=True)
+        with whole_files(Path(str(output_dir or self.args.output_dir)), self._ranks) as folder:
+            super().save_model(str(folder), _internal_call=True)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -43,14 +47,17 @@ class SavingTrainer(EvaluationTrainer):
         best = run_dir / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (best == final or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
-        with self._not_training(), whole_folder(final) as folder:
+        with self._not_training(), whole_folder(final, self._ranks) as folder:
             super().save_model(str(folder), _internal_call=True)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
                 self._save_rng_state(str(folder))
-            self._save_callback_states()
-            self.state.save_to_json(str(folder / STATE_FILE))
+            if self._ranks.main:
+                self._save_callback_states()
+                self.state.save_to_json(str(folder / STATE_FILE))
+        if not self._ranks.main:
+            return
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         rotate_checkpoints(

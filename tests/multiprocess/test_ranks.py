@@ -1,0 +1,68 @@
+"""Several ranks give one process's numbers: losses, gradients, weights, texts, rows."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.support.ranks import run_ranks
+
+STEPS = 8
+ROWS_PER_STEP = 12
+
+
+def figures(folder, *, family, ranks, smoothing, accumulation=1, rows=31):
+    """Train on ``ranks`` ranks with the same rows in each step, whatever their number."""
+    folder.mkdir(parents=True)
+    job = {
+        "family": family,
+        "rows": rows,
+        "evaluation_rows": 11,
+        "arguments": {
+            "label_smoothing": smoothing,
+            "max_steps": STEPS,
+            "per_device_train_batch_size": ROWS_PER_STEP // (ranks * accumulation),
+            "gradient_accumulation_steps": accumulation,
+            "per_device_eval_batch_size": 2,
+            "warmup_steps": 3,
+            "max_grad_norm": 0.5,
+            "predict_with_generate": True,
+            "save_strategy": "steps",
+            "save_steps": 5,
+        },
+    }
+    path = folder / "job.json"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    results = run_ranks(["-m", "tests.support.rank_worker", str(path)], ranks=ranks, folder=folder)
+    for rank, result in enumerate(results):
+        assert result.code == 0, f"rank {rank}:\n{result.output}"
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("family", "smoothing", "ranks", "accumulation"),
+    [("t5", 0.0, 2, 2), ("bart", 0.1, 2, 1), ("marian", 0.0, 3, 2)],
+)
+def test_ranks_give_the_numbers_of_one_process(tmp_path, family, smoothing, ranks, accumulation):
+    one = figures(tmp_path / "one", family=family, ranks=1, smoothing=smoothing)
+    many = figures(
+        tmp_path / "many",
+        family=family,
+        ranks=ranks,
+        smoothing=smoothing,
+        accumulation=accumulation,
+    )
+    assert (one["world_size"], many["world_size"]) == (1, ranks)
+    assert len(one["loss"]) == STEPS
+    for name in ("loss", "nll_loss", "grad_norm"):
+        assert many[name] == pytest.approx(one[name], rel=1e-5), name
+    np.testing.assert_allclose(many["weights"], one["weights"], rtol=0, atol=1e-5)
+    assert many["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
+    assert many["predictions"] == one["predictions"]
+    assert [r[: len(o)] for r, o in zip(many["labels"], one["labels"], strict=True)] == one[
+        "labels"
+    ]
+    assert len(many["labels"]) == 11
+    assert (tmp_path / "many" / "run" / "checkpoint-8" / "rng_state_1.pth").exists()

@@ -1,0 +1,69 @@
+"""What one rank does in the multi-process tests: train and evaluate, and print the figures.
+
+Usage: python -m tests.support.rank_worker SETTINGS.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from s2s_scale.backends import make_backend
+from s2s_scale.data.collate import Seq2SeqCollator
+from tests.support.training import fresh, history, ragged_rows, settings
+
+
+def main(path: Path) -> None:
+    """Read the job, do it on this rank, and let rank 0 write ``result.json`` beside it."""
+    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    backend = make_backend(job.get("backend", "local"))
+    problems = backend.problems()
+    assert not problems, problems
+    backend.prepare_process()
+    try:
+        result = run(job, path.parent, backend)
+        if backend.data_rank == 0:
+            (path.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    finally:
+        backend.close()
+
+
+def run(job: dict[str, Any], folder: Path, backend: Any) -> dict[str, Any]:
+    """Train, evaluate with and without generated text, and collect every figure."""
+    import datasets
+
+    model = fresh(job["family"])
+    values = settings(folder / "run", **job["arguments"])
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(**values),
+        train_dataset=ragged_rows(model, job["rows"]),
+        data_collator=Seq2SeqCollator(model.config.pad_token_id),
+        backend=backend,
+    )
+    trainer.train()
+    evaluation = datasets.Dataset.from_list(ragged_rows(model, job["evaluation_rows"], seed=7))
+    metrics = trainer.evaluate(evaluation)
+    predictions = trainer.predict(evaluation, max_length=9)
+    weights = torch.cat([p.detach().double().flatten() for p in model.parameters()])
+    replicas = backend.gather_objects(weights.numpy().tobytes())
+    assert len(set(replicas)) == 1, "the ranks' weights differ"
+    return {
+        "loss": history(trainer, "loss"),
+        "nll_loss": history(trainer, "nll_loss"),
+        "grad_norm": history(trainer, "grad_norm"),
+        "weights": weights.tolist(),
+        "eval_loss": metrics["eval_loss"],
+        "predictions": predictions.predictions.tolist(),
+        "labels": predictions.label_ids.tolist(),
+        "world_size": backend.data_world_size,
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
