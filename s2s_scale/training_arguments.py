@@ -203,6 +203,8 @@ _LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
+    "generation_max_length": 1,
+    "generation_num_beams": 1,
     "dataloader_num_workers": 0,
     "learning_rate": 0,
     "weight_decay": 0,

@@ -5,6 +5,7 @@ Reading a device value stalls the device, so nothing here calls ``.item()`` befo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -48,7 +49,9 @@ class TrainingMeter:
         """
         values: dict[str, float] = {}
         if self._steps and self._nll is not None and self._tokens is not None:
-            values["nll_loss"] = float(total(self._nll)) / self._steps
+            nll = float(total(self._nll)) / self._steps
+            if math.isfinite(nll):  # a step that was skipped leaves no number to report
+                values["nll_loss"] = nll
             seconds = time.perf_counter() - (self._started or 0.0) - self._paused
             if seconds > 0:
                 values["tokens_per_second"] = float(self._tokens) / seconds
