@@ -1,7 +1,7 @@
 """Every setting of our own, as dataclasses. Imports neither torch nor transformers.
 
 The command line reads these fields for its flags and help, so each field's metadata holds a
-``help`` text, its ``group`` in ``--help`` and, where the values are fixed, its ``choices``.
+``help`` text with its group in ``--help`` and, where the values are fixed, its ``choices``.
 The settings that extend transformers' training arguments are in ``TrainingExtras`` here;
 ``training_arguments.py`` joins them with transformers' own.
 """
@@ -26,9 +26,24 @@ SCHEDULES = (
 METRICS = ("bleu", "chrf", "rouge", "exact_match")
 
 
+class Help(str):
+    """A setting's help text, and its group in ``--help``.
+
+    The group is no metadata of its own because transformers' ``HfArgumentParser``, which scripts
+    use on these classes, hands all metadata to argparse.
+    """
+
+    group: str
+
+    def __new__(cls, text: str, *, group: str) -> Help:
+        made = super().__new__(cls, text)
+        made.group = group
+        return made
+
+
 def setting(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field with the metadata that the command line shows."""
-    metadata: dict[str, Any] = {"help": help, "group": group}
+    metadata: dict[str, Any] = {"help": Help(help, group=group)}
     if choices is not None:
         metadata["choices"] = choices
     return field(default=default, metadata=metadata)
@@ -125,8 +140,7 @@ class DataArguments:
     metrics: list[str] = field(
         default_factory=lambda: list(METRICS),
         metadata={
-            "help": "Text metrics computed with --predict_with_generate.",
-            "group": "generation",
+            "help": Help("Text metrics computed with --predict_with_generate.", group="generation"),
             "choices": METRICS,
         },
     )

@@ -168,7 +168,7 @@ def _class_options(cls: type) -> list[Option]:
                 type="|".join(kinds),
                 default=default,
                 help=entry.metadata["help"],
-                group=entry.metadata["group"],
+                group=entry.metadata["help"].group,
                 choices=entry.metadata.get("choices"),
                 optional=optional,
                 bare=True if "bool" in kinds else None,
