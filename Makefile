@@ -31,7 +31,7 @@ install: $(STAMP)
 # One stamp, so that a second `make` installs nothing, and a changed requirement installs again.
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
 	@$(BIN)/python -c '' 2>/dev/null || bash constraints/make_venv.sh "$(PYTHON)" "$(VENV)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAIN) --editable '.[dev]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check $(CONSTRAIN) --editable '.[dev]'
 	@touch $@
 
 demo: $(STAMP)
