@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from s2s_scale import cli
-from tests.support.commands import s2s_scale
+from tests.support.measured import s2s_scale
 from tests.support.copying import write_copy_task
 from tests.support.families import FAMILY_NAMES
 

@@ -10,7 +10,7 @@ import string
 import pytest
 
 from s2s_scale import cli
-from tests.support.commands import s2s_scale
+from tests.support.measured import s2s_scale
 from tests.support.copying import write_copy_task
 
 SHORT = "--val_max_target_length 8 --disable_tqdm".split()
