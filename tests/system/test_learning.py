@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from s2s_scale import cli
-from tests.support.measured import s2s_scale
 from tests.support.copying import write_copy_task
 from tests.support.families import FAMILY_NAMES
+from tests.support.measured import s2s_scale
 
 STEPS = 300
 NEW = "--size tiny --vocab_size 300 --seed 0".split()

@@ -10,8 +10,8 @@ import string
 import pytest
 
 from s2s_scale import cli
-from tests.support.measured import s2s_scale
 from tests.support.copying import write_copy_task
+from tests.support.measured import s2s_scale
 
 SHORT = "--val_max_target_length 8 --disable_tqdm".split()
 TRAINING = """
