@@ -280,7 +280,8 @@ def _bart_like_fields(shape: Shape) -> dict[str, Any]:
     return {
         "d_model": shape.d_model,
         # Xavier's deviation for square matrices, and scaled embeddings of size 1, as the position
-        # signal's. The families' own 0.02 fits a width of 1024 and more; at 128 it drowns the words.
+        # signal's. The families' own 0.02 fits a width of 1024 and more; at 128 the position
+        # signal drowns the words.
         "init_std": shape.d_model**-0.5,
         "max_position_embeddings": shape.positions,
         **{
