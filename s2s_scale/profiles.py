@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.machinery
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from s2s_scale.settings.values import from_node, is_null, plain
 from s2s_scale.settings.yaml_files import Entry, mapping_entries, read_entries
 
 BACKENDS = ("local",)
-LAUNCHERS = ("none",)
+LAUNCHERS = ("none", "torchrun")
 DEVICES = ("cpu", "cuda")
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 WSL_DEVICE = Path("/dev/dxg")
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 AUTO = "auto"
 # Values that are merged with the parent's name by name; all others replace the parent's.
@@ -83,6 +84,18 @@ def cuda_is_here() -> bool:
         return False
     built = Path(next(iter(spec.submodule_search_locations)), "lib", "libtorch_cuda.so").exists()
     return built and (NVIDIA_DEVICE.exists() or WSL_DEVICE.exists())
+
+
+def cuda_devices(environ: Mapping[str, str]) -> list[str]:
+    """Names of the CUDA devices that may be used, such as ["0", "1"], without importing torch.
+
+    Those of CUDA_VISIBLE_DEVICES, else one per GPU that the NVIDIA driver lists.
+    """
+    allowed = environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        return [name.strip() for name in allowed.split(",") if name.strip() not in ("", "-1")]
+    listed = list(NVIDIA_GPUS.iterdir()) if NVIDIA_GPUS.is_dir() else []
+    return [str(number) for number in range(len(listed))]
 
 
 def default_profile_name() -> str:

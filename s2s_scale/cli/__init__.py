@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, so that a closed pipe is met inside this try
         return code
     except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+        if not _told_launcher(error):
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -39,6 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes stdout once more at exit: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+def _told_launcher(error: UserError) -> bool:
+    """Whether this is a rank whose problems the process that started it prints, once for all."""
+    if "RANK" not in os.environ:
+        return False
+    from s2s_scale.launch import report_failure
+
+    return report_failure(error.problems, rank=int(os.environ["RANK"]))
 
 
 def _run(words: list[str]) -> int:
@@ -92,14 +102,26 @@ def version_line() -> str:
 def _launched(verb: Verb, words: list[str]) -> int:
     """A verb that a profile starts: the launcher's environment first, then the runner."""
     from s2s_scale.cli.build import build_settings
-    from s2s_scale.launch import describe, plan_launch
+    from s2s_scale.launch import describe, plan_launch, start
 
     settings = build_settings(verb, words[1:])
     assert settings.profile is not None  # every verb that comes here has --profile
-    launch = plan_launch(settings.profile, _without_dry_run(words), environ=os.environ)
+    launch = plan_launch(
+        settings.profile,
+        _without_dry_run(words),
+        environ=os.environ,
+        processes=settings.verb_values["num_processes"],
+    )
+    if verb.name == "generate" and not launch.in_process:
+        raise UserError(
+            f"--profile {settings.profile.name}: 'generate' runs in one process; take a profile "
+            "without a launcher, such as --profile cpu"
+        )
     if settings.verb_values["dry_run"]:
         print(describe(launch, environ=os.environ), end="")
         return 0
+    if not launch.in_process:
+        return start(launch, environ=os.environ)
     # Before the import below, which brings in torch: it reads the environment once.
     os.environ.update(launch.environment)
     from s2s_scale import runner

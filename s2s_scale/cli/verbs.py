@@ -23,6 +23,13 @@ LAUNCH = (
         "Launcher profile: a name ('s2s-scale profiles' lists them) or the path of a YAML file. "
         "Default: gpu where a CUDA device is usable, else cpu.",
     ),
+    option(
+        "num_processes",
+        "int",
+        None,
+        "launch",
+        "Processes on this host, one rank each. Default: the profile's number.",
+    ),
     option("dry_run", "bool", False, "launch", "Show what would be started, and start nothing."),
 )
 # Training options that also matter where a model is only evaluated.
@@ -223,12 +230,14 @@ def _data_problems(given: Mapping[str, Any], *sources: str) -> list[str]:
 
 
 def _check_train(given: Mapping[str, Any]) -> list[str]:
-    return _data_problems(given, *DATA_SOURCES)
+    return _data_problems(given, *DATA_SOURCES) + _below(given, 1, "num_processes")
 
 
 def _check_evaluate(given: Mapping[str, Any]) -> list[str]:
     file = "validation_file" if given.get("split") == "val" else "test_file"
-    return _data_problems(given, "data_dir", file, "dataset_name")
+    return _data_problems(given, "data_dir", file, "dataset_name") + _below(
+        given, 1, "num_processes"
+    )
 
 
 def _check_generate(given: Mapping[str, Any]) -> list[str]:

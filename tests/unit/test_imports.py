@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "s2s_scale"
 LAYERS = (
     {"errors"},
     {"config", "settings", "losses", "schedules", "optimizers"},
-    {"profiles", "launch", "data", "report", "evaluation", "models", "planner"},
+    {"profiles", "launch", "torchrun", "data", "report", "evaluation", "models", "planner"},
     {"training_arguments", "checkpoint", "backends"},
     {"trainer"},
     {"runner"},

@@ -35,7 +35,7 @@ def problems(name):
 
 def test_shipped_profiles_resolve(folder):
     shipped = available()
-    assert set(shipped) == {"cpu", "gpu"}
+    assert set(shipped) == {"cpu", "cpu-ddp", "gpu", "gpu-ddp"}
     for name in shipped:
         profile = resolve(name)
         assert profile.description

@@ -1,0 +1,60 @@
+"""The plain backend: what it refuses, and that one process is its own collective."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from s2s_scale.backends import make_backend
+from s2s_scale.errors import UserError
+
+ALL = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    def put(**values):
+        for name in ALL:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    put()
+    return put
+
+
+def test_an_unknown_backend_names_the_nearest():
+    with pytest.raises(UserError, match="unknown backend 'locl' .did you mean 'local'"):
+        make_backend("locl")
+
+
+@pytest.mark.parametrize("missing", ["WORLD_SIZE", "RANK", "MASTER_ADDR"])
+def test_half_of_a_launchers_variables_are_refused(variables, missing):
+    variables(**{name: value for name, value in ALL.items() if name != missing})
+    (problem,) = make_backend("local").problems()
+    assert f"{missing} not: a launcher sets all of them" in problem
+
+
+def test_all_variables_none_or_a_leftover_address_are_fine(variables):
+    for values in (ALL, {}, {"MASTER_ADDR": "here"}, {"WORLD_SIZE": "1"}):
+        variables(**values)
+        assert make_backend("local").problems() == []
+
+
+def test_a_single_process_is_its_own_collective(variables):
+    backend = make_backend("local")
+    backend.prepare_process()
+    rows = torch.arange(6).view(2, 3)
+    assert (backend.data_rank, backend.data_world_size) == (0, 1)
+    assert torch.equal(backend.total(rows), rows)
+    assert torch.equal(backend.gather_rows(rows, 0), rows)
+    assert backend.gather_objects("x") == ["x"]
+    with backend.main_first():
+        pass
+    backend.close()
