@@ -237,10 +237,13 @@ def _staged(
         first = None if unexpected else next((r for r in ranks.gather(reason) if r), None)
         if ranks.main and (unexpected or first):
             shutil.rmtree(partial, ignore_errors=True)
-        if error is not None and unexpected:
-            raise error
-        if first is not None:
-            raise _save_error(what, folder, first) from error
+        try:
+            if error is not None and unexpected:
+                raise error
+            if first is not None:
+                raise _save_error(what, folder, first) from error
+        finally:
+            del error  # an exception in a frame of its own traceback would keep files open
 
     def make() -> None:
         if partial.exists():
@@ -257,7 +260,10 @@ def _staged(
         yield
     except BaseException as error:  # noqa: BLE001  (settle raises it again, on every rank)
         failure = error
-    settle(failure)
+    try:
+        settle(failure)
+    finally:
+        del failure
     settle(_failure_of(finish) if ranks.main else None)
 
 
