@@ -117,7 +117,7 @@ def test_train_gets_typed_values_and_origins(train):
     assert settings.origins["max_steps"] == "command line"
     assert settings.origins["use_cpu"] == "profile cpu"
     assert settings.profile.name == "cpu"
-    assert settings.verb_values == {"dry_run": False}
+    assert settings.verb_values == {"dry_run": False, "num_processes": None}
     assert settings.get("max_steps") == 7
     assert settings.get("no_such", 3) == 3
 

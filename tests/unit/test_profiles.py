@@ -82,7 +82,7 @@ def test_unknown_name_gives_the_nearest(folder):
     (problem,) = problems("cpuu")
     assert problem == (
         "unknown profile 'cpuu' (did you mean 'cpu'?); expected the path of a YAML file or one "
-        "of: cpu, gpu"
+        "of: cpu, cpu-ddp, gpu, gpu-ddp"
     )
 
 
@@ -144,7 +144,7 @@ def test_missing_parent(folder):
     [
         ("bakend: local\n", "1: unknown key 'bakend' (did you mean 'backend'?)"),
         ("\nbackend: horovod\n", "2: backend: expected one of: local, got 'horovod'"),
-        ("launcher: mpirun\n", "1: launcher: expected one of: none, got 'mpirun'"),
+        ("launcher: mpirun\n", "1: launcher: expected one of: none, torchrun, got 'mpirun'"),
         ("device: cuba\n", "1: device: expected one of: cpu, cuda, got 'cuba' (did you mean 'cuda"),
         ("device: [cpu]\n", "1: device: expected one of: cpu, cuda, got a list"),
         ("processes: many\n", "1: processes: expected a whole number of at least 1 or auto"),
