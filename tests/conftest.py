@@ -6,6 +6,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 
 def pytest_configure(config):
     """No hub, no user's own cache or profiles; set before torch and transformers are imported."""
@@ -14,6 +16,7 @@ def pytest_configure(config):
         HF_HUB_OFFLINE="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
         TOKENIZERS_PARALLELISM="false",
+        OMP_NUM_THREADS="1",  # the same sums in this process and in those that tests start
         S2S_SCALE_CACHE=os.path.join(config.own_folder, "cache"),
         XDG_CONFIG_HOME=os.path.join(config.own_folder, "config"),
         COLUMNS="120",
@@ -24,3 +27,12 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     shutil.rmtree(config.own_folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """What a command, called in this process, exports for its run is undone after the test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
