@@ -23,6 +23,7 @@ def pytest_configure(config):
     )
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+    config.own_environment = dict(os.environ)
 
 
 def pytest_unconfigure(config):
@@ -30,9 +31,14 @@ def pytest_unconfigure(config):
 
 
 @pytest.fixture(autouse=True)
-def same_environment():
-    """What a command, called in this process, exports for its run is undone after the test."""
-    before = dict(os.environ)
+def same_environment(pytestconfig):
+    """Each test starts from the same variables: commands export theirs into this process."""
+    _restore(pytestconfig.own_environment)
     yield
-    os.environ.clear()
-    os.environ.update(before)
+    _restore(pytestconfig.own_environment)
+
+
+def _restore(variables):
+    for name in set(os.environ) - set(variables) - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update(variables)
