@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -174,7 +175,10 @@ def test_ctrl_c_names_the_last_checkpoint_from_which_the_run_goes_on_as_if_nothi
     uninterrupted = here(*words_of(model, data, whole, *more))
     assert uninterrupted.code == 0, uninterrupted.err
 
-    process = start_command(*words_of(model, data, folder, *more))
+    # A shell starts background jobs, such as a whole test run, with SIGINT ignored; a terminal's
+    # job, which is what is tested here, has it not.
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = start_command(*words_of(model, data, folder, *more), preexec_fn=listening)
     wait_for(folder / "checkpoint-2", process)
     process.send_signal(signal.SIGINT)
     outcome = finish(process)

@@ -178,7 +178,9 @@ def test_tokens_beyond_the_models_vocabulary(models: dict[str, Loaded]) -> None:
 def test_the_asked_for_length_wins_over_the_models(
     model_limit: dict[str, int], limit: dict[str, int], models: dict[str, Loaded]
 ) -> None:
-    _, tokenizer, model = models["marian"]
+    tokenizer = models["marian"].tokenizer
+    model = tiny_model("marian", vocab_size=len(tokenizer))  # writes on until it is stopped
+    loaded = Loaded(model.config, tokenizer, model)
     before = model.generation_config
     model.generation_config = GenerationConfig(
         **{**before.to_dict(), "max_length": None, "max_new_tokens": None, **model_limit}
@@ -187,8 +189,8 @@ def test_the_asked_for_length_wins_over_the_models(
         found = list(generate_stream(model, tokenizer, [TINY_TEXTS[-1]], **limit))
     finally:
         model.generation_config = before
-    assert found == one_by_one(models["marian"], TINY_TEXTS[-1], max_new_tokens=3)
-    assert found != one_by_one(models["marian"], TINY_TEXTS[-1], max_new_tokens=50)
+    assert found == one_by_one(loaded, TINY_TEXTS[-1], max_new_tokens=3)
+    assert found != one_by_one(loaded, TINY_TEXTS[-1], max_new_tokens=50)
 
 
 def test_two_lengths_are_refused(models: dict[str, Loaded]) -> None:
