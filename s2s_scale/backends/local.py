@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ from torch.optim import Optimizer
 from s2s_scale.backends.base import Backend
 
 T = TypeVar("T")
+
+_LAST_COLLECTIVES_SECONDS = 0.2
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher sets for each rank; torch reads them to form the process group."""
@@ -94,6 +97,10 @@ class LocalBackend(Backend):
 
     def close(self) -> None:
         if dist.is_initialized():
+            # gloo's threads free the tensors of the last collectives and need Python's lock for
+            # that, but torch holds the lock while it waits for those threads to end: without this
+            # pause the two wait for each other for ever, about once in fifty runs.
+            time.sleep(_LAST_COLLECTIVES_SECONDS)
             dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def run_ranks(
 
     Raises:
         AssertionError: a rank was still running after ``limit`` seconds; all are ended, and the
-            message holds what each had printed.
+            message holds what each had printed, and where the hung ones stood.
     """
     port = str(free_port())
     logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
@@ -50,6 +51,7 @@ def run_ranks(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",  # so that a rank that hangs says where
         }
         with log.open("wb") as out:
             processes.append(
@@ -62,14 +64,14 @@ def run_ranks(
             )
     _wait(processes, limit)
     texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
-    hung = [rank for rank, process in enumerate(processes) if process.returncode == _ENDED]
+    hung = [rank for rank, process in enumerate(processes) if process.returncode in _ENDED]
     assert not hung, f"ranks {hung} were still running after {limit:.0f} s:\n" + "\n".join(texts)
     return [
         RankResult(process.returncode, text) for process, text in zip(processes, texts, strict=True)
     ]
 
 
-_ENDED = -9
+_ENDED = (-signal.SIGABRT, -signal.SIGKILL)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], limit: float) -> None:
@@ -81,5 +83,9 @@ def _wait(processes: list[subprocess.Popen[bytes]], limit: float) -> None:
         time.sleep(0.1)
     for process in processes:
         if process.poll() is None:
-            process.kill()
-            process.wait()
+            process.send_signal(signal.SIGABRT)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
