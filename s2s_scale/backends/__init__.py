@@ -11,6 +11,8 @@ from s2s_scale.errors import unknown_name
 # so that a library that is not installed costs nothing until then.
 BACKENDS: dict[str, str] = {
     "local": "s2s_scale.backends.local:LocalBackend",
+    "fairscale_oss": "s2s_scale.backends.fairscale_oss:FairScaleBackend",
+    "deepspeed": "s2s_scale.backends.deepspeed:DeepSpeedBackend",
 }
 
 

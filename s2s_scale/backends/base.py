@@ -34,6 +34,18 @@ class Backend(abc.ABC):
     def prepare_process(self) -> None:
         """Set environment switches and process groups. Every rank calls it once, first of all."""
 
+    @abc.abstractmethod
+    def training_overrides(self, values: Mapping[str, Any], *, trains: bool) -> dict[str, Any]:
+        """The training arguments in ``values`` as this backend needs them, before the model loads.
+
+        Args:
+            values: name -> value of every training argument that was given.
+            trains: whether an optimizer will be made; False where a model is only evaluated.
+
+        Raises:
+            UserError: values that contradict each other or this backend.
+        """
+
     @property
     @abc.abstractmethod
     def data_rank(self) -> int:
@@ -71,6 +83,24 @@ class Backend(abc.ABC):
         options: Mapping[str, Any],
     ) -> Optimizer:
         """The optimizer over ``groups``. Every rank calls it, with the same groups."""
+
+    @abc.abstractmethod
+    def after_prepare(self, optimizer: Optimizer) -> None:
+        """Tie the ``optimizer`` of ``build_optimizer`` to what the trainer has wrapped it in.
+
+        Called on every rank before the first step, and before a checkpoint is read.
+        """
+
+    @abc.abstractmethod
+    def whole_state(self, optimizer: Any) -> AbstractContextManager[None]:
+        """Context in which rank 0 can save ``optimizer.state_dict()``; every rank must enter it."""
+
+    @abc.abstractmethod
+    def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Name -> whole fp32 weight on the CPU, on rank 0; empty on the others.
+
+        ``model`` is the trainer's, not what it was wrapped in. Every rank must call it.
+        """
 
     @abc.abstractmethod
     def generation(self, model: nn.Module) -> AbstractContextManager[Mapping[str, Any]]:

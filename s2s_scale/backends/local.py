@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +42,9 @@ class LocalBackend(Backend):
             if self.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if self.device == "cuda" else "gloo")
+
+    def training_overrides(self, values: Mapping[str, Any], *, trains: bool) -> dict[str, Any]:
+        return dict(values)
 
     @property
     def data_rank(self) -> int:
@@ -92,6 +95,17 @@ class LocalBackend(Backend):
     ) -> Optimizer:
         return optimizer_class(groups, **options)
 
+    def after_prepare(self, optimizer: Optimizer) -> None:
+        return None
+
+    def whole_state(self, optimizer: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        if self.data_rank > 0:
+            return {}
+        return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
     def generation(self, model: nn.Module) -> AbstractContextManager[Mapping[str, Any]]:
         return _no_extra_keywords()
 
@@ -102,6 +116,11 @@ class LocalBackend(Backend):
             # pause the two wait for each other for ever, about once in fifty runs.
             time.sleep(_LAST_COLLECTIVES_SECONDS)
             dist.destroy_process_group()
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A copy of a weight in fp32 on the CPU."""
+    return parameter.detach().to(device="cpu", dtype=torch.float32, copy=True)
 
 
 @contextmanager

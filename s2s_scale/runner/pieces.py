@@ -61,8 +61,13 @@ def open_backend(settings: Settings) -> Iterator[Backend]:
         backend.close()
 
 
-def read_settings(settings: Settings, extra: dict[str, Any] | None = None) -> Run:
-    """The dataclasses behind the settings; ``extra`` holds defaults of the verb."""
+def read_settings(
+    settings: Settings, backend: Backend, extra: dict[str, Any] | None = None, *, trains: bool
+) -> Run:
+    """The dataclasses behind the settings; ``extra`` holds defaults of the verb.
+
+    ``trains``: whether an optimizer will be made.
+    """
     values = {**(extra or {}), **settings.values}
     if settings.profile is not None and settings.profile.device == "cpu":
         values.setdefault("use_cpu", True)
@@ -71,6 +76,7 @@ def read_settings(settings: Settings, extra: dict[str, Any] | None = None) -> Ru
     )
     data_args = DataArguments(**data)
     data_args.validate()
+    training = backend.training_overrides(training, trains=trains)
     try:
         training_args = Seq2SeqTrainingArguments(**training)
     except UserError:

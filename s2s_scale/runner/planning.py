@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from s2s_scale import models
+from s2s_scale.backends import make_backend
 from s2s_scale.data.batching import row_lengths
 from s2s_scale.data.samplers import PlanSampler
 from s2s_scale.data.sources import load_pairs
@@ -13,7 +14,8 @@ from s2s_scale.settings import Settings
 
 def plan(settings: Settings) -> int:
     """Print which rows make each step of an epoch; trains nothing and loads no weights."""
-    run = read_settings(settings, {"output_dir": ".", "use_cpu": True})
+    defaults = {"output_dir": ".", "use_cpu": True}
+    run = read_settings(settings, make_backend("local"), defaults, trains=False)
     args, own = run.training_args, settings.verb_values
     pairs = load_pairs(run.data_args, "train")
     config = models.load_config(run.model_args)

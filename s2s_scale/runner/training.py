@@ -46,7 +46,7 @@ def train(settings: Settings) -> int:
             asked for, and only once everything that can be checked has been.
     """
     with open_backend(settings) as backend:
-        run = read_settings(settings)
+        run = read_settings(settings, backend, trains=True)
         args = run.training_args
         resume = resolve_resume(args.resume_from_checkpoint, run.output_dir)
         if resume is None and not args.overwrite_output_dir:
@@ -96,7 +96,7 @@ def evaluate(settings: Settings) -> int:
     with open_backend(settings) as backend, TemporaryDirectory() as scratch:
         keep = settings.get("output_dir") is not None
         extra = {"predict_with_generate": True} | ({} if keep else {"output_dir": scratch})
-        run = read_settings(settings, extra)
+        run = read_settings(settings, backend, extra, trains=False)
         if keep:
             check_writable(run.output_dir)
         pairs = load_pairs(run.data_args, split)

@@ -138,7 +138,7 @@ class LossTrainer(TrainerBase):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # With a loss scaler an infinite norm is the scaler's signal to halve the scale.
-        if getattr(self.accelerator, "scaler", None) is None:
+        if not self.args.fp16:
             self._guard.observe(norm)
         return norm
 

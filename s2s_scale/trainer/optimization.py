@@ -61,6 +61,8 @@ class OptimizationTrainer(LossTrainer):
         self, num_training_steps: int, optimizer: Optimizer | None = None
     ) -> LRScheduler:
         """The schedule over ``num_training_steps`` optimizer steps, unless one was passed in."""
+        # Model and optimizer have just been wrapped, and a checkpoint is read after this.
+        self.backend.after_prepare(optimizer or self.optimizer)
         if self.lr_scheduler is not None:
             if not self._created_lr_scheduler:
                 logger.warning(

@@ -50,7 +50,8 @@ class SavingTrainer(EvaluationTrainer):
         with self._not_training(), whole_folder(final, self._ranks) as folder:
             super().save_model(str(folder), _internal_call=True)
             if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(folder))
+                with self.backend.whole_state(self.optimizer):
+                    self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
                 self._save_rng_state(str(folder))
             if self._ranks.main:

@@ -37,11 +37,12 @@ def run(job: dict[str, Any], folder: Path, backend: Any) -> dict[str, Any]:
     """Train, evaluate with and without generated text, and collect every figure."""
     import datasets
 
-    model = fresh(job["family"])
     values = settings(folder / "run", **job["arguments"])
+    args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
+    model = fresh(job["family"])
     trainer = Seq2SeqTrainer(
         model=model,
-        args=Seq2SeqTrainingArguments(**values),
+        args=args,
         train_dataset=ragged_rows(model, job["rows"]),
         data_collator=Seq2SeqCollator(model.config.pad_token_id),
         backend=backend,
@@ -50,9 +51,8 @@ def run(job: dict[str, Any], folder: Path, backend: Any) -> dict[str, Any]:
     evaluation = datasets.Dataset.from_list(ragged_rows(model, job["evaluation_rows"], seed=7))
     metrics = trainer.evaluate(evaluation)
     predictions = trainer.predict(evaluation, max_length=9)
-    weights = torch.cat([p.detach().double().flatten() for p in model.parameters()])
-    replicas = backend.gather_objects(weights.numpy().tobytes())
-    assert len(set(replicas)) == 1, "the ranks' weights differ"
+    whole = backend.full_weights(model)
+    weights = torch.cat([w.double().flatten() for w in whole.values()] or [torch.empty(0)])
     return {
         "loss": history(trainer, "loss"),
         "nll_loss": history(trainer, "nll_loss"),

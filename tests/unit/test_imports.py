@@ -13,7 +13,17 @@ PACKAGE = Path(__file__).parents[2] / "s2s_scale"
 LAYERS = (
     {"errors"},
     {"config", "settings", "losses", "schedules", "optimizers"},
-    {"profiles", "launch", "torchrun", "data", "report", "evaluation", "models", "planner"},
+    {
+        "deepspeed_config",
+        "profiles",
+        "launch",
+        "torchrun",
+        "data",
+        "report",
+        "evaluation",
+        "models",
+        "planner",
+    },
     {"training_arguments", "checkpoint", "backends"},
     {"trainer"},
     {"runner"},

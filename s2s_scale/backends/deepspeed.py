@@ -1,0 +1,112 @@
+"""DeepSpeed ZeRO 1, 2 and 3: optimizer state, gradients and parameters shared out over ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from s2s_scale.backends.local import LocalBackend, whole
+from s2s_scale.deepspeed_config import (
+    contradictions,
+    offloads_optimizer,
+    without_sections_of_flags,
+    zero_stage,
+)
+from s2s_scale.errors import raise_problems
+
+
+class DeepSpeedBackend(LocalBackend):
+    """Training through ``deepspeed.initialize``, which transformers' trainer calls.
+
+    Optimizer and schedule stay ours: DeepSpeed gets them ready made, so that parameter groups and
+    learning rates are those of every other backend.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(device)
+        self._config: dict[str, Any] = {}
+
+    def problems(self) -> Sequence[str]:
+        missing = (
+            []
+            if find_spec("deepspeed")
+            else [
+                "backend deepspeed: the package deepspeed is not installed; "
+                "pip install 's2s-scale[deepspeed]', or pip install deepspeed"
+            ]
+        )
+        return [*missing, *super().problems()]
+
+    def prepare_process(self) -> None:
+        # DeepSpeed looks for a GPU by itself and would take one that the profile leaves alone.
+        os.environ.setdefault("DS_ACCELERATOR", self.device)
+        if "RANK" not in os.environ:  # DeepSpeed needs a process group even for one process
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+            os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        super().prepare_process()
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device == "cuda" else "gloo")
+
+    def training_overrides(self, values: Mapping[str, Any], *, trains: bool) -> dict[str, Any]:
+        values = dict(values)
+        given = values.pop("deepspeed", None)
+        config = given if isinstance(given, dict) else _read(given) if given else {}
+        raise_problems(contradictions(config, values, world_size=self.data_world_size))
+        self._config = config
+        # Without an optimizer ZeRO 1 and 2 have nothing to share out.
+        if config and (trains or zero_stage(config) == 3):
+            values["deepspeed"] = without_sections_of_flags(config)
+        return values
+
+    def build_optimizer(
+        self,
+        optimizer_class: type[Optimizer],
+        groups: list[dict[str, Any]],
+        options: Mapping[str, Any],
+    ) -> Optimizer:
+        if offloads_optimizer(self._config) and issubclass(optimizer_class, AdamW):
+            return _cpu_adam(groups, options)
+        return super().build_optimizer(optimizer_class, groups, options)
+
+    def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in model.named_parameters():
+            value = safe_get_full_fp32_param(parameter)
+            if self.data_rank == 0:
+                weights[name] = whole(parameter if value is None else value)
+        return weights
+
+    @contextmanager
+    def generation(self, model: nn.Module) -> Iterator[Mapping[str, Any]]:
+        # Under ZeRO 3 every rank must run every forward pass, also those that have finished.
+        yield {"synced_gpus": True} if zero_stage(self._config) == 3 else {}
+
+
+def _cpu_adam(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> Optimizer:
+    """AdamW for state that lies in host memory; compiled at its first use."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    known = {name: options[name] for name in ("lr", "betas", "eps") if name in options}
+    return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=True, **known)
+
+
+def _read(path: Any) -> dict[str, Any]:
+    return json.loads(Path(str(path)).read_text(encoding="utf-8"))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,217 @@
+"""FairScale OSS: data parallel as in ``local``, the optimizer's state shared out over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from s2s_scale.backends.local import LocalBackend
+
+if TYPE_CHECKING:
+    from fairscale.optim import OSS
+else:
+    try:
+        from fairscale.optim import OSS
+    except ImportError:  # said by problems(), which comes before anything is built
+        OSS = Optimizer
+
+RECIPIENT = 0
+"""The rank that receives the whole state and writes it."""
+
+
+class FairScaleBackend(LocalBackend):
+    """Each rank keeps the optimizer state of its share of the parameters, and updates those."""
+
+    def problems(self) -> Sequence[str]:
+        missing = (
+            []
+            if find_spec("fairscale")
+            else [
+                "backend fairscale_oss: the package fairscale is not installed; "
+                "pip install 's2s-scale[oss]', or pip install fairscale"
+            ]
+        )
+        return [*missing, *super().problems()]
+
+    def prepare_process(self) -> None:
+        super().prepare_process()
+        if not dist.is_initialized():  # OSS asks its process group even where it is alone
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+    def build_optimizer(
+        self,
+        optimizer_class: type[Optimizer],
+        groups: list[dict[str, Any]],
+        options: Mapping[str, Any],
+    ) -> Optimizer:
+        return ShardedOptimizer(groups, optim=optimizer_class, **options)
+
+    @contextmanager
+    def whole_state(self, optimizer: Any) -> Iterator[None]:
+        sharded = sharded_optimizer(optimizer)
+        sharded.consolidate_state_dict(RECIPIENT)
+        try:
+            yield
+        finally:
+            sharded.forget_whole_state()
+
+
+def sharded_optimizer(optimizer: Any) -> ShardedOptimizer:
+    """The OSS optimizer inside what the trainer has wrapped it in."""
+    while not isinstance(optimizer, ShardedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+class ShardedOptimizer(OSS):
+    """OSS that survives being wrapped by accelerate, shares out evenly, and saves frugally.
+
+    Plain OSS goes wrong there without an error: after the model has been wrapped, its parameters
+    are no longer views of OSS's broadcast buffers, and every rank keeps only its own updates.
+    """
+
+    def partition_parameters(self) -> list[list[dict[str, Any]]]:
+        """Each rank's parameter groups: the largest parameter first, to the emptiest rank.
+
+        Longest-processing-time rule (Graham 1969); OSS's own order can leave one rank with twice
+        another's share.
+        """
+        if not self._partition_parameters:
+            owner = self._owners()
+            self._partition_parameters: list[list[dict[str, Any]]] = [
+                [
+                    {**group, "params": [p for p in group["params"] if owner[id(p)] == rank]}
+                    for group in self.param_groups
+                ]
+                for rank in range(self.world_size)
+            ]
+        return self._partition_parameters
+
+    def _owners(self) -> dict[int, int]:
+        """id of a parameter -> the rank that updates it."""
+        sizes = [0] * self.world_size
+        owner: dict[int, int] = {}
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        for parameter in sorted(parameters, key=lambda p: -p.numel()):  # stable: same on all ranks
+            rank = sizes.index(min(sizes))
+            owner[id(parameter)] = rank
+            sizes[rank] += parameter.numel() if parameter.requires_grad else 1
+        return owner
+
+    def step(self, closure: Callable[[], float] | None = None, **kwargs: Any) -> float | None:
+        if not self._broadcasts_parameters():
+            self._clear_cache()
+            self.refresh_trainable()
+        return super().step(closure, **kwargs)
+
+    def _broadcasts_parameters(self) -> bool:
+        """Whether each trainable parameter still is a view of the buffer that is broadcast."""
+        buffers = {
+            bucket.buffer.untyped_storage().data_ptr()
+            for buckets in self.buckets.values()
+            for bucket in buckets.values()
+        }
+        return all(
+            parameter.untyped_storage().data_ptr() in buffers
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        )
+
+    def consolidate_state_dict(self, recipient_rank: int = RECIPIENT) -> None:
+        """Bring every rank's state to the recipient's host memory, one tensor at a time.
+
+        Every rank must call it. OSS's own way sends each rank's whole share to all ranks at once.
+        """
+        self._sync_param_groups(self.param_groups, self.optim.param_groups)
+        self._all_states = []
+        for rank in range(self.world_size):
+            if self.rank == recipient_rank == rank:
+                self._all_states.append(_on_host(self.optim.state_dict()))
+            elif self.rank == rank:
+                _send(self.optim.state_dict(), recipient_rank)
+            elif self.rank == recipient_rank:
+                self._all_states.append(_receive(rank, self._default_device))
+
+    def forget_whole_state(self) -> None:
+        """Free what ``consolidate_state_dict`` collected."""
+        self._all_states = []
+
+    def state_dict(self, all_ranks: bool = False) -> dict[str, Any]:
+        """The whole state, as the unsharded optimizer would give it.
+
+        Before the first step there is none; accelerate asks for it then.
+
+        Raises:
+            RuntimeError: ``consolidate_state_dict`` has not brought the state to this rank.
+        """
+        if not self._all_states and not self.optim.state:
+            return Optimizer.state_dict(self)
+        return super().state_dict(all_ranks)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep this rank's share of a whole state; saved at any number of ranks."""
+        Optimizer.load_state_dict(self, {**state_dict, "state": {}})
+        self._sync_param_groups(self.param_groups, self.optim.param_groups)
+        parameters = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        index = {id(parameter): place for place, parameter in enumerate(parameters)}
+        mine = chain.from_iterable(group["params"] for group in self.optim.param_groups)
+        shard = self.optim.state_dict()
+        shard["state"] = {
+            place: state_dict["state"][index[id(parameter)]]
+            for place, parameter in enumerate(mine)
+            if index[id(parameter)] in state_dict["state"]
+        }
+        self.optim.load_state_dict(shard)
+
+
+def _on_host(shard: dict[str, Any]) -> dict[str, Any]:
+    state = {
+        place: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
+        for place, values in shard["state"].items()
+    }
+    return {**shard, "state": state}
+
+
+def _travels(value: Any) -> bool:
+    """Whether a value is sent as a tensor of its own; step counters go with the description."""
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _send(shard: dict[str, Any], recipient: int) -> None:
+    """Send a rank's optimizer state: what it consists of, then tensor after tensor."""
+    description = {
+        place: {
+            k: (tuple(v.shape), v.dtype) if _travels(v) else v.cpu() if isinstance(v, Tensor) else v
+            for k, v in values.items()
+        }
+        for place, values in shard["state"].items()
+    }
+    sent = {place: [k for k, v in s.items() if _travels(v)] for place, s in shard["state"].items()}
+    dist.send_object_list([{**shard, "state": description}, sent], dst=recipient)
+    for place, names in sent.items():
+        for name in names:
+            dist.send(shard["state"][place][name].contiguous(), dst=recipient)
+
+
+def _receive(sender: int, device: torch.device) -> dict[str, Any]:
+    """What ``_send`` sent, on the CPU."""
+    received: list[Any] = [None, None]
+    dist.recv_object_list(received, src=sender)
+    shard, sent = received
+    for place, names in sent.items():
+        for name in names:
+            shape, dtype = shard["state"][place][name]
+            buffer = torch.empty(shape, dtype=dtype, device=device)
+            dist.recv(buffer, src=sender)
+            shard["state"][place][name] = buffer.cpu()
+    return dict(shard)

@@ -1,0 +1,162 @@
+"""What a DeepSpeed configuration says, and where it contradicts the training flags.
+
+Imports no DeepSpeed: the launcher checks a configuration before anything is started.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+AUTO = "auto"
+
+# Key in the configuration -> flag that decides the same.
+SAME_AS_FLAG = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "bf16.enabled": "bf16",
+    "fp16.enabled": "fp16",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.eps": "adam_epsilon",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler.params.warmup_max_lr": "learning_rate",
+    "scheduler.params.warmup_num_steps": "warmup_steps",
+    "scheduler.params.total_num_steps": "max_steps",
+}
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 1.0,
+    "bf16": False,
+    "fp16": False,
+    "learning_rate": 5e-5,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "weight_decay": 0.0,
+    "warmup_steps": 0,
+    "max_steps": -1,
+    "optim": "adamw_torch_fused",
+    "lr_scheduler_type": "linear",
+}
+OLD_NAMES = {"lr_scheduler": "lr_scheduler_type"}
+# Type of DeepSpeed's schedule -> ours that is the same.
+SCHEDULES = {"WarmupDecayLR": "linear", "WarmupLR": "constant_with_warmup"}
+
+
+def zero_stage(config: Mapping[str, Any]) -> int:
+    """The ZeRO stage, 0 where none is given."""
+    return int(dict(config.get("zero_optimization") or {}).get("stage") or 0)
+
+
+def offloads_optimizer(config: Mapping[str, Any]) -> bool:
+    """Whether optimizer state lies in host memory."""
+    zero = config.get("zero_optimization") or {}
+    return dict(zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
+def without_sections_of_flags(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without ``optimizer`` and ``scheduler``: the flags make those.
+
+    ``contradictions`` has made sure that they say the same.
+    """
+    kept = {name: copy.deepcopy(value) for name, value in config.items()}
+    kept.pop("optimizer", None)
+    kept.pop("scheduler", None)
+    return kept
+
+
+def contradictions(
+    config: Mapping[str, Any], values: Mapping[str, Any], *, world_size: int | None = None
+) -> list[str]:
+    """One line for each value in ``config`` that differs from what the training flags say.
+
+    Args:
+        values: training arguments that were given; others have their defaults.
+        world_size: number of processes, if it is known; ``train_batch_size`` depends on it.
+    """
+    flags = {**DEFAULTS, **{old: values[old] for old in values if values[old] is not None}}
+    for old, modern in OLD_NAMES.items():
+        flags[modern] = flags.get(old, flags[modern])
+    pairs = [
+        (key, _lookup(config, key), f"--{name}", flags[name]) for key, name in SAME_AS_FLAG.items()
+    ]
+    pairs += _of_optimizer(config, flags) + _of_schedule(config, flags)
+    if world_size is not None:
+        pairs.append(_of_batch_size(config, flags, world_size))
+    return [
+        f'deepspeed: {key} is {value}, but {flag} is {other}; write "auto" there or leave it '
+        "out, or change the flag"
+        for key, value, flag, other in pairs
+        if value not in (None, AUTO) and not _same(value, other)
+    ]
+
+
+Pair = tuple[str, Any, str, Any]
+"""Key and value in the configuration, flag and value among the training arguments."""
+
+
+def _of_optimizer(config: Mapping[str, Any], flags: Mapping[str, Any]) -> list[Pair]:
+    kind = _lookup(config, "optimizer.type")
+    if kind is None:
+        return []
+    same = str(kind).lower() in ("adam", "adamw") and _plain(flags["optim"]).startswith("adamw")
+    betas = [flags["adam_beta1"], flags["adam_beta2"]]
+    return [
+        ("optimizer.type", None if same else kind, "--optim", _plain(flags["optim"])),
+        (
+            "optimizer.params.betas",
+            _lookup(config, "optimizer.params.betas"),
+            "--adam_beta1 and --adam_beta2",
+            betas,
+        ),
+    ]
+
+
+def _of_schedule(config: Mapping[str, Any], flags: Mapping[str, Any]) -> list[Pair]:
+    kind = _lookup(config, "scheduler.type")
+    if kind is None:
+        return []
+    ours = _plain(flags["lr_scheduler_type"])
+    # DeepSpeed warms up along a logarithm unless it is told otherwise; ours is a straight line.
+    straight = _lookup(config, "scheduler.params.warmup_type") == "linear"
+    steps = float(flags["warmup_steps"])
+    same = SCHEDULES.get(str(kind)) == ours and (straight or not steps)
+    shown = kind if straight else f"{kind} with a logarithmic warm-up"
+    lowest = _lookup(config, "scheduler.params.warmup_min_lr")
+    return [
+        ("scheduler.type", None if same else shown, "--lr_scheduler", ours),
+        ("scheduler.params.warmup_min_lr", lowest, "the start of every schedule's warm-up", 0),
+    ]
+
+
+def _of_batch_size(config: Mapping[str, Any], flags: Mapping[str, Any], world_size: int) -> Pair:
+    rows = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"] * world_size
+    given = "--per_device_train_batch_size x --gradient_accumulation_steps x processes"
+    return "train_batch_size", config.get("train_batch_size"), given, rows
+
+
+def _plain(choice: Any) -> str:
+    """A choice as it is written; transformers keeps its own as enum members."""
+    return str(getattr(choice, "value", choice))
+
+
+def _lookup(config: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key, or None."""
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    try:
+        return float(one) == float(other)
+    except (TypeError, ValueError):
+        return bool(one == other)
