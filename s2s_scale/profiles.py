@@ -14,18 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s2s_scale.errors import UserError, did_you_mean, raise_problems
+from s2s_scale.errors import UserError, did_you_mean, raise_problems, unknown_name
 from s2s_scale.settings.options import Option, data_options, model_options, training_options
 from s2s_scale.settings.values import from_node, is_null, plain
 from s2s_scale.settings.yaml_files import Entry, mapping_entries, read_entries
 
-BACKENDS = ("local",)
-LAUNCHERS = ("none", "torchrun")
+BACKENDS = ("local", "fairscale_oss", "deepspeed")
+LAUNCHERS = ("none", "torchrun", "deepspeed")
 DEVICES = ("cpu", "cuda")
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 WSL_DEVICE = Path("/dev/dxg")
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
+# Backend or launcher -> package that it needs, and the extra that brings it.
+PACKAGES = {"fairscale_oss": ("fairscale", "oss"), "deepspeed": ("deepspeed", "deepspeed")}
 AUTO = "auto"
 # Values that are merged with the parent's name by name; all others replace the parent's.
 MAPPINGS = ("mesh", "environment", "arguments")
@@ -67,12 +69,27 @@ class LauncherProfile:
 
     def unusable(self) -> list[str]:
         """Why the profile cannot run on this machine, one problem each; empty where it can."""
+        problems = [
+            f"profile '{self.name}': the package {package} is not installed; "
+            f"pip install 's2s-scale[{extra}]', or pip install {package}"
+            for package, extra in missing_packages(self)
+        ]
         if self.device == "cuda" and not cuda_is_here():
-            return [
+            problems.append(
                 f"profile '{self.name}': is for device cuda, and no usable CUDA device is here; "
                 "take a cpu profile, such as --profile cpu, or install torch with CUDA"
-            ]
-        return []
+            )
+        return problems
+
+
+def missing_packages(profile: LauncherProfile) -> list[tuple[str, str]]:
+    """(package, our extra that brings it) for what the profile needs and is not installed."""
+    needed = {PACKAGES[name] for name in (profile.backend, profile.launcher) if name in PACKAGES}
+    return sorted(
+        (package, extra)
+        for package, extra in needed
+        if importlib.machinery.PathFinder.find_spec(package) is None
+    )
 
 
 def cuda_is_here() -> bool:
@@ -293,6 +310,11 @@ def _processes(value: str) -> int | str:
 def _impossible(profile: LauncherProfile) -> Iterator[str]:
     """Pairs of values that cannot be together, each with the line that set it."""
     at = profile.origins
+    if profile.launcher == "deepspeed" and profile.backend == "fairscale_oss":
+        yield (
+            f"{at['launcher']}: launcher: deepspeed starts ranks for backend deepspeed or local, "
+            "not fairscale_oss; take torchrun"
+        )
     if profile.deepspeed_config is not None and profile.backend != "deepspeed":
         yield (
             f"{at['deepspeed_config']}: deepspeed_config: has no effect with backend "
@@ -310,6 +332,26 @@ def _impossible(profile: LauncherProfile) -> Iterator[str]:
             f"{at['arguments.use_cpu']}: arguments: use_cpu: contradicts device cuda; "
             "change one of them"
         )
+
+
+def deepspeed_config_path(value: str, profile: LauncherProfile | None = None) -> Path:
+    """The file of a DeepSpeed configuration: one of ``ds_configs/`` by name, or a path.
+
+    A path in a profile counts from the profile's file, one on the command line from here.
+
+    Raises:
+        UserError: no such file; names the shipped ones.
+    """
+    written = Path(value)
+    if written.suffix == ".json" or os.sep in value:
+        place = profile.path.parent / written if profile is not None else written
+        if place.is_file():
+            return place
+        raise UserError(f"deepspeed_config: file '{place}' does not exist")
+    shipped = {path.stem: path for path in sorted(shipped_folder("ds_configs").glob("*.json"))}
+    if value not in shipped:
+        raise unknown_name("deepspeed_config", value, list(shipped))
+    return shipped[value]
 
 
 def as_yaml(profile: LauncherProfile) -> str:

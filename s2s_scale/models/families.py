@@ -38,6 +38,8 @@ class Family:
     languages: bool = False
     #: the forward pass masks the decoder's future only when told ``use_cache=False``
     needs_use_cache_off: bool = False
+    #: activations grow beyond fp16's largest number (65,504): training gives inf and NaN
+    overflows_fp16: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -50,6 +52,7 @@ FAMILIES: dict[str, Family] = {
             attention_dropout=None,
             encoder_layerdrop=None,
             decoder_layerdrop=None,
+            overflows_fp16=True,
         ),
         Family("mbart", decoder_inputs="wrap_last_token", languages=True),
         Family(
@@ -91,7 +94,24 @@ def family_of(config: PreTrainedConfig) -> Family:
         target_vocab_size=present("decoder_vocab_size") or "vocab_size",
         decoder_inputs="model",
         languages=model_type in ("m2m_100", "nllb-moe"),
+        overflows_fp16="t5" in model_type,
     )
+
+
+def check_precision(config: PreTrainedConfig, *, fp16: bool) -> None:
+    """Refuse fp16 where a family's activations do not fit it.
+
+    T5 was trained in bfloat16, whose range is fp32's; its feed-forward layers reach values that
+    fp16 has no room for (transformers issue 9295).
+
+    Raises:
+        UserError: names bf16 in its place.
+    """
+    if fp16 and family_of(config).overflows_fp16:
+        raise UserError(
+            f"fp16: models of type '{config.model_type}' overflow in fp16 (their activations pass "
+            "its largest number, 65504), and the loss becomes NaN; use --bf16, or neither"
+        )
 
 
 def target_vocab_size(config: PreTrainedConfig) -> int:

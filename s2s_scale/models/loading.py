@@ -11,6 +11,7 @@ from s2s_scale.config import ModelArguments
 from s2s_scale.errors import UserError, did_you_mean, unknown_name
 from s2s_scale.models.families import (
     apply_dropout_settings,
+    check_precision,
     family_of,
 )
 from s2s_scale.models.files import VOCABULARY_FILES, check_folder, has_vocabulary, readable
@@ -39,8 +40,11 @@ def load(
     attention_dropout: float | None = None,
     encoder_layerdrop: float | None = None,
     decoder_layerdrop: float | None = None,
+    fp16: bool = False,
 ) -> Loaded:
     """Config, tokenizer and model as the settings ask, in that order, cheap checks first.
+
+    ``fp16`` says that the model will compute in half precision, which some families cannot.
 
     Raises ``UserError`` for: folder, config, tokenizer or weights missing or unreadable; a model
     that is no encoder-decoder; weights that do not fit the config; an unknown task or language
@@ -49,6 +53,7 @@ def load(
     name = _required_name(model_args)
     check_folder(name, what="model", weights=True)
     config = load_config(model_args)
+    check_precision(config, fp16=fp16)
     generation_values = apply_task_parameters(config, task)
     apply_dropout_settings(
         config,

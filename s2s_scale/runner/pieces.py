@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from s2s_scale.data.examples import check_token_ids, tokenize_pairs
 from s2s_scale.data.sources import Split
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.evaluation.text import TextEvaluation
+from s2s_scale.profiles import LauncherProfile, deepspeed_config_path
 from s2s_scale.settings import Settings, split_settings
 from s2s_scale.trainer import Seq2SeqTrainer
 from s2s_scale.trainer.progress import LineProgressCallback
@@ -69,8 +70,8 @@ def read_settings(
     ``trains``: whether an optimizer will be made.
     """
     values = {**(extra or {}), **settings.values}
-    if settings.profile is not None and settings.profile.device == "cpu":
-        values.setdefault("use_cpu", True)
+    if settings.profile is not None:
+        values |= _of_profile(settings.profile, values)
     model, data, training = split_settings(
         values, ModelArguments, DataArguments, Seq2SeqTrainingArguments
     )
@@ -88,6 +89,18 @@ def read_settings(
     return Run(ModelArguments(**model), data_args, training_args, given)
 
 
+def _of_profile(profile: LauncherProfile, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments that follow from the profile itself, where none was given."""
+    found: dict[str, Any] = {}
+    if profile.device == "cpu" and "use_cpu" not in values:
+        found["use_cpu"] = True
+    if values.get("deepspeed"):
+        found["deepspeed"] = str(deepspeed_config_path(values["deepspeed"]))
+    elif profile.deepspeed_config:
+        found["deepspeed"] = str(deepspeed_config_path(profile.deepspeed_config, profile))
+    return found
+
+
 def load_model(run: Run) -> models.Loaded:
     data, args = run.data_args, run.training_args
     return models.load(
@@ -99,6 +112,7 @@ def load_model(run: Run) -> models.Loaded:
         attention_dropout=args.attention_dropout,
         encoder_layerdrop=args.encoder_layerdrop,
         decoder_layerdrop=args.decoder_layerdrop,
+        fp16=args.fp16 or args.fp16_full_eval,
     )
 
 

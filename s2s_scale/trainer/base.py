@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.errors import UserError
-from s2s_scale.models import apply_dropout_settings, target_vocab_size
+from s2s_scale.models import apply_dropout_settings, check_precision, target_vocab_size
 from s2s_scale.trainer.callbacks import StepCallback
 from s2s_scale.trainer.loaders import EvaluationLoader
 from s2s_scale.trainer.meters import EvaluationMeter, TrainingMeter
@@ -62,6 +62,7 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         self.config = config if config is not None else self.model.config
         self.vocab_size = target_vocab_size(self.config)
         self._check_pad_token()
+        check_precision(self.config, fp16=self.args.fp16)
         self._check_dropouts()
         # Our loss is divided by the step's tokens already; these two (the first up to
         # transformers 5.17, the second after) keep the trainer from dividing once more.

@@ -16,6 +16,8 @@ from s2s_scale.trainer.nonfinite import NonFiniteGuard
 class StepCallback(TrainerCallback):
     """Tells the sampler its epoch and the guard which rows are in the step about to be made.
 
+    It also counts ``overflow_steps``, those that an fp16 loss scaler has skipped.
+
     The epoch is counted from the global step rather than taken from the data loader, because
     resuming wraps the loader in one that forwards no epoch.
     """
@@ -24,6 +26,7 @@ class StepCallback(TrainerCallback):
         self.guard = guard
         self.total = total
         self.sampler: PlanSampler | None = None
+        self.overflow_steps = 0
         self._next_epoch = 0
         self._epoch_start = 0
 
@@ -62,3 +65,15 @@ class StepCallback(TrainerCallback):
             learning_rate=float(optimizer.param_groups[0]["lr"]),
             total=self.total,
         )
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **_: Any,
+    ) -> None:
+        # With a loss scaler a step is skipped when the scaled gradients overflow.
+        if args.fp16 and getattr(optimizer, "step_was_skipped", False):
+            self.overflow_steps += 1

@@ -147,8 +147,12 @@ class LossTrainer(TrainerBase):
             logs.update(self._meter.read(self.backend.total))
             if self._guard.steps:
                 logs["nonfinite_steps"] = len(self._guard.steps)
+            if self.args.fp16:
+                logs["overflow_steps"] = self._step_callback.overflow_steps
         if "train_loss" in logs:  # the summary at the end, which becomes the results
             logs["train_nonfinite_steps"] = len(self._guard.steps)
+            if self.args.fp16:
+                logs["train_overflow_steps"] = self._step_callback.overflow_steps
         super().log(logs, start_time)
 
     @contextmanager

@@ -17,6 +17,7 @@ _SHOWN = {
     "chrf": ("chrF", "{:.2f}"),
     "rougeL": ("ROUGE-L", "{:.2f}"),
     "exact_match": ("exact match %", "{:.2f}"),
+    "overflow_steps": ("overflow steps", "{:.0f}"),
     "nonfinite_steps": ("non-finite steps", "{:.0f}"),
 }
 

@@ -35,7 +35,9 @@ def problems(name):
 
 def test_shipped_profiles_resolve(folder):
     shipped = available()
-    assert set(shipped) == {"cpu", "cpu-ddp", "gpu", "gpu-ddp"}
+    zero = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+    kinds = ("", "-ddp", "-oss", *(f"-{stage}" for stage in zero))
+    assert set(shipped) == {device + kind for device in ("cpu", "gpu") for kind in kinds}
     for name in shipped:
         profile = resolve(name)
         assert profile.description
@@ -143,8 +145,8 @@ def test_missing_parent(folder):
     ("text", "expected"),
     [
         ("bakend: local\n", "1: unknown key 'bakend' (did you mean 'backend'?)"),
-        ("\nbackend: horovod\n", "2: backend: expected one of: local, got 'horovod'"),
-        ("launcher: mpirun\n", "1: launcher: expected one of: none, torchrun, got 'mpirun'"),
+        ("\nbackend: horovod\n", "2: backend: expected one of: local, fairscale_oss, deepspeed, got 'horovod'"),
+        ("launcher: mpirun\n", "1: launcher: expected one of: none, torchrun, deepspeed, got 'mpirun'"),
         ("device: cuba\n", "1: device: expected one of: cpu, cuda, got 'cuba' (did you mean 'cuda"),
         ("device: [cpu]\n", "1: device: expected one of: cpu, cuda, got a list"),
         ("processes: many\n", "1: processes: expected a whole number of at least 1 or auto"),
