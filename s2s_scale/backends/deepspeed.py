@@ -78,6 +78,12 @@ class DeepSpeedBackend(LocalBackend):
             return _cpu_adam(groups, options)
         return super().build_optimizer(optimizer_class, groups, options)
 
+    def after_prepare(self, optimizer: Optimizer) -> None:
+        # transformers' polynomial schedule reads the defaults, which ZeRO's wrapper leaves out.
+        zero: Any = getattr(optimizer, "optimizer", optimizer)
+        if not hasattr(zero, "defaults"):
+            zero.defaults = zero.optimizer.defaults
+
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 

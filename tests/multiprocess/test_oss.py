@@ -32,7 +32,9 @@ def run(folder, *, backend, ranks, optimizer, **more):
     }
     path = folder / "job.json"
     path.write_text(json.dumps(job), encoding="utf-8")
-    results = run_ranks(["-m", "tests.support.oss_worker", str(path)], ranks=ranks, folder=folder)
+    results = run_ranks(
+        ["-m", "tests.support.shares_worker", str(path)], ranks=ranks, folder=folder
+    )
     for rank, result in enumerate(results):
         assert result.code == 0, f"rank {rank}:\n{result.output}"
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))

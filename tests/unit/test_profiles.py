@@ -145,8 +145,14 @@ def test_missing_parent(folder):
     ("text", "expected"),
     [
         ("bakend: local\n", "1: unknown key 'bakend' (did you mean 'backend'?)"),
-        ("\nbackend: horovod\n", "2: backend: expected one of: local, fairscale_oss, deepspeed, got 'horovod'"),
-        ("launcher: mpirun\n", "1: launcher: expected one of: none, torchrun, deepspeed, got 'mpirun'"),
+        (
+            "\nbackend: horovod\n",
+            "2: backend: expected one of: local, fairscale_oss, deepspeed, got 'horovod'",
+        ),
+        (
+            "launcher: mpirun\n",
+            "1: launcher: expected one of: none, torchrun, deepspeed, got 'mpirun'",
+        ),
         ("device: cuba\n", "1: device: expected one of: cpu, cuda, got 'cuba' (did you mean 'cuda"),
         ("device: [cpu]\n", "1: device: expected one of: cpu, cuda, got a list"),
         ("processes: many\n", "1: processes: expected a whole number of at least 1 or auto"),

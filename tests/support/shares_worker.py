@@ -1,0 +1,138 @@
+"""One rank of the tests of what each rank holds: our trainer, watched at every step.
+
+Usage: python -m tests.support.shares_worker JOB.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from transformers import TrainerCallback
+
+from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from s2s_scale.backends import Backend, make_backend
+from s2s_scale.data.collate import Seq2SeqCollator
+from tests.support.families import tiny_model
+from tests.support.training import history, ragged_rows, settings
+
+
+def main(path: Path) -> None:
+    """Train with the job's backend; rank 0 writes ``result.json`` beside the job."""
+    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    backend = make_backend(job["backend"])
+    backend.prepare_process()
+    try:
+        result = several(job, path.parent, backend) if "runs" in job else None
+        result = result or run(job, path.parent, backend)
+        if backend.data_rank == 0:
+            (path.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    finally:
+        backend.close()
+
+
+def several(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
+    """One run after the other in this process, each with arguments of its own; by their names."""
+    results = {}
+    for name, arguments in job["runs"].items():
+        AcceleratorState._reset_state()
+        each = {**job, "arguments": {**job["arguments"], **arguments}}
+        results[name] = run(each, folder / name, backend)
+    return results
+
+
+def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
+    """Train, and collect what the ranks held after each step."""
+    values = settings(folder / "run", **job["arguments"])
+    args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
+    model = tiny_model(job.get("family", "t5"), d_model=32, layers=3, vocab_size=64).train()
+    shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    numbers = [math.prod(shape) for shape in shapes]
+    watcher = Watcher(backend, replicas=job.get("replicas", True))
+    if job.get("fp16_anywhere"):
+        allow_fp16()
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=args,
+        train_dataset=ragged_rows(model, 31),
+        data_collator=Seq2SeqCollator(model.config.pad_token_id),
+        backend=backend,
+        callbacks=[watcher],
+    )
+    trainer.train(resume_from_checkpoint=job.get("resume"))
+    whole = backend.full_weights(model)
+    return {
+        "loss": history(trainer, "loss"),
+        "grad_norm": history(trainer, "grad_norm"),
+        "learning_rate": history(trainer, "learning_rate"),
+        "overflow_steps": history(trainer, "overflow_steps"),
+        "weights": [value for weight in whole.values() for value in weight.flatten().tolist()],
+        "replicas_equal": watcher.equal,
+        "held": backend.gather_objects(watcher.held),
+        "gradients": backend.gather_objects(watcher.gradients),
+        "parameters": backend.gather_objects(held_parameters(model)),
+        "whole_parameters": sum(numbers),
+        "largest_share": max(numbers) / sum(numbers),
+    }
+
+
+class Watcher(TrainerCallback):
+    """At each step: are the ranks' weights the same to the bit; how much is held here."""
+
+    def __init__(self, backend: Backend, *, replicas: bool) -> None:
+        self.backend = backend
+        self.replicas = replicas
+        self.equal: list[bool] = []
+        self.held = 0
+        self.gradients = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        optimizer = objects["optimizer"].optimizer
+        if not hasattr(optimizer, "averaged_gradients"):
+            return
+        step = optimizer.step
+
+        def counted() -> None:
+            flat = [t for part in optimizer.averaged_gradients.values() if part for t in part]
+            own = [p.grad for p in objects["model"].parameters() if p.grad is not None]
+            self.gradients = sum(t.numel() for t in [*flat, *own] if t is not None)
+            step()
+
+        optimizer.step = counted
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        if self.replicas:
+            weights = torch.cat([p.detach().flatten() for p in objects["model"].parameters()])
+            copies = self.backend.gather_objects(weights.numpy().tobytes())
+            self.equal.append(len(set(copies)) == 1)
+        optimizer = objects["optimizer"]
+        while hasattr(optimizer, "optim") or hasattr(optimizer, "optimizer"):
+            optimizer = getattr(optimizer, "optim", None) or optimizer.optimizer
+        self.held = sum(
+            value.numel()
+            for values in optimizer.state.values()
+            for value in values.values()
+            if isinstance(value, torch.Tensor) and value.dim() > 0
+        )
+
+
+def held_parameters(model: torch.nn.Module) -> int:
+    """Numbers of parameters that this rank keeps between steps."""
+    return sum((p.ds_tensor if hasattr(p, "ds_tensor") else p).numel() for p in model.parameters())
+
+
+def allow_fp16() -> None:
+    """Let DeepSpeed compute in fp16 on a CPU: slow, but the loss scaler is the GPU's."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    CPU_Accelerator.supported_dtypes = lambda self: [torch.float32, torch.bfloat16, torch.half]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
