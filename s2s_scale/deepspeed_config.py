@@ -6,10 +6,15 @@ Imports no DeepSpeed: the launcher checks a configuration before anything is sta
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from s2s_scale.errors import UserError
+
 AUTO = "auto"
+ZERO_STAGES = (0, 1, 2, 3)
 
 # Key in the configuration -> flag that decides the same.
 SAME_AS_FLAG = {
@@ -44,6 +49,41 @@ DEFAULTS: dict[str, Any] = {
 OLD_NAMES = {"lr_scheduler": "lr_scheduler_type"}
 # Type of DeepSpeed's schedule -> ours that is the same.
 SCHEDULES = {"WarmupDecayLR": "linear", "WarmupLR": "constant_with_warmup"}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration in a JSON file.
+
+    Raises:
+        UserError: unreadable; not valid JSON, with line and column; a ZeRO stage that is none.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a DeepSpeed configuration") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}; mend it there"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object with DeepSpeed's settings")
+    stage = _lookup(config, "zero_optimization.stage")
+    if stage not in (None, *ZERO_STAGES) or isinstance(stage, bool):
+        raise UserError(
+            f"{path}: zero_optimization.stage: expected 0, 1, 2 or 3, got {json.dumps(stage)}"
+        )
+    return config
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"'{key}' is given twice; keep one")
+        seen[key] = value
+    return seen
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
@@ -87,7 +127,7 @@ def contradictions(
     if world_size is not None:
         pairs.append(_of_batch_size(config, flags, world_size))
     return [
-        f'deepspeed: {key} is {value}, but {flag} is {other}; write "auto" there or leave it '
+        f'{key} is {value}, but {flag} is {other}; write "auto" there or leave it '
         "out, or change the flag"
         for key, value, flag, other in pairs
         if value not in (None, AUTO) and not _same(value, other)

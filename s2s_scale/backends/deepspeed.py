@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from s2s_scale.backends.local import LocalBackend, whole
 from s2s_scale.deepspeed_config import (
     contradictions,
     offloads_optimizer,
+    read_config,
     without_sections_of_flags,
     zero_stage,
 )
@@ -60,7 +60,7 @@ class DeepSpeedBackend(LocalBackend):
     def training_overrides(self, values: Mapping[str, Any], *, trains: bool) -> dict[str, Any]:
         values = dict(values)
         given = values.pop("deepspeed", None)
-        config = given if isinstance(given, dict) else _read(given) if given else {}
+        config = given if isinstance(given, dict) else read_config(Path(given)) if given else {}
         raise_problems(contradictions(config, values, world_size=self.data_world_size))
         self._config = config
         # Without an optimizer ZeRO 1 and 2 have nothing to share out.
@@ -106,10 +106,6 @@ def _cpu_adam(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> Optim
 
     known = {name: options[name] for name in ("lr", "betas", "eps") if name in options}
     return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=True, **known)
-
-
-def _read(path: Any) -> dict[str, Any]:
-    return json.loads(Path(str(path)).read_text(encoding="utf-8"))
 
 
 def _free_port() -> int:

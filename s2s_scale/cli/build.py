@@ -10,8 +10,14 @@ from typing import Any
 from s2s_scale.cli.command_line import parse_line, unknown_option
 from s2s_scale.cli.verbs import Verb
 from s2s_scale.config import DataArguments
+from s2s_scale.deepspeed_config import contradictions, read_config
 from s2s_scale.errors import UserError, raise_problems
-from s2s_scale.profiles import LauncherProfile, default_profile_name, resolve
+from s2s_scale.profiles import (
+    LauncherProfile,
+    deepspeed_config_path,
+    default_profile_name,
+    resolve,
+)
 from s2s_scale.settings import Settings
 from s2s_scale.settings.values import expected, from_node
 from s2s_scale.settings.yaml_files import read_entries
@@ -36,6 +42,7 @@ def build_settings(verb: Verb, words: Sequence[str]) -> Settings:
         known = {entry.name for entry in verb.options()}
         defaults = {k: v for k, v in profile.arguments.items() if k in known}
         merged = {k: (v, f"profile {profile.name}") for k, v in defaults.items()} | merged
+        problems += _of_deepspeed(profile, {name: value for name, (value, _) in merged.items()})
     problems += _problems_of(verb, {name: value for name, (value, _) in merged.items()}, problems)
     raise_problems(list(dict.fromkeys(problems)))
     return _settings(verb, merged, profile)
@@ -98,6 +105,28 @@ def _profile(
     if not merged.get("dry_run", (False, ""))[0]:
         problems.extend(profile.unusable())
     return profile
+
+
+def _of_deepspeed(profile: LauncherProfile, given: Mapping[str, Any]) -> list[str]:
+    """Problems of the DeepSpeed configuration that the profile or ``--deepspeed`` names."""
+    flag = given.get("deepspeed")
+    if profile.backend != "deepspeed":
+        if not flag:
+            return []
+        return [
+            f"--deepspeed {flag}: has no effect with profile '{profile.name}' (backend "
+            f"{profile.backend}); take a profile for DeepSpeed, such as cpu-zero2 or gpu-zero2"
+        ]
+    if not flag and not profile.deepspeed_config:
+        return [f"profile '{profile.name}': no deepspeed_config; name one there or by --deepspeed"]
+    try:
+        if flag:
+            path = deepspeed_config_path(flag)
+        else:
+            path = deepspeed_config_path(str(profile.deepspeed_config), profile)
+        return [f"{path}: {line}" for line in contradictions(read_config(path), given)]
+    except UserError as error:
+        return list(error.problems)
 
 
 def _problems_of(verb: Verb, given: Mapping[str, Any], so_far: Sequence[str]) -> list[str]:

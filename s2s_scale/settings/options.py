@@ -50,8 +50,12 @@ HELP_OVERRIDES = {
     "do_predict": "After training, evaluate on the test split (test_results.json).",
     "resume_from_checkpoint": "Go on from this checkpoint folder; 'latest': the newest one.",
     "sortish_sampler": "Old name of --batching sortish.",
+    "deepspeed": "DeepSpeed configuration in place of the profile's: a name in ds_configs/, such "
+    "as zero2, or the path of a JSON file.",
     "predict_with_generate": "Generate text in evaluation and compute --metrics from it.",
 }
+# A configuration is named, so that every message about it can say where it stands.
+TYPE_OVERRIDES = {"deepspeed": "str"}
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ def _source_option(
     default = _default(keywords, body)
     return Option(
         name=name,
-        type="|".join(kinds),
+        type=TYPE_OVERRIDES.get(name, "|".join(kinds)),
         default=default,
         help=HELP_OVERRIDES.get(name, str(metadata.get("help", "")).replace("%%", "%")),
         group=GROUP_OVERRIDES.get(name, group),

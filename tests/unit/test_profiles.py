@@ -84,7 +84,7 @@ def test_unknown_name_gives_the_nearest(folder):
     (problem,) = problems("cpuu")
     assert problem == (
         "unknown profile 'cpuu' (did you mean 'cpu'?); expected the path of a YAML file or one "
-        "of: cpu, cpu-ddp, gpu, gpu-ddp"
+        f"of: {', '.join(available())}"
     )
 
 
