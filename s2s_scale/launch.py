@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -13,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2s_scale.errors import UserError
+from s2s_scale.errors import UserError, raise_problems
+from s2s_scale.hostfile import choose, read_hostfile
 from s2s_scale.profiles import AUTO, LauncherProfile, cuda_devices
 
 ERROR_FOLDER = "S2S_SCALE_ERROR_FOLDER"
@@ -31,12 +33,42 @@ class Rank:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a run is started. ``in_process``: here, and ``command`` is what would do the same."""
+    """How a run is started. ``in_process``: here, and ``command`` is what would do the same.
+
+    ``environment`` is that of every rank, on every host. ``remote``: some ranks are on other hosts.
+    ``notes`` are lines for the user.
+    """
 
     command: tuple[str, ...]
     environment: dict[str, str]
     ranks: tuple[Rank, ...]
     in_process: bool
+    remote: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def hosts(self) -> list[str]:
+        """The hosts, each once, in the order of their ranks."""
+        return list(dict.fromkeys(place.host for place in self.ranks))
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the command line says of hosts and processes; None where it says nothing."""
+
+    num_processes: int | None = None
+    num_nodes: int | None = None
+    node_rank: int | None = None
+    hostfile: str | None = None
+    include: str | None = None
+    exclude: str | None = None
+    master_addr: str | None = None
+    master_port: int | None = None
+    launcher_runner: str | None = None
+
+    def given(self) -> list[str]:
+        """The names of those that are given."""
+        return [name for name, value in vars(self).items() if value is not None]
 
 
 def plan_launch(
@@ -44,24 +76,91 @@ def plan_launch(
     words: Sequence[str],
     *,
     environ: Mapping[str, str],
-    processes: int | None = None,
+    wishes: Wishes | None = None,
 ) -> Launch:
     """How ``s2s-scale WORDS…`` is started under ``profile``; ``words`` begin with the verb.
 
-    Inside a launcher (``RANK`` set) this process is one of its ranks and runs here. ``processes``
-    overrides the profile's number per node.
+    Inside a launcher (``RANK`` set) this process is one of its ranks and runs here. Touches no
+    other host.
 
     Raises:
-        UserError: more processes than devices, or a number for a profile that starts only one.
+        UserError: more processes than devices, hosts that are not there, or a flag that this
+            profile's launcher has no use for.
     """
     if environ.get("RANK"):
         return _worker(profile, tuple(words), environ)
-    if profile.launcher == "none" and processes not in (None, 1):
+    wishes = wishes or Wishes()
+    _refuse_without_effect(profile, wishes, tuple(words))
+    return LAUNCHERS[profile.launcher](profile, tuple(words), environ, wishes)
+
+
+# Launcher -> the flags that it has a use for.
+USES = {
+    "none": {"num_processes"},
+    "torchrun": {"num_processes", "num_nodes", "node_rank", "master_addr", "master_port"},
+    "deepspeed": {*vars(Wishes())} - {"node_rank"},
+}
+ONLY_WITH_HOSTFILE = ("num_nodes", "launcher_runner")
+
+
+def _refuse_without_effect(profile: LauncherProfile, wishes: Wishes, words: Sequence[str]) -> None:
+    """A flag that would do nothing is an error.
+
+    Raises:
+        UserError: with every such flag.
+    """
+    if profile.launcher == "none" and wishes.num_processes not in (None, 1):
         raise UserError(
-            f"--num_processes {processes}: profile '{profile.name}' starts one process; choose a "
-            "profile with a launcher, such as cpu-ddp or gpu-ddp"
+            f"--num_processes {wishes.num_processes}: profile '{profile.name}' starts one process; "
+            "choose a profile with a launcher, such as cpu-ddp or gpu-ddp"
         )
-    return LAUNCHERS[profile.launcher](profile, tuple(words), environ, processes)
+    if profile.launcher == "torchrun" and wishes.hostfile:
+        raise UserError(_on_each_host(profile, wishes, words))
+    useless = [name for name in wishes.given() if name not in USES[profile.launcher]]
+    if profile.launcher == "deepspeed" and not wishes.hostfile:
+        useless += [name for name in wishes.given() if name in ONLY_WITH_HOSTFILE]
+        why = "without --hostfile"
+    else:
+        why = f"with profile '{profile.name}' (launcher {profile.launcher})"
+    raise_problems([f"--{name}: has no effect {why}; leave it out" for name in useless])
+
+
+def _on_each_host(profile: LauncherProfile, wishes: Wishes, words: Sequence[str]) -> str:
+    """torchrun is started on each host by itself: the commands to type."""
+    hosts = choose(
+        read_hostfile(Path(str(wishes.hostfile))),
+        num_nodes=wishes.num_nodes,
+        num_processes=wishes.num_processes,
+        include=wishes.include,
+        exclude=wishes.exclude,
+    )
+    first = wishes.master_addr or next(iter(hosts))
+    port = wishes.master_port or TORCHRUN_PORT
+    kept = shlex.join(_without_flags(words, {"hostfile", "include", "exclude", *USES["torchrun"]}))
+    commands = [
+        f"on {host}: s2s-scale {kept} --num_nodes {len(hosts)} --node_rank {number} "
+        f"--num_processes {len(slots)} --master_addr {first} --master_port {port}"
+        for number, (host, slots) in enumerate(hosts.items())
+    ]
+    return (
+        f"--hostfile: profile '{profile.name}' is started by torchrun, which is started on each "
+        f"host by itself; take a profile with launcher deepspeed, or type {'; '.join(commands)}"
+    )
+
+
+def _without_flags(words: Sequence[str], names: set[str]) -> list[str]:
+    """The words without these flags and their values."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if skip:
+            skip = False
+        elif word.startswith("--") and name in names:
+            skip = "=" not in word
+        else:
+            kept.append(word)
+    return kept
 
 
 def start(launch: Launch, *, environ: Mapping[str, str]) -> int:
@@ -123,7 +222,7 @@ def _none(
     profile: LauncherProfile,
     words: tuple[str, ...],
     environ: Mapping[str, str],
-    processes: int | None,
+    wishes: Wishes,
 ) -> Launch:
     """No launcher: one process, which is this one.
 
@@ -149,42 +248,215 @@ def _torchrun(
     profile: LauncherProfile,
     words: tuple[str, ...],
     environ: Mapping[str, str],
-    processes: int | None,
+    wishes: Wishes,
 ) -> Launch:
-    """torchrun on this host, with a free port of its own choice.
+    """torchrun on this host; with ``--num_nodes`` as one of the hosts on which it is started."""
+    nodes, node = wishes.num_nodes or 1, wishes.node_rank or 0
+    _check_node(wishes)
+    places = _places(profile, environ, wishes)
+    notes: tuple[str, ...] = ()
+    rendezvous = ["--standalone"]
+    if nodes > 1 or wishes.master_port or wishes.master_addr:
+        port = wishes.master_port or TORCHRUN_PORT
+        if nodes == 1:
+            port, notes = _port(wishes)
+        address = wishes.master_addr or "127.0.0.1"
+        rendezvous = [f"--nnodes={nodes}", f"--node-rank={node}"]
+        rendezvous += [f"--master-addr={address}", f"--master-port={port}"]
+    program = (sys.executable, "-m", "s2s_scale.torchrun")
+    flags = (*rendezvous, f"--nproc-per-node={len(places)}", "-m", "s2s_scale")
+    host = socket.gethostname()
+    return Launch(
+        command=(*program, *flags, *words),
+        environment=_environment(profile, environ, len(places)),
+        ranks=tuple(
+            Rank(rank=node * len(places) + number, host=host, device=_device(profile, name))
+            for number, name in enumerate(places)
+        ),
+        in_process=False,
+        notes=notes,
+    )
 
-    The cores are divided among the ranks unless OMP_NUM_THREADS says otherwise: torch would take
-    all of them in every rank, and torchrun alone gives each rank one.
+
+def _check_node(wishes: Wishes) -> None:
+    """``--num_nodes`` with torchrun needs to know which of them this is, and where the first is."""
+    if (wishes.num_nodes or 1) == 1:
+        return
+    missing = [name for name in ("node_rank", "master_addr") if getattr(wishes, name) is None]
+    if missing:
+        raise UserError(
+            f"--num_nodes {wishes.num_nodes}: torchrun is started on each host and also needs "
+            + " and ".join(f"--{name}" for name in missing)
+        )
+    if not 0 <= int(wishes.node_rank or 0) < int(wishes.num_nodes or 1):
+        raise UserError(
+            f"--node_rank {wishes.node_rank}: expected 0 to {int(wishes.num_nodes or 1) - 1}"
+        )
+
+
+def _deepspeed(
+    profile: LauncherProfile,
+    words: tuple[str, ...],
+    environ: Mapping[str, str],
+    wishes: Wishes,
+) -> Launch:
+    """DeepSpeed's launcher, on this host or, with a host file, on others."""
+    runner = (sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=error")
+    if wishes.hostfile is None:
+        if wishes.include or wishes.exclude:
+            here = choose(
+                {"localhost": list(range(len(_all_places(profile, environ, wishes))))},
+                include=wishes.include,
+                exclude=wishes.exclude,
+                num_processes=wishes.num_processes,
+            )
+            places = [str(slot) for slot in here["localhost"]]
+        else:
+            places = _places(profile, environ, wishes)
+        hosts = {"localhost": places}
+        picked: tuple[str, ...] = (
+            ("--num_accelerators", str(len(places)))
+            if profile.device == "cpu"
+            else ("--include", f"localhost:{','.join(places)}")
+        )
+        where: tuple[str, ...] = ("--hostfile", os.devnull, *picked)
+    else:
+        slots = choose(
+            read_hostfile(Path(wishes.hostfile)),
+            num_nodes=wishes.num_nodes,
+            num_processes=wishes.num_processes,
+            include=wishes.include,
+            exclude=wishes.exclude,
+        )
+        hosts = {host: [str(slot) for slot in numbers] for host, numbers in slots.items()}
+        where = ("--hostfile", wishes.hostfile, *_chosen(wishes), *_runner_of(wishes))
+    port, notes = _port(wishes)
+    address = ("--master_addr", wishes.master_addr) if wishes.master_addr else ()
+    script = ("--no_local_rank", *_script(wishes))
+    many = wishes.hostfile is not None
+    command = (*runner, *where, *address, "--master_port", str(port), *script)
+    several = max(len(names) for names in hosts.values())
+    environment = _environment(profile, environ, several) | {"DS_ACCELERATOR": profile.device}
+    places_of = [(host, name) for host, names in hosts.items() for name in names]
+    this = socket.gethostname()
+    return Launch(
+        command=(*command, *(map(for_remote_shell, words) if many else words)),
+        environment=environment,
+        ranks=tuple(
+            Rank(rank, this if host == "localhost" else host, _device(profile, name))
+            for rank, (host, name) in enumerate(places_of)
+        ),
+        in_process=False,
+        remote=many,
+        notes=notes,
+    )
+
+
+def _chosen(wishes: Wishes) -> list[str]:
+    """The flags that choose among the hosts, as DeepSpeed's launcher takes them."""
+    names = {
+        "num_nodes": "--num_nodes",
+        "num_processes": "--num_accelerators",
+        "include": "--include",
+        "exclude": "--exclude",
+    }
+    return [
+        word
+        for name, flag in names.items()
+        if getattr(wishes, name) is not None
+        for word in (flag, str(getattr(wishes, name)))
+    ]
+
+
+def _runner_of(wishes: Wishes) -> list[str]:
+    # One host in the file may be another one than this: it must be reached all the same.
+    return ["--force_multi", "--no_ssh_check", "--launcher", wishes.launcher_runner or RUNNERS[0]]
+
+
+def _script(wishes: Wishes) -> tuple[str, ...]:
+    """What each rank runs. DeepSpeed's slurm runner knows files only, no modules."""
+    if wishes.launcher_runner == "slurm":
+        return (str(Path(__file__).with_name("__main__.py")),)
+    return ("--module", "s2s_scale")
+
+
+def for_remote_shell(word: str) -> str:
+    """A word as DeepSpeed's launcher must be given it for a shell on another host to read it back.
+
+    The launcher puts double quotes around a word with a space, and nothing around any other.
     """
-    wanted = processes or profile.processes
-    devices = cuda_devices(environ) if profile.device == "cuda" else None
-    if devices is not None and wanted != AUTO and int(wanted) > len(devices):
+    if " " in word:
+        return re.sub(r"([$`\\])", r"\\\1", word)
+    return shlex.quote(word)
+
+
+def _places(profile: LauncherProfile, environ: Mapping[str, str], wishes: Wishes) -> list[str]:
+    """Names of the devices on this host that take a process each; "cpu" for each on a CPU."""
+    everything = _all_places(profile, environ, wishes)
+    wanted = wishes.num_processes or profile.processes
+    return everything if wanted == AUTO else everything[: int(wanted)]
+
+
+def _all_places(profile: LauncherProfile, environ: Mapping[str, str], wishes: Wishes) -> list[str]:
+    wanted = wishes.num_processes or profile.processes
+    if profile.device == "cpu":
+        return ["cpu"] * (PROCESSES_ON_A_CPU if wanted == AUTO else int(wanted))
+    devices = cuda_devices({**environ, **profile.environment})
+    if wanted != AUTO and int(wanted) > len(devices):
         raise UserError(
             f"{wanted} processes, but {len(devices)} CUDA device(s) may be used; give "
             f"--num_processes {max(1, len(devices))} or fewer"
         )
-    count = int(wanted) if wanted != AUTO else len(devices) if devices else 2
+    return devices
+
+
+def _device(profile: LauncherProfile, name: str) -> str:
+    return "cpu" if profile.device == "cpu" else f"{profile.device}:{name}"
+
+
+def _environment(
+    profile: LauncherProfile, environ: Mapping[str, str], per_host: int
+) -> dict[str, str]:
+    """The profile's variables; the cores are divided among a host's ranks unless something says so.
+
+    torch would take all of them in every rank, and torchrun alone gives each rank one.
+    """
     environment = dict(profile.environment)
     if "OMP_NUM_THREADS" not in {**environ, **environment}:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
-    program = (sys.executable, "-m", "s2s_scale.torchrun")
-    flags = ("--standalone", f"--nproc-per-node={count}", "-m", "s2s_scale")
-    host = socket.gethostname()
-    return Launch(
-        command=(*program, *flags, *words),
-        environment=environment,
-        ranks=tuple(
-            Rank(rank=rank, host=host, device=f"cuda:{devices[rank]}" if devices else "cpu")
-            for rank in range(count)
-        ),
-        in_process=False,
-    )
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // max(1, per_host)))
+    return environment
 
 
-Planner = Callable[[LauncherProfile, tuple[str, ...], Mapping[str, str], "int | None"], Launch]
+def _port(wishes: Wishes) -> tuple[int, tuple[str, ...]]:
+    """The port on which the ranks find each other, and what there is to say of it."""
+    wanted = wishes.master_port
+    if wanted is not None and (_is_free(wanted) or wishes.master_addr):
+        return wanted, ()
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        free = int(probe.getsockname()[1])
+    if wanted is None:
+        return free, ()
+    return free, (f"--master_port {wanted}: is in use; port {free} is taken instead",)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+TORCHRUN_PORT = 29500
+PROCESSES_ON_A_CPU = 2
+RUNNERS = ("pdsh", "openmpi", "mpich", "mvapich", "slurm", "impi")
+Planner = Callable[[LauncherProfile, tuple[str, ...], Mapping[str, str], Wishes], Launch]
 
 # One entry per launcher that a profile may name: what it makes of a profile and a command line.
-LAUNCHERS: dict[str, Planner] = {"none": _none, "torchrun": _torchrun}
+LAUNCHERS: dict[str, Planner] = {"none": _none, "torchrun": _torchrun, "deepspeed": _deepspeed}
 
 
 def describe(launch: Launch, *, environ: Mapping[str, str]) -> str:
@@ -196,6 +468,7 @@ def describe(launch: Launch, *, environ: Mapping[str, str]) -> str:
         lines.append(f"  {name}={shlex.quote(value)}{replaces}")
     if not launch.environment:
         lines.append("  nothing is changed")
+    lines += [f"note: {note}" for note in launch.notes]
     lines.append("ranks:")
     lines += [f"  rank {place.rank}: {place.host}, {place.device}" for place in launch.ranks]
     return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from s2s_scale import __version__
 from s2s_scale.cli.verbs import Verb, verbs
 from s2s_scale.errors import UserError, did_you_mean
+from s2s_scale.rank_variables import adopt
 from s2s_scale.settings.values import TRUE_WORDS
 
 EXIT_USER_ERROR = 2
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 2: the user gave something wrong, printed line by line; 130: interrupted; 141: what
     read the output went away. An error in the program itself keeps its traceback.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    adopt(os.environ)
+    words = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
     try:
         code = _run(words)
         sys.stdout.flush()  # here, so that a closed pipe is met inside this try
@@ -40,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes stdout once more at exit: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+def _without_local_rank(words: list[str]) -> list[str]:
+    """A rank's words without what DeepSpeed's launcher puts first; the variables say the same."""
+    started = "RANK" in os.environ and words and words[0].startswith("--local_rank=")
+    return words[1:] if started else words
 
 
 def _told_launcher(error: UserError) -> bool:
@@ -102,7 +110,7 @@ def version_line() -> str:
 def _launched(verb: Verb, words: list[str]) -> int:
     """A verb that a profile starts: the launcher's environment first, then the runner."""
     from s2s_scale.cli.build import build_settings
-    from s2s_scale.launch import describe, plan_launch, start
+    from s2s_scale.launch import Wishes, describe, plan_launch, start
 
     settings = build_settings(verb, words[1:])
     assert settings.profile is not None  # every verb that comes here has --profile
@@ -110,7 +118,7 @@ def _launched(verb: Verb, words: list[str]) -> int:
         settings.profile,
         _without_dry_run(words),
         environ=os.environ,
-        processes=settings.verb_values["num_processes"],
+        wishes=Wishes(**{name: settings.verb_values[name] for name in vars(Wishes())}),
     )
     if verb.name == "generate" and not launch.in_process:
         raise UserError(
@@ -121,6 +129,8 @@ def _launched(verb: Verb, words: list[str]) -> int:
         print(describe(launch, environ=os.environ), end="")
         return 0
     if not launch.in_process:
+        for note in launch.notes:
+            print(f"note: {note}", file=sys.stderr)
         return start(launch, environ=os.environ)
     # Before the import below, which brings in torch: it reads the environment once.
     os.environ.update(launch.environment)

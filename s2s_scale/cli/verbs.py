@@ -28,7 +28,34 @@ LAUNCH = (
         "int",
         None,
         "launch",
-        "Processes on this host, one rank each. Default: the profile's number.",
+        "Processes per host, one rank each. Default: the profile's number, or all slots.",
+    ),
+    option(
+        "hostfile",
+        "str",
+        None,
+        "launch",
+        "Hosts to run on, lines such as 'worker-1 slots=4'; for profiles with launcher deepspeed.",
+    ),
+    option("num_nodes", "int", None, "launch", "How many hosts, the first of the host file."),
+    option(
+        "node_rank", "int", None, "launch", "Which of --num_nodes hosts this is; with torchrun."
+    ),
+    option(
+        "include", "str", None, "launch", "Hosts and slots to use, such as worker-1@worker-2:0,2."
+    ),
+    option("exclude", "str", None, "launch", "Hosts and slots not to use, written likewise."),
+    option(
+        "master_addr", "str", None, "launch", "Address of the first host; by default it is asked."
+    ),
+    option("master_port", "int", None, "launch", "Port on the first host. Default: a free one."),
+    option(
+        "launcher_runner",
+        "str",
+        None,
+        "launch",
+        "What DeepSpeed reaches the hosts by. Default: pdsh.",
+        choices=("pdsh", "openmpi", "mpich", "mvapich", "slurm", "impi"),
     ),
     option("dry_run", "bool", False, "launch", "Show what would be started, and start nothing."),
 )
@@ -230,14 +257,20 @@ def _data_problems(given: Mapping[str, Any], *sources: str) -> list[str]:
 
 
 def _check_train(given: Mapping[str, Any]) -> list[str]:
-    return _data_problems(given, *DATA_SOURCES) + _below(given, 1, "num_processes")
+    return _data_problems(given, *DATA_SOURCES) + _check_launch(given)
+
+
+def _check_launch(given: Mapping[str, Any]) -> list[str]:
+    problems = _below(given, 1, "num_processes", "num_nodes") + _below(given, 0, "node_rank")
+    port = given.get("master_port")
+    if port is not None and not 1 <= port <= 65535:
+        problems.append(f"--master_port: expected a port from 1 to 65535, got {port}")
+    return problems
 
 
 def _check_evaluate(given: Mapping[str, Any]) -> list[str]:
     file = "validation_file" if given.get("split") == "val" else "test_file"
-    return _data_problems(given, "data_dir", file, "dataset_name") + _below(
-        given, 1, "num_processes"
-    )
+    return _data_problems(given, "data_dir", file, "dataset_name") + _check_launch(given)
 
 
 def _check_generate(given: Mapping[str, Any]) -> list[str]:
