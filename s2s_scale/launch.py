@@ -13,10 +13,12 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.hostfile import choose, read_hostfile
 from s2s_scale.profiles import AUTO, LauncherProfile, cuda_devices
+from s2s_scale.rank_variables import NAMES, STARTED_BY
 
 ERROR_FOLDER = "S2S_SCALE_ERROR_FOLDER"
 """Environment variable: where a rank leaves what went wrong, for the process that started it."""
@@ -98,9 +100,9 @@ def plan_launch(
 USES = {
     "none": {"num_processes"},
     "torchrun": {"num_processes", "num_nodes", "node_rank", "master_addr", "master_port"},
-    "deepspeed": {*vars(Wishes())} - {"node_rank"},
+    "deepspeed": {*vars(Wishes())},
 }
-ONLY_WITH_HOSTFILE = ("num_nodes", "launcher_runner")
+ONLY_WITH_HOSTFILE = ("num_nodes", "node_rank", "launcher_runner")
 
 
 def _refuse_without_effect(profile: LauncherProfile, wishes: Wishes, words: Sequence[str]) -> None:
@@ -300,56 +302,102 @@ def _deepspeed(
     environ: Mapping[str, str],
     wishes: Wishes,
 ) -> Launch:
-    """DeepSpeed's launcher, on this host or, with a host file, on others."""
-    runner = (sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=error")
-    if wishes.hostfile is None:
-        if wishes.include or wishes.exclude:
-            here = choose(
-                {"localhost": list(range(len(_all_places(profile, environ, wishes))))},
-                include=wishes.include,
-                exclude=wishes.exclude,
-                num_processes=wishes.num_processes,
-            )
-            places = [str(slot) for slot in here["localhost"]]
-        else:
-            places = _places(profile, environ, wishes)
-        hosts = {"localhost": places}
-        picked: tuple[str, ...] = (
-            ("--num_accelerators", str(len(places)))
-            if profile.device == "cpu"
-            else ("--include", f"localhost:{','.join(places)}")
-        )
-        where: tuple[str, ...] = ("--hostfile", os.devnull, *picked)
-    else:
-        slots = choose(
-            read_hostfile(Path(wishes.hostfile)),
-            num_nodes=wishes.num_nodes,
-            num_processes=wishes.num_processes,
-            include=wishes.include,
-            exclude=wishes.exclude,
-        )
-        hosts = {host: [str(slot) for slot in numbers] for host, numbers in slots.items()}
-        where = ("--hostfile", wishes.hostfile, *_chosen(wishes), *_runner_of(wishes))
-    port, notes = _port(wishes)
-    address = ("--master_addr", wishes.master_addr) if wishes.master_addr else ()
-    script = ("--no_local_rank", *_script(wishes))
+    """DeepSpeed's launcher: on this host or, with a host file, on others.
+
+    With ``--node_rank`` it is started on each host by itself, as by Slurm, and starts that host's
+    ranks alone.
+    """
+    hosts = _hosts(profile, environ, wishes)
     many = wishes.hostfile is not None
-    command = (*runner, *where, *address, "--master_port", str(port), *script)
-    several = max(len(names) for names in hosts.values())
-    environment = _environment(profile, environ, several) | {"DS_ACCELERATOR": profile.device}
-    places_of = [(host, name) for host, names in hosts.items() for name in names]
+    alone = wishes.node_rank is not None
+    port, notes = _port(wishes)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=error"]
+    command += _where(profile, wishes, hosts)
+    command += ["--master_addr", wishes.master_addr] if wishes.master_addr else []
+    command += ["--master_port", str(port), "--no_local_rank", *_script(wishes)]
+    command += map(for_remote_shell, words) if many and not alone else words
+    environment = _environment(profile, environ, max(map(len, hosts.values())))
+    environment |= {"DS_ACCELERATOR": profile.device} | _for_runner(wishes, port)
     this = socket.gethostname()
+    places = [(host, name) for host, names in hosts.items() for name in names]
+    ranks = [
+        Rank(rank, this if host == "localhost" else host, _device(profile, name))
+        for rank, (host, name) in enumerate(places)
+    ]
+    if wishes.node_rank is not None:
+        own = list(hosts)[wishes.node_rank]
+        ranks = [place for place in ranks if place.host == own]
     return Launch(
-        command=(*command, *(map(for_remote_shell, words) if many else words)),
+        command=tuple(command),
         environment=environment,
-        ranks=tuple(
-            Rank(rank, this if host == "localhost" else host, _device(profile, name))
-            for rank, (host, name) in enumerate(places_of)
-        ),
+        ranks=tuple(ranks),
         in_process=False,
-        remote=many,
+        remote=many and not alone,
         notes=notes,
     )
+
+
+def _hosts(
+    profile: LauncherProfile, environ: Mapping[str, str], wishes: Wishes
+) -> dict[str, list[str]]:
+    """Host -> names of the devices on it that take a process each."""
+    if wishes.hostfile is not None:
+        slots = choose(read_hostfile(Path(wishes.hostfile)), **_choice(wishes))
+        if wishes.node_rank is not None:
+            _check_own_node(wishes, list(slots))
+        return {host: [str(slot) for slot in numbers] for host, numbers in slots.items()}
+    if wishes.include or wishes.exclude:
+        here = {"localhost": list(range(len(_all_places(profile, environ, wishes))))}
+        return {"localhost": [str(slot) for slot in choose(here, **_choice(wishes))["localhost"]]}
+    return {"localhost": _places(profile, environ, wishes)}
+
+
+def _choice(wishes: Wishes) -> dict[str, Any]:
+    names = ("num_nodes", "num_processes", "include", "exclude")
+    return {name: getattr(wishes, name) for name in names}
+
+
+def _check_own_node(wishes: Wishes, hosts: Sequence[str]) -> None:
+    missing = [name for name in ("master_addr", "master_port") if getattr(wishes, name) is None]
+    if missing:
+        raise UserError(
+            f"--node_rank {wishes.node_rank}: the hosts are started one by one and must be told "
+            "the same " + " and ".join(f"--{name}" for name in missing)
+        )
+    if not 0 <= int(wishes.node_rank or 0) < len(hosts):
+        raise UserError(
+            f"--node_rank {wishes.node_rank}: expected 0 to {len(hosts) - 1} ({', '.join(hosts)})"
+        )
+
+
+def _where(
+    profile: LauncherProfile, wishes: Wishes, hosts: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """The flags that tell DeepSpeed's launcher which hosts and devices to use."""
+    if wishes.hostfile is None:
+        local = hosts["localhost"]
+        if profile.device == "cpu":
+            picked = ["--num_accelerators", str(len(local))]
+        else:
+            picked = ["--include", f"localhost:{','.join(local)}"]
+        return ["--hostfile", os.devnull, *picked]
+    flags = ["--hostfile", wishes.hostfile, *_chosen(wishes)]
+    if wishes.node_rank is not None:
+        return [*flags, "--no_ssh", "--node_rank", str(wishes.node_rank)]
+    # One host in the file may be another one than this: it must be reached all the same.
+    return [*flags, "--force_multi", "--no_ssh_check", "--launcher", _runner(wishes)]
+
+
+def _runner(wishes: Wishes) -> str:
+    return wishes.launcher_runner or RUNNERS[0]
+
+
+def _for_runner(wishes: Wishes, port: int) -> dict[str, str]:
+    """What ranks need that are started by MPI or Slurm, which leave out these variables."""
+    if wishes.hostfile is None or wishes.node_rank is not None or _runner(wishes) not in NAMES:
+        return {}
+    address = {"MASTER_ADDR": wishes.master_addr} if wishes.master_addr else {}
+    return {STARTED_BY: _runner(wishes), "MASTER_PORT": str(port), **address}
 
 
 def _chosen(wishes: Wishes) -> list[str]:
@@ -366,11 +414,6 @@ def _chosen(wishes: Wishes) -> list[str]:
         if getattr(wishes, name) is not None
         for word in (flag, str(getattr(wishes, name)))
     ]
-
-
-def _runner_of(wishes: Wishes) -> list[str]:
-    # One host in the file may be another one than this: it must be reached all the same.
-    return ["--force_multi", "--no_ssh_check", "--launcher", wishes.launcher_runner or RUNNERS[0]]
 
 
 def _script(wishes: Wishes) -> tuple[str, ...]:

@@ -15,7 +15,10 @@ LAYERS = (
     {"config", "settings", "losses", "schedules", "optimizers"},
     {
         "deepspeed_config",
+        "hostfile",
         "profiles",
+        "rank_variables",
+        "remote_hosts",
         "launch",
         "torchrun",
         "data",

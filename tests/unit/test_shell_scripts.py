@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -95,3 +96,84 @@ def test_environment_is_made_with_the_python_that_was_named(tmp_path, version, n
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "-m venv a folder"
     assert ("note: the pins were made for Python 3.11" in done.stderr) == noted
+
+
+DEEPSPEED = ROOT / "launchers" / "deepspeed.sh"
+SLURM = ROOT / "launchers" / "slurm.sbatch"
+
+
+def test_deepspeed_launcher_hands_every_word_on(tmp_path):
+    fake(tmp_path, "s2s-scale", 'printf "%s\\n" "$@"; exit 7')
+    done = run(DEEPSPEED, "my hosts", "conf.yaml", "--source_prefix", "a $b: ", path=tmp_path)
+    words = ["train", "conf.yaml", "--source_prefix", "a $b: "]
+    assert done.stdout.splitlines() == [*words, "--profile", "gpu-zero2", "--hostfile", "my hosts"]
+    assert done.returncode == 7
+    done = run(DEEPSPEED, "hosts", "conf.yaml", path=tmp_path, PROFILE="gpu-zero3")
+    assert "gpu-zero3" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("words", [(), ("hosts",)])
+def test_deepspeed_launcher_shows_its_use(tmp_path, words):
+    done = run(DEEPSPEED, *words, path=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("usage: ")
+
+
+def slurm(tmp_path, *words, **more):
+    """The batch script under a made-up Slurm with two hosts; srun runs both tasks in turn."""
+    fake(tmp_path, "scontrol", "printf 'node-a\\nnode-b\\n'")
+    fake(
+        tmp_path,
+        "srun",
+        'shift; for n in 0 1; do SLURM_NODEID=$n "$@" || exit $?; done',
+    )
+    fake(tmp_path, "s2s-scale", 'printf "<%s> " "$@"; echo; cat "$WORK"/hosts-*; ${FAIL:-true}')
+    environment = {
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_JOB_ID": "41234",
+        "SLURM_GPUS_ON_NODE": "4",
+        "WORK": str(tmp_path),
+        **more,
+    }
+    return subprocess.run(
+        ["bash", SLURM, *words],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", **environment},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_slurm_starts_one_task_per_host(tmp_path):
+    done = slurm(tmp_path, "my conf.yaml", "--source_prefix", "a 'b' $c: ")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    hosts = ["node-a slots=4", "node-b slots=4"]
+    assert lines[1:3] == hosts and lines[4:6] == hosts
+    for number, line in enumerate((lines[0], lines[3])):
+        assert line == (
+            "<train> <my conf.yaml> <--source_prefix> <a 'b' $c: > <--profile> <gpu-zero2> "
+            f"<--hostfile> <{tmp_path}/hosts-41234> <--node_rank> <{number}> "
+            "<--master_addr> <node-a> <--master_port> <21234> "
+        )
+    assert not list(tmp_path.glob("hosts-*"))
+
+
+def test_slurm_passes_a_failure_on(tmp_path):
+    assert slurm(tmp_path, "conf.yaml", FAIL="exit 2").returncode == 2
+
+
+def test_slurm_outside_a_job_shows_its_use(tmp_path):
+    done = run(SLURM, "conf.yaml", path=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("usage: sbatch ")
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck (Debian) is not installed")
+def test_shellcheck_has_nothing_to_say():
+    scripts = [*ROOT.glob("launchers/*.s*"), *ROOT.glob("constraints/*.sh"), ROOT / ".ci" / "run"]
+    assert len(scripts) >= 5
+    done = subprocess.run(
+        ["shellcheck", *scripts], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout
