@@ -26,6 +26,7 @@ from s2s_scale.cli.verbs import (
 )
 from s2s_scale.config import DataArguments, ModelArguments
 from s2s_scale.errors import UserError
+from s2s_scale.launch import Wishes
 from s2s_scale.settings import split_settings
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +118,7 @@ def test_train_gets_typed_values_and_origins(train):
     assert settings.origins["max_steps"] == "command line"
     assert settings.origins["use_cpu"] == "profile cpu"
     assert settings.profile.name == "cpu"
-    assert settings.verb_values == {"dry_run": False, "num_processes": None}
+    assert settings.verb_values == {"dry_run": False} | vars(Wishes())
     assert settings.get("max_steps") == 7
     assert settings.get("no_such", 3) == 3
 
