@@ -1,7 +1,8 @@
 """Models: the table of family differences, loading, and making fresh ones.
 
 ``families`` is the table, ``loading`` reads a saved model with its tokenizer, ``files`` checks its
-folder, ``new_model`` makes a model from nothing and ``tokenizers`` trains the tokenizer for it.
+folder, ``new_model`` makes a model from nothing, ``tokenizers`` trains the tokenizer for it, and
+``tiny`` makes the small models that machines and tests are tried with.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,10 @@ from transformers import PreTrainedModel
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.data.collate import Seq2SeqCollator
 from s2s_scale.models import decoder_inputs_from_labels
-from tests.support.families import FIRST_WORD_ID, last_word_id, tiny_model
+from s2s_scale.models.tiny import ragged_rows
+from tests.support.families import tiny_model
 
-
-def ragged_rows(model: PreTrainedModel, count: int, *, seed: int = 0, longest: int = 10) -> list:
-    """Rows with input_ids and labels of random lengths, EOS (and mBART's language code) last."""
-    chance = random.Random(seed)
-    end = [model.config.eos_token_id] + ([5] if model.config.model_type == "mbart" else [])
-
-    def ids() -> list[int]:
-        length = chance.randint(1, longest)
-        return [chance.randint(FIRST_WORD_ID, last_word_id(model)) for _ in range(length)] + end
-
-    return [{"input_ids": ids(), "labels": ids()} for _ in range(count)]
+__all__ = ["fresh", "history", "our_trainer", "ragged_rows", "settings", "stock_trainer"]
 
 
 def settings(folder: Path, **values: Any) -> dict[str, Any]:

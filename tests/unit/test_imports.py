@@ -30,6 +30,7 @@ LAYERS = (
     {"training_arguments", "checkpoint", "backends"},
     {"trainer"},
     {"runner"},
+    {"doctor"},
     {"cli", "demo"},
     {"__init__", "__main__"},
 )

@@ -1,0 +1,57 @@
+"""One rank of a parity job: python -m tests.support.parity_worker BACKEND JOB.json FOLDER.
+
+BACKEND is one of ours, or ``transformers``: its own trainer on the same rows, losses only.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from accelerate.state import AcceleratorState
+
+from s2s_scale.backends import make_backend
+from s2s_scale.doctor.figures import ROWS, Job, _arguments, compute
+from s2s_scale.models.tiny import ragged_rows, tiny_model
+from tests.support.training import history, stock_trainer
+
+
+def main(name: str, job: Job, folder: Path) -> None:
+    """Run the job under the backend called ``name``."""
+    backend = make_backend("local" if name == "transformers" else name)
+    backend.prepare_process()
+    try:
+        if name == "transformers":
+            stock(job, folder, rank=backend.data_rank, world_size=backend.data_world_size)
+        else:
+            compute(job, backend, folder)
+    finally:
+        backend.close()
+
+
+def stock(job: Job, folder: Path, *, rank: int, world_size: int) -> None:
+    """The same cases with transformers' trainer, on the first step's loss only."""
+    for number, case in enumerate(job.cases):
+        AcceleratorState._reset_state()
+        model = tiny_model(case.family).train()
+        with TemporaryDirectory() as scratch:
+            values = _arguments(job, case, world_size, scratch) | {"max_steps": 1}
+            smoothing = values.pop("label_smoothing")
+            schedule = values.pop("lr_scheduler")
+            trainer = stock_trainer(
+                model,
+                Path(values.pop("output_dir")),
+                ragged_rows(model, ROWS),
+                label_smoothing_factor=smoothing,
+                lr_scheduler_type=schedule,
+                **values,
+            )
+            trainer.train()
+        if rank == 0:
+            torch.save({"loss": history(trainer, "loss")}, folder / f"{number}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Job.read(Path(sys.argv[2])), Path(sys.argv[3]))
