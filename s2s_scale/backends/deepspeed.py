@@ -86,12 +86,16 @@ class DeepSpeedBackend(LocalBackend):
 
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.zero import GatheredParameters
 
         weights = {}
         for name, parameter in model.named_parameters():
-            value = safe_get_full_fp32_param(parameter)
-            if self.data_rank == 0:
-                weights[name] = whole(parameter if value is None else value)
+            master = safe_get_full_fp32_param(parameter)
+            # A frozen parameter has no master copy, but under ZeRO 3 it is shared out too.
+            frozen = master is None and hasattr(parameter, "ds_id")
+            with GatheredParameters([parameter], enabled=frozen):
+                if self.data_rank == 0:
+                    weights[name] = whole(parameter if master is None else master)
         return weights
 
     @contextmanager
@@ -106,6 +110,14 @@ def _cpu_adam(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> Optim
 
     known = {name: options[name] for name in ("lr", "betas", "eps") if name in options}
     return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=True, **known)
+
+
+def cpu_adam_problem() -> str | None:
+    """Why DeepSpeed's CPU Adam cannot be built here; None where it can."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    builder = CPUAdamBuilder()
+    return None if builder.is_compatible(verbose=False) else "cannot be built"
 
 
 def _free_port() -> int:

@@ -194,11 +194,19 @@ def _profiles(verb: Verb, words: list[str]) -> int:
     return 0
 
 
+def _doctor(verb: Verb, words: list[str]) -> int:
+    from s2s_scale.cli.build import build_settings
+    from s2s_scale.cli.doctor import doctor
+
+    return doctor(build_settings(verb, words[1:]), words)
+
+
 _ACTIONS: dict[str, Callable[[Verb, list[str]], int]] = {
     "train": _launched,
     "evaluate": _launched,
     "generate": _launched,
     "plan": _plan,
+    "doctor": _doctor,
     "new-model": _new_model,
     "demo": _demo,
     "profiles": _profiles,

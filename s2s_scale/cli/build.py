@@ -102,7 +102,8 @@ def _profile(
         where = f"{origin}: " if origin not in ("", COMMAND_LINE) else ""
         problems.extend(f"{where}{problem}" for problem in error.problems)
         return None
-    if not merged.get("dry_run", (False, ""))[0]:
+    # doctor shows them in its table, with whatever else there is.
+    if not merged.get("dry_run", (False, ""))[0] and verb.name != "doctor":
         problems.extend(profile.unusable())
     return profile
 

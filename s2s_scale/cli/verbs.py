@@ -117,6 +117,19 @@ NEEDS_ANOTHER = {
     "top_k": "do_sample",
     "top_p": "do_sample",
 }
+DOCTOR = (
+    option("parity", "bool", False, "doctor", "Compute ten steps under the profile and compare."),
+    option(
+        "families",
+        "list[str]",
+        ["t5"],
+        "doctor",
+        "Model families that --parity computes.",
+        choices=ARCHITECTURES,
+    ),
+    option("output_dir", "str", ".", "doctor", "Folder that is looked at; all hosts share it."),
+    option("parity_folder", "str", None, "doctor", "Set for the ranks of --parity, by itself."),
+)
 EVALUATE = (
     option("split", "str", "test", "data", "Which split to evaluate on.", choices=("val", "test")),
 )
@@ -396,6 +409,20 @@ def verbs() -> dict[str, Verb]:
             positional="FILE",
             examples=("s2s-scale plan --model models/new --data_dir data --batching sortish",),
             check=_check_plan,
+        ),
+        Verb(
+            "doctor",
+            "check this machine for a profile; compare its figures with one process",
+            "Check versions, devices, compilers, shared memory, network, hosts and disk for a "
+            "profile. With --parity a tiny model is trained under the profile, and every figure "
+            "is compared with one process that sees the same rows.",
+            lambda: [*DOCTOR, *LAUNCH],
+            own=(*DOCTOR, *LAUNCH),
+            examples=(
+                "s2s-scale doctor --profile cpu-zero2",
+                "s2s-scale doctor --profile gpu-zero3 --hostfile hosts --parity",
+            ),
+            check=_check_launch,
         ),
         Verb(
             "demo",

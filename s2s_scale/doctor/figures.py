@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
+from transformers import PrinterCallback
 
 from s2s_scale.backends import Backend
 from s2s_scale.data.collate import Seq2SeqCollator
@@ -102,6 +103,7 @@ def _run(job: Job, case: Case, backend: Backend) -> Figures:
             data_collator=Seq2SeqCollator(model.config.pad_token_id),
             backend=backend,
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return Figures(

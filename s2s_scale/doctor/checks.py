@@ -1,0 +1,222 @@
+"""The checks of ``s2s-scale doctor``: each looks at one thing, and says what to do about it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from s2s_scale.deepspeed_config import offloads_optimizer, read_config
+from s2s_scale.errors import UserError
+from s2s_scale.hostfile import read_hostfile
+from s2s_scale.profiles import (
+    LauncherProfile,
+    cuda_devices,
+    cuda_is_here,
+    deepspeed_config_path,
+    missing_packages,
+)
+from s2s_scale.remote_hosts import check_hosts
+
+NEEDED: dict[str, tuple[int, ...]] = {
+    "torch": (2, 9),
+    "transformers": (5, 17),
+    "accelerate": (1, 10),
+    "datasets": (4, 0),
+}
+BACKEND_NEEDS: dict[str, tuple[int, ...]] = {"deepspeed": (0, 18), "fairscale": (0, 4, 13)}
+SHARED_MEMORY_MIB = 64
+FREE_DISK_GIB = 2.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found: ``remedy`` is empty where all is well."""
+
+    what: str
+    found: str
+    remedy: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.remedy
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What is examined: this machine for ``profile``, and the hosts of ``hostfile``."""
+
+    profile: LauncherProfile
+    hostfile: Path | None = None
+    output_dir: Path = Path()
+
+
+Check = Callable[[Patient], "Iterator[Finding]"]
+
+
+def examine(patient: Patient) -> list[Finding]:
+    """Every check's findings, in the order of ``CHECKS``."""
+    return [finding for check in CHECKS for finding in check(patient)]
+
+
+def versions(patient: Patient) -> Iterator[Finding]:
+    """Python and the packages that every run needs, and those of the profile's backend."""
+    python = sys.version_info[:2]
+    yield Finding(
+        "Python",
+        ".".join(map(str, sys.version_info[:3])),
+        "" if (3, 10) <= python < (3, 14) else "use Python 3.10 to 3.13",
+    )
+    for package, least in NEEDED.items():
+        yield _package(package, least)
+    missing = dict(missing_packages(patient.profile))
+    for package, least in BACKEND_NEEDS.items():
+        if package in missing:
+            remedy = f"pip install 's2s-scale[{missing[package]}]', or pip install {package}"
+            yield Finding(package, "not installed", remedy)
+        elif package in (patient.profile.backend.partition("_")[0], patient.profile.launcher):
+            yield _package(package, least)
+
+
+def _package(package: str, least: tuple[int, ...]) -> Finding:
+    wanted = ".".join(map(str, least))
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        return Finding(package, "not installed", f"pip install '{package}>={wanted}'")
+    numbers = tuple(int(word) for word in found.split("+")[0].split(".") if word.isdigit())
+    return Finding(package, found, "" if numbers >= least else f"pip install '{package}>={wanted}'")
+
+
+def devices(patient: Patient) -> Iterator[Finding]:
+    """The profile's kind of device, and whether there are enough of them."""
+    profile = patient.profile
+    if profile.device == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        wanted = profile.processes if isinstance(profile.processes, int) else 1
+        remedy = "" if cores >= wanted else f"it will be slow: {wanted} processes share them"
+        yield Finding("CPU cores", str(cores), remedy)
+        return
+    names = cuda_devices({**os.environ, **profile.environment})
+    if not cuda_is_here():
+        remedy = "install a torch build with CUDA and the NVIDIA driver, or take a cpu profile"
+        yield Finding("CUDA devices", "no usable one", remedy)
+        return
+    wanted = profile.processes if isinstance(profile.processes, int) else 1
+    yield Finding(
+        "CUDA devices",
+        ", ".join(names) or "none visible",
+        "" if len(names) >= wanted else f"the profile starts {wanted} processes; give fewer",
+    )
+
+
+def op_builds(patient: Patient) -> Iterator[Finding]:
+    """What DeepSpeed compiles at first use, and what it needs for that."""
+    profile = patient.profile
+    if profile.backend != "deepspeed" or not find_spec("deepspeed"):
+        return
+    if profile.deepspeed_config is None:
+        return
+    try:
+        config = read_config(deepspeed_config_path(profile.deepspeed_config, profile))
+    except UserError as error:
+        yield Finding("DeepSpeed configuration", "; ".join(error.problems), "mend it there")
+        return
+    if profile.device == "cpu" or offloads_optimizer(config):
+        tools = {"g++": "Debian: apt-get install g++", "ninja": "pip install ninja"}
+        beside = str(Path(sys.executable).parent)  # pip puts ninja beside this Python
+        path = os.pathsep.join((beside, os.environ.get("PATH", "")))
+        for tool, remedy in tools.items():
+            there = shutil.which(tool, path=path)
+            yield Finding(
+                f"{tool} (DeepSpeed compiles)", there or "not found", "" if there else remedy
+            )
+    if offloads_optimizer(config):
+        yield _cpu_adam()
+
+
+def _cpu_adam() -> Finding:
+    from s2s_scale.backends.deepspeed import cpu_adam_problem
+
+    problem = cpu_adam_problem()
+    return Finding(
+        "DeepSpeed's CPU Adam",
+        problem or "can be built",
+        "ds_report tells more; without offload it is not needed" if problem else "",
+    )
+
+
+def shared_memory(patient: Patient) -> Iterator[Finding]:
+    """/dev/shm carries batches of data-loader workers and collectives between processes."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        yield Finding("shared memory", "no /dev/shm", "mount a tmpfs there")
+        return
+    free = shutil.disk_usage(folder).free / 2**20
+    remedy = f"at least {SHARED_MEMORY_MIB} MiB are needed; in a container: --shm-size=1g"
+    yield Finding(
+        "shared memory", f"{free:,.0f} MiB free", "" if free >= SHARED_MEMORY_MIB else remedy
+    )
+
+
+def network(patient: Patient) -> Iterator[Finding]:
+    """The address that other hosts would be told; it matters where there are other hosts."""
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        yield Finding("host name", f"{name} has no address", f"add '{name}' to /etc/hosts")
+        return
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+    known = [interface for _, interface in socket.if_nameindex()]
+    if chosen and chosen not in known:
+        remedy = f"set it to one of {', '.join(known)}"
+        yield Finding("GLOO_SOCKET_IFNAME", f"{chosen}, which is not here", remedy)
+        return
+    loops = address.startswith("127.") and patient.hostfile is not None and not chosen
+    yield Finding(
+        "network",
+        f"{name} is {address}; interfaces {', '.join(known)}",
+        "other hosts cannot reach a loopback address: set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) "
+        "in the profile's environment"
+        if loops
+        else "",
+    )
+
+
+def hosts(patient: Patient) -> Iterator[Finding]:
+    """Every host of the host file: reachable, same packages, same code, shared output folder."""
+    if patient.hostfile is None:
+        return
+    try:
+        names: Sequence[str] = list(read_hostfile(patient.hostfile))
+        check_hosts(names, patient.output_dir)
+    except UserError as error:
+        for problem in error.problems:
+            yield Finding("hosts", problem, "see there")
+        return
+    yield Finding("hosts", f"{', '.join(names)}: reachable, and the same as this one")
+
+
+def disk(patient: Patient) -> Iterator[Finding]:
+    """Room for checkpoints where they will be written."""
+    folder = patient.output_dir.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 2**30
+    writable = os.access(folder, os.W_OK)
+    remedy = "" if free >= FREE_DISK_GIB else "free some, or give another --output_dir"
+    yield Finding(
+        "disk",
+        f"{folder}: {free:,.1f} GiB free" + ("" if writable else ", not writable"),
+        remedy if writable else "give an --output_dir that you may write to",
+    )
+
+
+CHECKS: tuple[Check, ...] = (versions, devices, op_builds, shared_memory, network, hosts, disk)
