@@ -23,6 +23,7 @@ SCHEDULES = (
     "constant",
     "constant_w_warmup",
 )
+DEFAULT_HANG_SECONDS = 600.0
 METRICS = ("bleu", "chrf", "rouge", "exact_match")
 
 
@@ -240,6 +241,12 @@ class TrainingExtras:
     )
     max_nonfinite_steps: int = setting(
         3, "training", "Stop after this many steps whose loss or gradient is not finite."
+    )
+    hang_timeout_seconds: float = setting(
+        DEFAULT_HANG_SECONDS,
+        "training",
+        "End a run of several ranks in which none has made progress for this long, and name the "
+        "rank that is behind. More than the longest step takes; 0: wait for ever.",
     )
     overwrite_output_dir: bool = setting(
         False, "output", "Start afresh in an output folder that holds an earlier run."

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import socket
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +16,7 @@ from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.hostfile import choose, read_hostfile
 from s2s_scale.profiles import AUTO, LauncherProfile, cuda_devices
 from s2s_scale.rank_variables import NAMES, STARTED_BY
-
-ERROR_FOLDER = "S2S_SCALE_ERROR_FOLDER"
-"""Environment variable: where a rank leaves what went wrong, for the process that started it."""
+from s2s_scale.supervision import supervise
 
 
 @dataclass(frozen=True)
@@ -166,46 +161,15 @@ def _without_flags(words: Sequence[str], names: set[str]) -> list[str]:
 
 
 def start(launch: Launch, *, environ: Mapping[str, str]) -> int:
-    """Run the command to its end and return its exit code.
+    """Run the command to its end and return the run's exit code.
 
-    The first rank that failed is named, with its host and the cause, in one line on standard error.
+    The rank that failed is named, with its host and the cause, in one line on standard error.
     """
-    with tempfile.TemporaryDirectory(prefix="s2s-scale-") as folder:
-        environment = {**environ, **launch.environment, ERROR_FOLDER: folder}
-        process = subprocess.Popen(launch.command, env=environment)
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            # The terminal has interrupted the ranks too: they say what was saved, and end.
-            code = process.wait()
-        for line in _first_failure(Path(folder)):
-            print(f"error: {line}", file=sys.stderr)
-    return code if code >= 0 else 128 - code
-
-
-def report_failure(problems: Sequence[str], *, rank: int) -> bool:
-    """Leave a rank's ``problems`` for the process that started it; False if there is none.
-
-    What the rank has said of itself stays: it knows more than whoever saw it end.
-    """
-    folder = os.environ.get(ERROR_FOLDER)
-    if not folder:
-        return False
-    path = Path(folder, f"rank-{rank}.json")
-    if not path.exists():
-        where = f"rank {rank} on {socket.gethostname()}"
-        text = json.dumps({"where": where, "problems": list(problems)})
-        path.write_text(text, encoding="utf-8")
-    return True
-
-
-def _first_failure(folder: Path) -> list[str]:
-    """Lines for the rank that failed first; ranks that met the same problem are not repeated."""
-    files = sorted(folder.glob("rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
-    if not files:
-        return []
-    failure = json.loads(files[0].read_text(encoding="utf-8"))
-    return [f"{failure['where']}: {problem}" for problem in failure["problems"]]
+    return supervise(
+        launch.command,
+        environment={**environ, **launch.environment},
+        hosts={place.rank: place.host for place in launch.ranks},
+    )
 
 
 def _worker(profile: LauncherProfile, words: tuple[str, ...], environ: Mapping[str, str]) -> Launch:

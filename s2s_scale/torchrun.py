@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from s2s_scale.launch import report_failure
+from s2s_scale.reports import Certainty, report_failure
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,12 +23,26 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run(parse_args(list(arguments)))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = int(failure.exitcode)
-        ended = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-        report_failure([f"ended by {ended}; what it printed is above"], rank=rank)
-        return code if code > 0 else 128 - code
+        for rank, failure in error.failures.items():
+            _report(rank, int(failure.exitcode))
+        code = int(error.get_first_failure()[1].exitcode)
+        return _exit_code(code)
     return 0
+
+
+def _report(rank: int, code: int) -> None:
+    """Say how a rank ended. A signal is news; a rank that exits has said more itself."""
+    ended = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    report_failure(
+        [f"ended by {ended}; what it printed is above"],
+        rank=rank,
+        code=_exit_code(code),
+        certainty=Certainty.ENDED if code > 0 else Certainty.SEEN,
+    )
+
+
+def _exit_code(code: int) -> int:
+    return code if code > 0 else 128 - code
 
 
 if __name__ == "__main__":

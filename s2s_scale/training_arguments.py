@@ -210,6 +210,7 @@ _LEAST = {
     "weight_decay": 0,
     "max_grad_norm": 0,
     "max_nonfinite_steps": 1,
+    "hang_timeout_seconds": 0,
 }
 """Smallest values that make sense, checked here because what uses them would fail late."""
 

@@ -85,8 +85,8 @@ class DeepSpeedBackend(LocalBackend):
             zero.defaults = zero.optimizer.defaults
 
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
-        from deepspeed.zero import GatheredParameters
 
         weights = {}
         for name, parameter in model.named_parameters():

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run(words)
         sys.stdout.flush()  # here, so that a closed pipe is met inside this try
+        _tell_done(code)
         return code
     except UserError as error:
         if not _told_launcher(error):
@@ -52,11 +53,21 @@ def _without_local_rank(words: list[str]) -> list[str]:
 
 def _told_launcher(error: UserError) -> bool:
     """Whether this is a rank whose problems the process that started it prints, once for all."""
-    if "RANK" not in os.environ:
+    rank = os.environ.get("RANK", "")
+    if not rank.isdigit():
         return False
-    from s2s_scale.launch import report_failure
+    from s2s_scale.reports import report_error
 
-    return report_failure(error.problems, rank=int(os.environ["RANK"]))
+    return report_error(error, rank=int(rank))
+
+
+def _tell_done(code: int) -> None:
+    """A rank says that it has come to an orderly end: 0, or interrupted."""
+    rank = os.environ.get("RANK", "")
+    if rank.isdigit():
+        from s2s_scale.reports import report_done
+
+        report_done(rank=int(rank), code=code)
 
 
 def _run(words: list[str]) -> int:

@@ -15,7 +15,7 @@ import transformers
 
 from s2s_scale import models
 from s2s_scale.backends import Backend, make_backend
-from s2s_scale.config import DataArguments, ModelArguments
+from s2s_scale.config import DEFAULT_HANG_SECONDS, DataArguments, ModelArguments
 from s2s_scale.data.collate import Seq2SeqCollator
 from s2s_scale.data.examples import check_token_ids, tokenize_pairs
 from s2s_scale.data.sources import Split
@@ -25,7 +25,9 @@ from s2s_scale.profiles import LauncherProfile, deepspeed_config_path
 from s2s_scale.settings import Settings, split_settings
 from s2s_scale.trainer import Seq2SeqTrainer
 from s2s_scale.trainer.progress import LineProgressCallback
+from s2s_scale.trainer.watched import WatchdogCallback
 from s2s_scale.training_arguments import Seq2SeqTrainingArguments
+from s2s_scale.watchdog import watching
 
 SAMPLES = 8
 
@@ -54,10 +56,17 @@ def open_backend(settings: Settings) -> Iterator[Backend]:
     backend = make_backend(settings.profile.backend, settings.profile.device)
     raise_problems(list(backend.problems()))
     backend.prepare_process()
+    hang_seconds = float(settings.get("hang_timeout_seconds", DEFAULT_HANG_SECONDS))
     # Its bars over the shards of a file say nothing that our own lines do not.
     transformers.utils.logging.disable_progress_bar()
     try:
-        yield backend
+        with watching(
+            backend.data_rank,
+            backend.data_world_size,
+            gather_objects=backend.gather_objects,
+            hang_seconds=hang_seconds,
+        ):
+            yield backend
     finally:
         backend.close()
 
@@ -194,6 +203,7 @@ def build_trainer(
             backend=backend,
             text_evaluation_for=text_evaluation_for,
         )
+    trainer.add_callback(WatchdogCallback())
     if not args.disable_tqdm:
         trainer.remove_callback(transformers.ProgressCallback)
         trainer.add_callback(LineProgressCallback)

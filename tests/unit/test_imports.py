@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "s2s_scale"
 LAYERS = (
     {"errors"},
     {"config", "settings", "losses", "schedules", "optimizers"},
+    {"lines", "reports", "supervision", "watchdog"},
     {
         "deepspeed_config",
         "hostfile",

@@ -10,15 +10,7 @@ import pytest
 
 from s2s_scale import profiles
 from s2s_scale.errors import UserError
-from s2s_scale.launch import (
-    LAUNCHERS,
-    Launch,
-    Wishes,
-    describe,
-    plan_launch,
-    report_failure,
-    start,
-)
+from s2s_scale.launch import LAUNCHERS, Launch, Wishes, describe, plan_launch, start
 from s2s_scale.profiles import LauncherProfile
 
 
@@ -116,7 +108,7 @@ def test_one_process_profiles_refuse_a_number_of_processes():
 
 def test_the_first_failure_is_printed_once_and_the_exit_code_kept(capfd):
     program = (
-        "import sys; from s2s_scale.launch import report_failure; "
+        "import sys; from s2s_scale.reports import report_failure; "
         "assert report_failure(['a.txt:3: empty line'], rank=1); "
         "assert report_failure(['later words'], rank=1); sys.exit(2)"
     )
@@ -135,8 +127,3 @@ def test_a_signal_becomes_an_exit_code():
         command=(sys.executable, "-c", program), environment={}, ranks=(), in_process=False
     )
     assert start(launch, environ=os.environ) == 128 + 15
-
-
-def test_without_a_launcher_there_is_nobody_to_tell(monkeypatch):
-    monkeypatch.delenv("S2S_SCALE_ERROR_FOLDER", raising=False)
-    assert not report_failure(["x"], rank=0)

@@ -1,0 +1,198 @@
+"""How a rank tells the process that started the run what went wrong, or that it is done.
+
+The process that starts a run opens ``Reports`` and gives every rank ``Reports.environment``; a rank
+calls ``report_failure`` and ``report_done``, which send one line each over TCP.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from types import TracebackType
+
+from s2s_scale.errors import UserError
+from s2s_scale.lines import LineClient, LineServer, Message
+
+REPORT_TO = "S2S_SCALE_REPORT_TO"
+"""Environment variable: ``host:port`` of the process that started the run."""
+REPORT_TOKEN = "S2S_SCALE_REPORT_TOKEN"
+"""Environment variable: what a report must begin with."""
+
+EXIT_USER_ERROR = 2
+ATTEMPTS = 3
+ANSWER_SECONDS = 5.0
+
+
+class Certainty(IntEnum):
+    """How near a report is to the cause. The nearest is shown, and of equals the earliest.
+
+    When a rank dies, the others lose contact with it and fail too, often sooner than anybody has
+    seen why the first one died.
+    """
+
+    SAID = 0  # the rank's own words
+    SEEN = 1  # its launcher saw a signal end it
+    MISSED = 2  # the other ranks' watchdogs
+    CONSEQUENCE = 3  # an error that says only that another rank went away
+    ENDED = 4  # its launcher saw it end with an exit code
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What is wrong with ``rank``; ``code`` is the exit code that the run ends with."""
+
+    rank: int
+    host: str
+    problems: tuple[str, ...]
+    code: int = 1
+    certainty: Certainty = Certainty.SAID
+
+    @property
+    def lines(self) -> list[str]:
+        """One line per problem, with rank and host first."""
+        return [f"rank {self.rank} on {self.host}: {problem}" for problem in self.problems]
+
+
+class Reports:
+    """Listens for the ranks' reports; a context that ends when the run has ended.
+
+    ``address`` is the name under which the ranks reach this host: ``127.0.0.1`` where all of them
+    are on it, and then nobody else can connect.
+    """
+
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        self._address = address
+        self._server = LineServer(host=address, on_line=self._take)
+        self._failures: list[Failure] = []
+        self._done: dict[int, int] = {}
+        self.failed_at: float | None = None
+        """When the first failure came, by ``time.monotonic``."""
+
+    def __enter__(self) -> Reports:
+        self._server.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._server.close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What every rank, on every host, must find in its environment."""
+        return {
+            REPORT_TO: f"{self._address}:{self._server.port}",
+            REPORT_TOKEN: self._server.token,
+        }
+
+    @property
+    def done_ranks(self) -> dict[int, int]:
+        """Rank -> exit code, of those that came to an orderly end."""
+        return dict(self._done)
+
+    def first_failure(self) -> Failure | None:
+        """The failure nearest to the cause, or None where nothing has failed."""
+        return min(self._failures, key=lambda failure: failure.certainty, default=None)
+
+    def _take(self, peer: int, message: Message) -> None:
+        try:
+            if "done" in message:
+                self._done[int(message["done"])] = int(message["code"])
+            else:
+                self._failures.append(_failure(message))
+                self.failed_at = self.failed_at or time.monotonic()
+        except (KeyError, TypeError, ValueError):
+            return
+        self._server.answer(peer, {"taken": True})
+
+
+def _failure(message: Message) -> Failure:
+    return Failure(
+        rank=int(message["rank"]),
+        host=str(message["host"]),
+        problems=tuple(map(str, message["problems"])),
+        code=int(message["code"]),
+        certainty=Certainty(message["certainty"]),
+    )
+
+
+def report_failure(
+    problems: Sequence[str],
+    *,
+    rank: int,
+    host: str | None = None,
+    code: int = 1,
+    certainty: Certainty = Certainty.SAID,
+) -> bool:
+    """Tell the process that started the run what is wrong with ``rank``; False if nobody listens.
+
+    ``host``: that of ``rank``, if it is not this one.
+    """
+    where = host or socket.gethostname()
+    failure = Failure(rank, where, tuple(problems), code, certainty)
+    return _sent(asdict(failure))
+
+
+def report_error(error: BaseException, *, rank: int) -> bool:
+    """Tell the process that started the run of an exception; False if nobody listens."""
+    return report_failure(
+        problems_of(error),
+        rank=rank,
+        code=EXIT_USER_ERROR if isinstance(error, UserError) else 1,
+        certainty=Certainty.CONSEQUENCE if lost_contact(error) else Certainty.SAID,
+    )
+
+
+def report_done(*, rank: int, code: int = 0) -> bool:
+    """Tell the process that started the run that ``rank`` has come to an orderly end."""
+    return _sent({"done": rank, "code": code})
+
+
+def problems_of(error: BaseException) -> tuple[str, ...]:
+    """A user's mistakes line by line, any other exception as one line with its name."""
+    if isinstance(error, UserError):
+        return error.problems
+    text = " ".join(str(error).split())
+    return (f"{type(error).__name__}: {text}" if text else type(error).__name__,)
+
+
+_LOST = ("closed by peer", "connection reset", "gloo/transport", "broken pipe", "nccl", "timed out")
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an exception says only that another rank does not answer any more."""
+    text = f"{type(error).__name__}: {error}".lower()
+    known = isinstance(error, RuntimeError) and any(sign in text for sign in _LOST)
+    return known or type(error).__name__ in ("DistBackendError", "DistNetworkError")
+
+
+def _sent(message: Message) -> bool:
+    address, token = os.environ.get(REPORT_TO), os.environ.get(REPORT_TOKEN)
+    if not address or not token:
+        return False
+    host, _, port = address.rpartition(":")
+    for attempt in range(ATTEMPTS):
+        try:
+            client = LineClient(host, int(port), token)
+            try:
+                client.send(message)
+                if client.receive(ANSWER_SECONDS):
+                    return True
+            finally:
+                client.close()
+        except OSError as error:
+            reason = str(error)
+        else:
+            reason = "no answer"
+        if attempt + 1 < ATTEMPTS:
+            time.sleep(0.5)
+    print(f"{address}, where this run was started, is out of reach: {reason}", file=sys.stderr)
+    return False

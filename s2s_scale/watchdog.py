@@ -1,0 +1,497 @@
+"""Turns a hang into an error: a thread per rank that says where the rank stands, and who is lost.
+
+Every rank sends a sign of life each two seconds to rank 0 over a TCP connection of its own; no
+collective is used, so that a rank stuck in one still speaks. Rank 0 judges:
+
+- a connection that closes before the rank said that it was done: the rank was killed;
+- no sign of life for ``silence_seconds``: the rank, or its host, is cut off;
+- no rank has passed a mark for ``hang_seconds``: the run hangs, and who is behind is named.
+
+Its verdict goes to all ranks. Each says where it stands, reports the fault and ends with exit code
+75. A rank that loses contact with rank 0 for ``silence_seconds`` ends by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from s2s_scale.lines import LineClient, LineServer, Message
+from s2s_scale.reports import Certainty, lost_contact, problems_of, report_error, report_failure
+
+EXIT_FAULT = 75
+"""Exit code of a rank whose watchdog ended it (sysexits' EX_TEMPFAIL: trying again may help)."""
+
+BEAT_SECONDS = 2.0
+ORDERLY_SECONDS = 5.0
+"""How long a rank may take to end by itself after another rank has failed with an error."""
+PAUSE_FACTOR = 6
+"""Work without marks (loading, tokenising, the report) may take this many ``hang_seconds``."""
+PLACES_SHOWN = 16
+
+GatherObjects = Callable[[Any], "list[Any]"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What ends the run: ``rank`` is at fault. ``orderly``: it ended itself, with an error."""
+
+    rank: int
+    host: str
+    cause: str
+    orderly: bool = False
+    places: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}: {self.cause}"
+
+
+@dataclass
+class Standing:
+    """What rank 0 knows of a rank. ``ticks`` counts the marks that it has passed."""
+
+    host: str
+    heard_at: float
+    moved_at: float
+    ticks: int = -1
+    where: str = "not heard of yet"
+    paused: bool = True
+    waits: bool = False
+    done: bool = False
+
+
+class Judge:
+    """Decides from what the ranks say whether one is lost, or all of them hang. Holds no clock."""
+
+    def __init__(
+        self, hosts: Sequence[str], *, hang_seconds: float, silence_seconds: float, now: float
+    ) -> None:
+        self.hang_seconds = hang_seconds
+        self.silence_seconds = silence_seconds
+        self.ranks = [Standing(host=host, heard_at=now, moved_at=now) for host in hosts]
+        self._fault: Fault | None = None
+        self._last_look = now
+
+    def heard(self, rank: int, message: Message, now: float) -> None:
+        """A sign of life: where the rank stands and how many marks it has passed."""
+        standing = self.ranks[rank]
+        standing.heard_at = now
+        if message["ticks"] != standing.ticks:
+            standing.moved_at = now
+        standing.ticks, standing.where = int(message["ticks"]), str(message["where"])
+        standing.paused, standing.waits = bool(message["paused"]), bool(message["waits"])
+
+    def done(self, rank: int) -> None:
+        self.ranks[rank].done = True
+
+    def failed(self, rank: int, cause: str) -> None:
+        """The rank ends with an error of its own."""
+        self._found(rank, cause, orderly=True)
+        self.done(rank)
+
+    def closed(self, rank: int) -> None:
+        """The rank's connection is closed: no process is left unless it was done."""
+        if not self.ranks[rank].done:
+            self._found(rank, "ended without a word (killed, or crashed)")
+
+    def verdict(self, now: float) -> Fault | None:
+        """The first fault there was, or None; to be asked about four times a second."""
+        away, self._last_look = now - self._last_look, now
+        if away > BEAT_SECONDS:
+            # This process stood still itself: that is no fault of the others.
+            for standing in self.ranks:
+                standing.heard_at += away
+                standing.moved_at += away
+        if self._fault is None:
+            self._look_for_silence(now)
+        if self._fault is None and self.hang_seconds:
+            self._look_for_hang(now)
+        return self._fault
+
+    def _look_for_silence(self, now: float) -> None:
+        for rank, standing in enumerate(self.ranks):
+            if not standing.done and now - standing.heard_at >= self.silence_seconds:
+                self._found(rank, f"no sign of life for {self.silence_seconds:g} s")
+
+    def _look_for_hang(self, now: float) -> None:
+        running = [rank for rank, standing in enumerate(self.ranks) if not standing.done]
+        if not running:
+            return
+        paused = any(self.ranks[rank].paused for rank in running)
+        limit = self.hang_seconds * (PAUSE_FACTOR if paused else 1)
+        if now - max(self.ranks[rank].moved_at for rank in running) < limit:
+            return
+        behind = self._behind(running)
+        also = ", ".join(f"rank {rank} on {self.ranks[rank].host}" for rank in behind[1:])
+        cause = f"no progress for {limit:g} s (--hang_timeout_seconds {self.hang_seconds:g}); "
+        cause += f"it stands {self.ranks[behind[0]].where}"
+        self._found(behind[0], cause + (f"; likewise {also}" if also else ""))
+
+    def _behind(self, running: Sequence[int]) -> list[int]:
+        """Those with the fewest marks; among equals, those that do not wait for other ranks."""
+        fewest = min(self.ranks[rank].ticks for rank in running)
+        behind = [rank for rank in running if self.ranks[rank].ticks == fewest]
+        return [rank for rank in behind if not self.ranks[rank].waits] or behind
+
+    def _found(self, rank: int, cause: str, *, orderly: bool = False) -> None:
+        if self._fault is None:
+            places = [
+                f"rank {number} on {standing.host}: {'done' if standing.done else standing.where}"
+                for number, standing in enumerate(self.ranks[:PLACES_SHOWN])
+            ]
+            self._fault = Fault(rank, self.ranks[rank].host, cause, orderly, tuple(places))
+
+
+class _Hub:
+    """Rank 0's side: takes every rank's lines, asks the judge, and tells all."""
+
+    def __init__(self, address: str, clock: Callable[[], float]) -> None:
+        self.server = LineServer(
+            host=address, on_line=self._take, on_close=self._closed, on_idle=self._look
+        )
+        self._judge: Judge | None = None
+        self._clock = clock
+        self._rank_of: dict[int, int] = {}
+        self._told: Fault | None = None
+        self._next_beat = 0.0
+
+    def start(self, judge: Judge) -> None:
+        self._judge = judge
+        self.server.start()
+
+    def _take(self, peer: int, message: Message) -> None:
+        assert self._judge is not None
+        rank = self._rank_of.setdefault(peer, int(message["rank"]))
+        if message["kind"] == "failed":
+            self._judge.failed(rank, str(message["cause"]))
+        elif message["kind"] == "done":
+            self._judge.done(rank)
+            if rank == 0:
+                self.server.broadcast({"kind": "over"})
+        else:
+            self._judge.heard(rank, message, self._clock())
+        self._look()
+
+    def _closed(self, peer: int) -> None:
+        assert self._judge is not None
+        if peer in self._rank_of:
+            self._judge.closed(self._rank_of.pop(peer))
+
+    def _look(self) -> None:
+        assert self._judge is not None
+        now = self._clock()
+        fault = self._judge.verdict(now)
+        if fault is not None and self._told is None:
+            self._told = fault
+            self.server.broadcast({"kind": "fault", **asdict(fault)})
+        elif now >= self._next_beat:
+            self._next_beat = now + BEAT_SECONDS
+            self.server.broadcast({"kind": "alive"})
+
+
+@dataclass
+class _Place:
+    """Where this rank stands. Written by the main thread only, read by the watchdog's."""
+
+    phase: str = "preparing"
+    step: int | None = None
+    ticks: int = 0
+    paused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        where = self.paused[-1] if self.paused else self.phase
+        return f"at {where}" + (f" (step {self.step})" if self.step is not None else "")
+
+
+class Watchdog:
+    """One rank's watchdog. Until the first ``at`` the rank counts as paused, in 'preparing'.
+
+    ``on_fault`` is called in the watchdog's thread, once, with what is wrong; by default it ends
+    this process (see ``leave``). ``hang_seconds`` 0: a hang is no fault.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        *,
+        host: str,
+        hang_seconds: float,
+        silence_seconds: float = 20,
+        on_fault: Callable[[Fault], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.host = host
+        self.hang_seconds = hang_seconds
+        self.silence_seconds = silence_seconds
+        self._on_fault = on_fault or self.leave
+        self._clock = clock
+        self._place = _Place(paused=["preparing"])
+        self._main = threading.main_thread().ident
+        self._fault: Fault | None = None
+        self._faulted = threading.Event()
+        self._stopping = threading.Event()
+        self._lost = threading.Event()
+        self._lock = threading.Lock()
+        self._hub: _Hub | None = None
+        self._client: LineClient | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, gather_objects: GatherObjects, *, address: str | None = None) -> None:
+        """Connect all ranks with rank 0. Every rank must call it.
+
+        ``address``: where the others reach rank 0; MASTER_ADDR unless given.
+
+        Raises:
+            OSError: rank 0 cannot be reached.
+        """
+        address = address or os.environ.get("MASTER_ADDR", "127.0.0.1")
+        if self.rank == 0:
+            self._hub = _Hub(address, self._clock)
+        server = self._hub.server if self._hub is not None else None
+        mine = (self.host, server.port if server else 0, server.token if server else "")
+        everyone = gather_objects(mine)
+        _, port, token = everyone[0]
+        if self._hub is not None:
+            judge = Judge(
+                [host for host, _, _ in everyone],
+                hang_seconds=self.hang_seconds,
+                silence_seconds=self.silence_seconds,
+                now=self._clock(),
+            )
+            self._hub.start(judge)
+        self._client = LineClient(address, port, token)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def at(self, phase: str, *, step: int | None = None) -> None:
+        """This rank begins ``phase``, such as 'training step'. Every rank marks the same places."""
+        place = self._place
+        if place.paused and place.paused[0] == "preparing":
+            place.paused.pop(0)
+        place.phase, place.step = phase, step
+        place.ticks += 1
+
+    @contextmanager
+    def pause(self, what: str) -> Iterator[None]:
+        """Context for long work without marks, such as 'writing the report'."""
+        self._place.paused.append(what)
+        try:
+            yield
+        finally:
+            self._place.paused.pop()
+
+    def failed(self, cause: str) -> None:
+        """This rank ends with an error: tell the others why."""
+        self._send({"kind": "failed", "rank": self.rank, "cause": cause})
+        # The others must hear of it from rank 0, which may be this very process.
+        self._faulted.wait(2 * BEAT_SECONDS)
+
+    def stop(self) -> None:
+        """The end of this rank's work: from now on its silence is no fault."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(2 * BEAT_SECONDS)
+        if self._hub is not None:
+            self._hub.server.close()
+        if self._client is not None:
+            self._client.close()
+
+    def wait_for_fault(self) -> Fault | None:
+        """The fault, once there is one; None if there is none when silence would have shown.
+
+        For a main thread that cannot go on: ``leave`` need not wait for it any more.
+        """
+        self._lost.set()
+        self._faulted.wait(self.silence_seconds + 2 * BEAT_SECONDS)
+        return self._fault
+
+    def leave(self, fault: Fault) -> None:
+        """Say where this rank stands and whose fault it is, and end the process."""
+        if fault.orderly and fault.rank == self.rank:
+            return
+        if fault.orderly:
+            self._lost.wait(ORDERLY_SECONDS)
+        told = report_failure(
+            [fault.cause],
+            rank=fault.rank,
+            host=fault.host,
+            code=EXIT_FAULT,
+            certainty=Certainty.MISSED,
+        )
+        _write(self._last_words(fault, told=told))
+        _flush_stdout()
+        if self._hub is not None:
+            time.sleep(1)  # the others must have read the verdict before the connections close
+        os._exit(EXIT_FAULT)
+
+    def _last_words(self, fault: Fault, *, told: bool) -> str:
+        lines = [] if told else [f"error: {fault}"]
+        lines.append(f"rank {self.rank} on {self.host} ends: it stands {self._where()}")
+        if self.rank in (0, fault.rank):
+            lines += [f"  {place}" for place in fault.places]
+        frame = sys._current_frames().get(self._main or 0)
+        if self.rank == fault.rank and frame is not None:
+            stack = "".join(traceback.format_stack(frame)).rstrip()
+            lines += ["its stack (most recent call last):", stack]
+        return "\n".join(lines) + "\n"
+
+    def _where(self) -> str:
+        frame = sys._current_frames().get(self._main or 0)
+        if frame is None:
+            return str(self._place)
+        code = frame.f_code
+        return f"{self._place}, in {code.co_name}, {code.co_filename}:{frame.f_lineno}"
+
+    def _waits(self) -> bool:
+        """Whether the main thread is inside a collective, or a backward pass that ends in one."""
+        frame = sys._current_frames().get(self._main or 0)
+        if frame is None:
+            return False
+        name = frame.f_code.co_filename
+        return any(part in name for part in _WAITING)
+
+    def _watch(self) -> None:
+        heard_at, next_beat = self._clock(), 0.0
+        while not self._stopping.is_set():
+            now = self._clock()
+            try:
+                if now >= next_beat:
+                    next_beat = now + BEAT_SECONDS
+                    self._post_beat()
+                assert self._client is not None
+                messages = self._client.receive(0.25)
+            except OSError:
+                self._found(Fault(0, self._host_of_0(), "ended without a word, or cut off"))
+                return
+            if messages:
+                heard_at = self._clock()
+            elif self._clock() - now > BEAT_SECONDS:
+                heard_at += self._clock() - now  # this process stood still itself
+            if self._take(messages):
+                return
+            if self._clock() - heard_at > self.silence_seconds:
+                cause = f"no sign of life for {self.silence_seconds:g} s"
+                self._found(Fault(0, self._host_of_0(), cause))
+                return
+        with suppress(OSError):
+            self._send({"kind": "done", "rank": self.rank})
+
+    def _take(self, messages: Sequence[Message]) -> bool:
+        """Whether nothing more is to be watched."""
+        for message in messages:
+            kind = message.pop("kind", None)
+            if kind == "over":
+                return True
+            if kind == "fault":
+                message["places"] = tuple(message["places"])
+                self._found(Fault(**message))
+                return True
+        return False
+
+    def _found(self, fault: Fault) -> None:
+        self._fault = fault
+        self._faulted.set()
+        self._on_fault(fault)
+
+    def _host_of_0(self) -> str:
+        return os.environ.get("MASTER_ADDR", "unknown host")
+
+    def _post_beat(self) -> None:
+        place = self._place
+        message = {"ticks": place.ticks, "where": self._where(), "paused": bool(place.paused)}
+        self._send({"kind": "beat", "rank": self.rank, "waits": self._waits(), **message})
+
+    def _send(self, message: Message) -> None:
+        if self._client is not None:
+            with self._lock:
+                self._client.send(message)
+
+
+_WAITING = (
+    os.path.join("torch", "distributed", ""),
+    os.path.join("torch", "autograd", "graph.py"),
+    os.path.join("torch", "cuda", ""),
+    os.path.join("deepspeed", "comm", ""),
+)
+
+
+def _write(text: str) -> None:
+    """To standard error past Python's buffers, whose lock the main thread may hold."""
+    with suppress(OSError):
+        os.write(2, text.encode())
+
+
+def _flush_stdout() -> None:
+    flushing = threading.Thread(target=sys.stdout.flush, daemon=True)
+    flushing.start()
+    flushing.join(1)
+
+
+_active: Watchdog | None = None
+
+
+def at(phase: str, *, step: int | None = None) -> None:
+    """Mark progress with this process's watchdog, if it has one: cheap, no collective."""
+    if _active is not None:
+        _active.at(phase, step=step)
+
+
+@contextmanager
+def pause(what: str) -> Iterator[None]:
+    """Context for long work without marks, for this process's watchdog if it has one."""
+    if _active is None:
+        yield
+        return
+    with _active.pause(what):
+        yield
+
+
+@contextmanager
+def watching(
+    rank: int, world_size: int, *, gather_objects: GatherObjects, hang_seconds: float
+) -> Iterator[None]:
+    """A rank's work: watched where there are several, and its errors told to all who must know.
+
+    Every rank must enter it. An error inside is reported before anything is closed, because the
+    other ranks fail as soon as this one's connections close.
+    """
+    global _active
+    host = socket.gethostname()
+    watchdog = Watchdog(rank, world_size, host=host, hang_seconds=hang_seconds)
+    if world_size > 1:
+        watchdog.start(gather_objects)
+        _active = watchdog
+    try:
+        yield
+    except Exception as error:
+        if world_size > 1:
+            _explain(watchdog, error)
+        raise
+    finally:
+        _active = None
+        watchdog.stop()
+
+
+def _explain(watchdog: Watchdog, error: Exception) -> None:
+    """Tell of an error. One that only says that a rank is gone waits for the name of that rank."""
+    if lost_contact(error):
+        fault = watchdog.wait_for_fault()
+        if fault is not None and fault.rank != watchdog.rank:
+            time.sleep(ORDERLY_SECONDS)  # the watchdog's thread is ending this process
+    told = report_error(error, rank=watchdog.rank)
+    problems = problems_of(error)
+    if not told and not hasattr(error, "problems"):
+        _write(f"error: rank {watchdog.rank} on {watchdog.host}: {problems[0]}\n")
+    with suppress(OSError):
+        watchdog.failed("; ".join(problems))

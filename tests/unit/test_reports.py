@@ -1,0 +1,148 @@
+"""What ranks tell the process that started them, and what it makes of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from s2s_scale import supervision
+from s2s_scale.errors import UserError
+from s2s_scale.reports import (
+    REPORT_TOKEN,
+    Certainty,
+    Reports,
+    lost_contact,
+    report_done,
+    report_error,
+    report_failure,
+)
+from s2s_scale.supervision import supervise
+
+HEAD = "import os, sys, time, signal; from s2s_scale.reports import *; "
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    with Reports() as listening:
+        for name, value in listening.environment.items():
+            monkeypatch.setenv(name, value)
+        yield listening
+
+
+def test_the_failure_nearest_to_the_cause_is_shown_however_late_it_comes(reports):
+    assert reports.first_failure() is None and reports.failed_at is None
+    assert report_error(RuntimeError("Connection closed by peer [::1]:1"), rank=0)
+    assert report_failure(["no sign of life"], rank=1, host="b", certainty=Certainty.MISSED)
+    assert report_failure(["signal SIGKILL"], rank=1, code=137, certainty=Certainty.SEEN)
+    assert reports.first_failure().code == 137
+    assert report_error(UserError("a.txt:3: empty", "b.txt:1: empty"), rank=2)
+    assert report_error(ValueError("later"), rank=3)
+    first = reports.first_failure()
+    where = f"rank 2 on {socket.gethostname()}"
+    assert first.lines == [f"{where}: a.txt:3: empty", f"{where}: b.txt:1: empty"]
+    assert first.code == 2 and reports.failed_at <= time.monotonic()
+
+
+def test_done_ranks(reports):
+    assert report_done(rank=1) and report_done(rank=0, code=130)
+    assert reports.done_ranks == {1: 0, 0: 130}
+
+
+def test_a_stranger_is_not_listened_to(reports, monkeypatch, capsys):
+    monkeypatch.setenv(REPORT_TOKEN, "guess")
+    monkeypatch.setattr("s2s_scale.reports.ATTEMPTS", 1)
+    assert not report_failure(["x"], rank=0)
+    assert "out of reach" in capsys.readouterr().err
+    assert reports.first_failure() is None
+
+
+def test_lines_that_are_no_report_are_ignored(reports):
+    host, _, port = reports.environment["S2S_SCALE_REPORT_TO"].rpartition(":")
+    token = reports.environment[REPORT_TOKEN].encode()
+    for text in (b"\n", b"{}\n", b"[1]\n", b'{"done": "x"}\n', b'{"rank": 1}\n', b"\xff\n"):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(token + b"\n" + text)
+    assert report_done(rank=0)
+    assert reports.done_ranks == {0: 0} and reports.first_failure() is None
+
+
+def test_without_anybody_listening_the_rank_speaks_for_itself():
+    assert not report_failure(["x"], rank=0) and not report_done(rank=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (RuntimeError("NCCL communicator was aborted"), True),
+        (RuntimeError("size mismatch"), False),
+        (UserError("the file timed out"), False),
+    ],
+)
+def test_errors_that_only_say_that_another_rank_is_gone(error, lost):
+    assert lost_contact(error) is lost
+
+
+def run(program, ranks=2):
+    hosts = {rank: f"host-{rank}" for rank in range(ranks)}
+    command = (sys.executable, "-c", HEAD + program)
+    return supervise(command, environment=os.environ, hosts=hosts)
+
+
+def test_a_launcher_that_ends_well_is_not_believed(capfd):
+    assert run("report_done(rank=0)") == 1
+    err = capfd.readouterr().err
+    assert err == "error: rank 1 on host-1: ended and never said that it was done\n"
+    assert run("report_done(rank=0); report_done(rank=1)") == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_failure_counts_whatever_the_launcher_says(capfd):
+    assert run("report_failure(['x'], rank=1, host='b', code=3)") == 3
+    assert capfd.readouterr().err == "error: rank 1 on b: x\n"
+
+
+def test_an_interrupted_rank_is_not_success():
+    assert run("report_done(rank=0, code=130); report_done(rank=1)") == 130
+
+
+def test_a_launcher_that_goes_on_after_a_failure_is_ended(monkeypatch, capfd):
+    monkeypatch.setattr(supervision, "ORDERLY_SECONDS", 0.5)
+    monkeypatch.setattr(supervision, "TERMINATION_SECONDS", 0.5)
+    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']"
+    program = (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); import subprocess; "
+        f"child = {child}, start_new_session=True); print(child.pid, flush=True); "
+        "report_failure(['x'], rank=1); time.sleep(60)"
+    )
+    began = time.monotonic()
+    assert run(program) == 1
+    assert time.monotonic() - began < 15
+    pid = int(capfd.readouterr().out)
+    time.sleep(0.2)
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    assert state.stdout.strip() == "" or state.stdout.startswith("Z")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_the_launcher_in_its_own_session(number):
+    program = (
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(7)); "
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(8)); "
+        "os.kill(os.getppid(), signal.SIGUSR1); time.sleep(60)"
+    )
+    before = signal.signal(
+        signal.SIGUSR1,
+        lambda *_: threading.Timer(0.1, os.kill, (os.getpid(), number)).start(),
+    )
+    try:
+        assert run(program) == {signal.SIGINT: 7, signal.SIGTERM: 8}[number]
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -1,0 +1,224 @@
+"""The watchdog's judgement with a clock of the test's own, and its threads with a real one."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from s2s_scale import watchdog
+from s2s_scale.watchdog import Judge, Watchdog
+
+
+def beat(ticks, where="at training step (step 5)", *, paused=False, waits=False):
+    return {"ticks": ticks, "where": where, "paused": paused, "waits": waits}
+
+
+class Story:
+    """A judge, and a clock that is moved by hand."""
+
+    def __init__(self, ranks=2, hang_seconds=60.0):
+        self.now = 1000.0
+        hosts = [f"host-{rank}" for rank in range(ranks)]
+        self.judge = Judge(hosts, hang_seconds=hang_seconds, silence_seconds=20, now=self.now)
+
+    def passes(self, seconds, **beats):
+        """Let time pass; ``r0=beat(…)`` is what rank 0 says every two seconds meanwhile."""
+        fault = None
+        for step in range(round(seconds * 4)):
+            self.now += 0.25
+            for name, message in beats.items():
+                if step % 8 == 0:
+                    self.judge.heard(int(name[1:]), message, self.now)
+            fault = self.judge.verdict(self.now)
+        return fault
+
+
+def test_a_rank_without_a_sign_of_life_is_lost_after_20_seconds():
+    story = Story()
+    assert story.passes(4, r0=beat(1), r1=beat(1)) is None
+    assert story.passes(17, r0=beat(1)) is None
+    fault = story.passes(4, r0=beat(1))
+    assert str(fault) == "rank 1 on host-1: no sign of life for 20 s"
+    assert fault.places[0] == "rank 0 on host-0: at training step (step 5)"
+
+
+def test_a_done_rank_may_be_silent():
+    story = Story()
+    story.judge.done(1)
+    story.judge.closed(1)
+    assert story.passes(100, r0=beat(1)) is not None, "rank 0 alone hangs"
+    story = Story(hang_seconds=0)
+    story.judge.done(1)
+    assert story.passes(100, r0=beat(1)) is None
+
+
+def test_a_closed_connection_is_a_dead_rank_at_once():
+    story = Story()
+    story.judge.closed(1)
+    assert "rank 1 on host-1: ended without a word" in str(story.judge.verdict(story.now))
+
+
+def test_the_first_fault_stays():
+    story = Story(3)
+    story.judge.failed(2, "ValueError: x")
+    story.judge.closed(2)
+    story.judge.closed(1)
+    fault = story.judge.verdict(story.now)
+    assert str(fault) == "rank 2 on host-2: ValueError: x" and fault.orderly
+
+
+def test_a_hang_names_the_rank_with_the_fewest_marks():
+    story = Story(3)
+    ahead, behind = beat(9, waits=True), beat(8, "at training step (step 4), in f, m.py:3")
+    assert story.passes(59, r0=ahead, r1=behind, r2=ahead) is None
+    fault = story.passes(4, r0=ahead, r1=behind, r2=ahead)
+    assert str(fault).startswith("rank 1 on host-1: no progress for 60 s")
+    assert "it stands at training step (step 4), in f, m.py:3" in str(fault)
+    assert len(fault.places) == 3
+
+
+def test_among_equals_the_one_that_does_not_wait_is_behind():
+    story = Story(3)
+    fault = story.passes(64, r0=beat(9, waits=True), r1=beat(9), r2=beat(9))
+    assert fault.rank == 1 and "likewise rank 2 on host-2" in fault.cause
+    story = Story()
+    fault = story.passes(64, r0=beat(9, waits=True), r1=beat(9, waits=True))
+    assert fault.rank == 0 and "likewise rank 1" in fault.cause
+
+
+def test_one_rank_that_goes_on_is_progress_enough():
+    story = Story()
+    for ticks in range(40):
+        assert story.passes(10, r0=beat(ticks), r1=beat(3, waits=True)) is None
+
+
+def test_work_without_marks_has_a_longer_limit():
+    story = Story()
+    loading = beat(0, "at preparing", paused=True)
+    assert story.passes(350, r0=loading, r1=beat(1, waits=True)) is None
+    assert "no progress for 360 s" in str(story.passes(15, r0=loading, r1=beat(1, waits=True)))
+
+
+def test_the_judge_that_stood_still_itself_blames_nobody():
+    story = Story()
+    story.passes(4, r0=beat(1), r1=beat(1))
+    story.now += 500
+    assert story.judge.verdict(story.now) is None
+    assert story.passes(4, r0=beat(1), r1=beat(1)) is None
+
+
+# The threads, with short times.
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(watchdog, "BEAT_SECONDS", 0.3)
+
+
+def start(ranks, *, hang_seconds=0.0, silence_seconds=20.0):
+    """Watchdogs of ``ranks`` in this one process, and the faults that each is told."""
+    faults = [[] for _ in range(ranks)]
+    dogs = [
+        Watchdog(
+            rank,
+            ranks,
+            host=f"host-{rank}",
+            hang_seconds=hang_seconds,
+            silence_seconds=silence_seconds,
+            on_fault=faults[rank].append,
+        )
+        for rank in range(ranks)
+    ]
+    barrier, values = threading.Barrier(ranks), [None] * ranks
+
+    def gather(rank):
+        def gathered(value):
+            values[rank] = value
+            barrier.wait(10)
+            return values
+
+        return gathered
+
+    threads = [
+        threading.Thread(
+            target=dog.start, args=(gather(dog.rank),), kwargs={"address": "127.0.0.1"}
+        )
+        for dog in dogs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    return dogs, faults
+
+
+def until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_a_clean_end_is_no_fault_whoever_ends_first(quick, order):
+    dogs, faults = start(3)
+    for dog in dogs:
+        dog.at("training step", step=1)
+    time.sleep(0.7)
+    for rank in order:
+        dogs[rank].stop()
+        time.sleep(0.4)
+    assert faults == [[], [], []]
+    assert not any(dog._thread.is_alive() for dog in dogs)
+
+
+def test_every_rank_hears_of_an_error(quick):
+    dogs, faults = start(3)
+    dogs[2].failed("ValueError: x")
+    assert until(lambda: all(faults))
+    assert {str(fault) for told in faults for fault in told} == {"rank 2 on host-2: ValueError: x"}
+    assert dogs[0].wait_for_fault().orderly
+    for dog in dogs:
+        dog.stop()
+
+
+def test_a_dead_rank_is_named_on_the_others(quick):
+    dogs, faults = start(3)
+    time.sleep(0.5)
+    dogs[1]._stopping.set()
+    dogs[1]._send = lambda message: None
+    dogs[1].stop()
+    assert until(lambda: faults[0] and faults[2])
+    assert str(faults[2][0]).startswith("rank 1 on host-1: ended without a word")
+    for dog in dogs:
+        dog.stop()
+
+
+def test_a_dead_rank_0_is_named_by_the_others(quick):
+    dogs, faults = start(2)
+    dogs[0]._hub.server.close()
+    assert until(lambda: faults[1])
+    assert faults[1][0].rank == 0
+    for dog in dogs:
+        dog.stop()
+
+
+def test_a_hang_is_noticed_and_a_pause_is_not_one(quick):
+    dogs, faults = start(2, hang_seconds=1.0)
+    for dog in dogs:
+        dog.at("training step", step=3)
+    with dogs[1].pause("the report"):
+        time.sleep(2)
+        assert faults == [[], []]
+    assert until(lambda: all(faults))
+    assert "at training step (step 3), in " in faults[0][0].cause
+    for dog in dogs:
+        dog.stop()
+
+
+def test_marks_without_a_watchdog_do_nothing():
+    watchdog.at("training step", step=1)
+    with watchdog.pause("x"):
+        pass
