@@ -7,6 +7,7 @@ import re
 import shlex
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,11 @@ class Wishes:
     def given(self) -> list[str]:
         """The names of those that are given."""
         return [name for name, value in vars(self).items() if value is not None]
+
+
+def wishes_of(options: Mapping[str, Any]) -> Wishes:
+    """The launch flags among a verb's own options."""
+    return Wishes(**{name: options[name] for name in vars(Wishes())})
 
 
 def plan_launch(
@@ -165,11 +171,41 @@ def start(launch: Launch, *, environ: Mapping[str, str]) -> int:
 
     The rank that failed is named, with its host and the cause, in one line on standard error.
     """
-    return supervise(
-        launch.command,
-        environment={**environ, **launch.environment},
-        hosts={place.rank: place.host for place in launch.ranks},
-    )
+    environment = {**environ, **launch.environment}
+    hosts = {place.rank: place.host for place in launch.ranks}
+    if not launch.remote:
+        return supervise(launch.command, environment=environment, hosts=hosts)
+    with tempfile.TemporaryDirectory(prefix="s2s-scale-") as folder:
+        file = Path(folder, "environment")
+
+        def share(variables: Mapping[str, str]) -> None:
+            own = {**launch.environment, **variables}
+            file.write_text(_deepspeed_environment(own), encoding="utf-8")
+
+        return supervise(
+            launch.command,
+            environment={**environment, DEEPSPEED_ENVIRONMENT: str(file)},
+            hosts=hosts,
+            address=_address_towards(launch.hosts[0]),
+            share=share,
+        )
+
+
+def _deepspeed_environment(variables: Mapping[str, str]) -> str:
+    """What DeepSpeed's launcher exports on every host: the user's own files, then ``variables``."""
+    own = (Path("~/.deepspeed_env").expanduser(), Path(".deepspeed_env"))
+    lines = [line for path in own if path.is_file() for line in path.read_text().splitlines()]
+    return "\n".join([*lines, *(f"{name}={value}" for name, value in variables.items()), ""])
+
+
+def _address_towards(host: str) -> str:
+    """The address of this host on the way to another one; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:
+            return socket.gethostname()
+        return str(probe.getsockname()[0])
 
 
 def _worker(profile: LauncherProfile, words: tuple[str, ...], environ: Mapping[str, str]) -> Launch:
@@ -457,6 +493,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
+DEEPSPEED_ENVIRONMENT = "DS_ENV_FILE"
 TORCHRUN_PORT = 29500
 PROCESSES_ON_A_CPU = 2
 RUNNERS = ("pdsh", "openmpi", "mpich", "mvapich", "slurm", "impi")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -27,15 +27,20 @@ def supervise(
     environment: Mapping[str, str],
     hosts: Mapping[int, str],
     address: str = "127.0.0.1",
+    share: Callable[[Mapping[str, str]], None] = lambda variables: None,
 ) -> int:
     """Run ``command`` to its end and return the run's exit code.
 
     ``hosts``: rank -> host, of the ranks that must say that they are done; ``address``: where they
-    reach this process. The rank nearest to the cause is named, with its host, in one line on
-    standard error. The exit code is not 0 unless every rank said that it was done, whatever the
-    launcher says: pdsh ends with 0 when a rank on another host has failed.
+    reach this process; ``share`` is given, before anything is started, the variables that ranks on
+    other hosts must find in their environment.
+
+    The rank nearest to the cause is named, with its host, in one line on standard error. The exit
+    code is not 0 unless every rank said that it was done, whatever the launcher says: pdsh ends
+    with 0 when a rank on another host has failed.
     """
     with Reports(address) as reports:
+        share(reports.environment)
         process = subprocess.Popen(
             list(command),
             env={**environment, **reports.environment},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from s2s_scale import __version__
 from s2s_scale.cli.verbs import Verb, verbs
@@ -121,16 +123,14 @@ def version_line() -> str:
 def _launched(verb: Verb, words: list[str]) -> int:
     """A verb that a profile starts: the launcher's environment first, then the runner."""
     from s2s_scale.cli.build import build_settings
-    from s2s_scale.launch import Wishes, describe, plan_launch, start
+    from s2s_scale.launch import describe, plan_launch, start, wishes_of
+    from s2s_scale.remote_hosts import check_hosts
 
     settings = build_settings(verb, words[1:])
     assert settings.profile is not None  # every verb that comes here has --profile
-    launch = plan_launch(
-        settings.profile,
-        _without_dry_run(words),
-        environ=os.environ,
-        wishes=Wishes(**{name: settings.verb_values[name] for name in vars(Wishes())}),
-    )
+    wishes = wishes_of(settings.verb_values)
+    bare = _without_dry_run(words)
+    launch = plan_launch(settings.profile, bare, environ=os.environ, wishes=wishes)
     if verb.name == "generate" and not launch.in_process:
         raise UserError(
             f"--profile {settings.profile.name}: 'generate' runs in one process; take a profile "
@@ -140,6 +140,11 @@ def _launched(verb: Verb, words: list[str]) -> int:
         print(describe(launch, environ=os.environ), end="")
         return 0
     if not launch.in_process:
+        if launch.remote:
+            folder = settings.get("output_dir")
+            address = check_hosts(launch.hosts, Path(folder) if folder else None)
+            wishes = dataclasses.replace(wishes, master_addr=wishes.master_addr or address)
+            launch = plan_launch(settings.profile, bare, environ=os.environ, wishes=wishes)
         for note in launch.notes:
             print(f"note: {note}", file=sys.stderr)
         return start(launch, environ=os.environ)

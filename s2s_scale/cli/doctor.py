@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from s2s_scale.launch import Wishes, describe, plan_launch
+from s2s_scale.launch import describe, plan_launch, wishes_of
 from s2s_scale.settings import Settings
 
 EXIT_PROBLEM = 2
@@ -33,11 +32,6 @@ def doctor(settings: Settings, words: list[str]) -> int:
     if own["parity"] and good:
         good = _parity(settings, words)
     return 0 if good else EXIT_PROBLEM
-
-
-def wishes_of(own: dict[str, Any]) -> Wishes:
-    """The launch flags among a verb's own options."""
-    return Wishes(**{name: own[name] for name in vars(Wishes())})
 
 
 def _parity(settings: Settings, words: list[str]) -> bool:

@@ -412,7 +412,7 @@ def verbs() -> dict[str, Verb]:
         ),
         Verb(
             "doctor",
-            "check this machine for a profile; compare its figures with one process",
+            "check this machine for a profile; compare its figures",
             "Check versions, devices, compilers, shared memory, network, hosts and disk for a "
             "profile. With --parity a tiny model is trained under the profile, and every figure "
             "is compared with one process that sees the same rows.",

@@ -109,7 +109,7 @@ def test_one_process_profiles_refuse_a_number_of_processes():
 def test_the_first_failure_is_printed_once_and_the_exit_code_kept(capfd):
     program = (
         "import sys; from s2s_scale.reports import report_failure; "
-        "assert report_failure(['a.txt:3: empty line'], rank=1); "
+        "assert report_failure(['a.txt:3: empty line'], rank=1, code=2); "
         "assert report_failure(['later words'], rank=1); sys.exit(2)"
     )
     launch = Launch(
