@@ -54,8 +54,13 @@ class DeepSpeedBackend(LocalBackend):
             alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
             os.environ.update(alone, MASTER_PORT=str(_free_port()))
         super().prepare_process()
+        backend = "nccl" if self.device == "cuda" else "gloo"
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device == "cuda" else "gloo")
+            dist.init_process_group(backend)
+        import deepspeed
+
+        # Before a model is built: ZeRO 3 takes the number of ranks from DeepSpeed's own group.
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
     def training_overrides(self, values: Mapping[str, Any], *, trains: bool) -> dict[str, Any]:
         values = dict(values)

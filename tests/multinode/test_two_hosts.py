@@ -1,0 +1,163 @@
+"""Two hosts: the numbers of one, and a fault on either ends the run with the rank's name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from s2s_scale.models.new_model import new_model
+from tests.support.command import run_command
+from tests.support.copying import write_copy_task
+from tests.support.hosts import INTERFACE, missing, two_hosts
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing()), reason=f"two hosts: {missing()}"),
+]
+COMMON = """--per_device_train_batch_size 8 --learning_rate 1e-3 --logging_steps 1 --disable_tqdm
+    --report_to none --dropout 0 --seed 0""".split()
+SHORT = [*COMMON, "--max_steps", "6", "--save_strategy", "no"]
+ENDLESS = [*COMMON, *"--max_steps 100000 --save_steps 5 --save_total_limit 1".split()]
+SECONDS_TO_END = 60
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_copy_task(tmp_path_factory.mktemp("data") / "data", {"train": 96})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, data):
+    texts = (data / "train.source").read_text(encoding="utf-8").splitlines()
+    folder = tmp_path_factory.mktemp("model") / "new"
+    return new_model(
+        architecture="bart", size="tiny", texts=texts, vocab_size=300, output_dir=folder
+    )
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    (tmp_path / "net").mkdir()
+    with two_hosts(tmp_path / "net") as made:
+        yield made
+
+
+def losses(output: Path) -> list[float]:
+    state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def start(hosts, words, *, host=0, log):
+    """Start a command on a host; its output goes to ``log``."""
+    environment = {**os.environ, **hosts.environment, "OMP_NUM_THREADS": "1"}
+    environment["GLOO_SOCKET_IFNAME"] = INTERFACE
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            hosts.both[host].command([sys.executable, *words]),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+
+
+def zero2(model, data, output, hosts, profile, *more):
+    words = ["-m", "s2s_scale", "train", "--profile", profile, "--hostfile", hosts.hostfile]
+    return [*words, "--model", model, "--data_dir", data, "--output_dir", output, *more]
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """cpu-zero2 as a user with several interfaces writes it."""
+    path = tmp_path / "two-hosts.yaml"
+    text = f"extends: cpu-zero2\nenvironment: {{GLOO_SOCKET_IFNAME: {INTERFACE}}}\n"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def one_host(model, data, output):
+    outcome = run_command(
+        "train", "--model", model, "--data_dir", data, "--output_dir", output, *SHORT,
+        "--profile", "cpu", "--gradient_accumulation_steps", 2,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    return losses(output)
+
+
+def test_zero2_from_a_host_file_has_the_losses_of_one_host(hosts, profile, model, data, tmp_path):
+    log = tmp_path / "log"
+    words = zero2(model, data, tmp_path / "two", hosts, profile, *SHORT)
+    assert start(hosts, words, log=log).wait(180) == 0, log.read_text(encoding="utf-8")
+    assert len(losses(tmp_path / "two")) == 6
+    assert losses(tmp_path / "two") == pytest.approx(
+        one_host(model, data, tmp_path / "one"), rel=1e-5
+    )
+
+
+def test_torchrun_on_each_host_has_the_losses_of_one_host(hosts, model, data, tmp_path):
+    logs = [tmp_path / f"log-{number}" for number in range(2)]
+    running = []
+    for number, log in enumerate(logs):
+        words = ["-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={number}"]
+        words += ["--nproc-per-node=1", f"--master-addr={hosts.both[0].address}"]
+        words += ["--master-port=29500", "-m", "s2s_scale", "train", "--profile", "cpu-ddp"]
+        words += ["--model", model, "--data_dir", data, "--output_dir", tmp_path / "two", *SHORT]
+        running.append(start(hosts, words, host=number, log=log))
+    for process, log in zip(running, logs, strict=True):
+        assert process.wait(180) == 0, log.read_text(encoding="utf-8")
+    assert losses(tmp_path / "two") == pytest.approx(
+        one_host(model, data, tmp_path / "one"), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("fault", ["cut off", "killed"])
+def test_a_fault_ends_the_run_and_names_the_rank(hosts, profile, model, data, tmp_path, fault):
+    log = tmp_path / "log"
+    output = tmp_path / "two"
+    process = start(hosts, zero2(model, data, output, hosts, profile, *ENDLESS), log=log)
+    wait_for_checkpoint(output, process, log)
+    began = time.monotonic()
+    if fault == "cut off":
+        hosts.both[1].cut_off()
+    else:
+        os.kill(rank_on(hosts.both[1]), 9)
+    code = process.wait(SECONDS_TO_END + 30)
+    text = log.read_text(encoding="utf-8", errors="replace")
+    assert code != 0, text
+    assert time.monotonic() - began < SECONDS_TO_END, text
+    assert any(line.startswith("error: rank 1 on ") for line in text.splitlines()), text
+
+
+def wait_for_checkpoint(output, process, log):
+    deadline = time.monotonic() + 120
+    while not list(output.glob("checkpoint-*")):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+
+
+def rank_on(host) -> int:
+    """Process id of the one rank that runs on a host."""
+    pids = subprocess.run(
+        ["ip", "netns", "pids", host.name], capture_output=True, text=True, check=True
+    ).stdout.split()
+    for pid in pids:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if command[2:4] == [b"-m", b"s2s_scale"]:
+            return int(pid)
+    raise AssertionError(f"no rank runs on {host.name}")
+
+
+def test_what_is_wrong_with_the_hosts_is_said_before_anything_starts(
+    hosts, profile, model, data, tmp_path
+):
+    hosts.hostfile.write_text("10.77.0.9 slots=1\n10.77.0.2 slots=1\n", encoding="utf-8")
+    log = tmp_path / "log"
+    words = zero2(model, data, tmp_path / "two", hosts, profile, *SHORT)
+    assert start(hosts, words, log=log).wait(60) == 2
+    errors = log.read_text(encoding="utf-8").splitlines()
+    assert len(errors) == 1 and "host '10.77.0.9': not reachable over ssh" in errors[0], errors
