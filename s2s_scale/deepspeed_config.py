@@ -113,6 +113,8 @@ def contradictions(
 ) -> list[str]:
     """One line for each value in ``config`` that differs from what the training flags say.
 
+    Adafactor under ZeRO is one too: see docs/decisions.md.
+
     Args:
         values: training arguments that were given; others have their defaults.
         world_size: number of processes, if it is known; ``train_batch_size`` depends on it.
@@ -124,6 +126,13 @@ def contradictions(
         (key, _lookup(config, key), f"--{name}", flags[name]) for key, name in SAME_AS_FLAG.items()
     ]
     pairs += _of_optimizer(config, flags) + _of_schedule(config, flags)
+    uses_adafactor = flags.get("adafactor") or _plain(flags["optim"]) == "adafactor"
+    if uses_adafactor and zero_stage(config):
+        return [
+            f"--adafactor (--optim adafactor): ZeRO {zero_stage(config)} keeps flat pieces of the "
+            "parameters, and Adafactor needs whole matrices: its numbers would be others; use "
+            "--optim adamw_torch, or a profile such as cpu-oss or gpu-oss"
+        ]
     if world_size is not None:
         pairs.append(_of_batch_size(config, flags, world_size))
     return [

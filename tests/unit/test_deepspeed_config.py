@@ -95,3 +95,10 @@ def test_sections_that_the_flags_make_are_left_out():
     assert zero_stage({}) == 0
     assert not offloads_optimizer(kept)
     assert offloads_optimizer({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+
+
+@pytest.mark.parametrize("values", [{"adafactor": True}, {"optim": "adafactor"}])
+def test_adafactor_needs_whole_matrices(values):
+    (problem,) = contradictions({"zero_optimization": {"stage": 2}}, values)
+    assert "ZeRO 2 keeps flat pieces" in problem and "cpu-oss" in problem
+    assert contradictions({"zero_optimization": {"stage": 0}}, values) == []
