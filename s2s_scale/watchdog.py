@@ -189,12 +189,13 @@ class _Hub:
         assert self._judge is not None
         now = self._clock()
         fault = self._judge.verdict(now)
-        if fault is not None and self._told is None:
-            self._told = fault
-            self.server.broadcast({"kind": "fault", **asdict(fault)})
-        elif now >= self._next_beat:
-            self._next_beat = now + BEAT_SECONDS
-            self.server.broadcast({"kind": "alive"})
+        if now < self._next_beat and (fault is None or self._told is not None):
+            return
+        self._told = fault
+        self._next_beat = now + BEAT_SECONDS
+        # Again with each beat: a rank may not have connected yet when the fault was found.
+        message = {"kind": "alive"} if fault is None else {"kind": "fault", **asdict(fault)}
+        self.server.broadcast(message)
 
 
 @dataclass
