@@ -16,6 +16,7 @@ def pytest_configure(config):
         HF_HUB_OFFLINE="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
         TOKENIZERS_PARALLELISM="false",
+        USE_TORCH_XLA="0",  # as in every profile: transformers is not told of torch-xla
         OMP_NUM_THREADS="1",  # the same sums in this process and in those that tests start
         S2S_SCALE_CACHE=os.path.join(config.own_folder, "cache"),
         XDG_CONFIG_HOME=os.path.join(config.own_folder, "config"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 
 from s2s_scale.backends.base import Backend
 from s2s_scale.errors import unknown_name
@@ -13,11 +14,12 @@ BACKENDS: dict[str, str] = {
     "local": "s2s_scale.backends.local:LocalBackend",
     "fairscale_oss": "s2s_scale.backends.fairscale_oss:FairScaleBackend",
     "deepspeed": "s2s_scale.backends.deepspeed:DeepSpeedBackend",
+    "xla": "s2s_scale.backends.xla:XlaBackend",
 }
 
 
-def make_backend(name: str, device: str = "cpu") -> Backend:
-    """The backend called ``name`` for ``device`` (cpu, cuda or tpu).
+def make_backend(name: str, device: str = "cpu", mesh: Mapping[str, int] | None = None) -> Backend:
+    """The backend called ``name`` for ``device`` (cpu, cuda or tpu) and a profile's ``mesh``.
 
     Raises:
         UserError: no backend has that name.
@@ -25,7 +27,7 @@ def make_backend(name: str, device: str = "cpu") -> Backend:
     if name not in BACKENDS:
         raise unknown_name("backend", name, BACKENDS)
     module, _, attribute = BACKENDS[name].partition(":")
-    backend: Backend = getattr(importlib.import_module(module), attribute)(device)
+    backend: Backend = getattr(importlib.import_module(module), attribute)(device, mesh)
     return backend
 
 

@@ -7,21 +7,29 @@ never the trainer.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 T = TypeVar("T")
+Batch = Mapping[str, Any]
 
 
 class Backend(abc.ABC):
-    """Carries a training run onto one kind of hardware."""
+    """Carries a training run onto one kind of hardware.
 
-    def __init__(self, device: str = "cpu") -> None:
+    Args:
+        device: cpu, cuda or tpu.
+        mesh: axis -> number of devices, for backends that lay devices out in a mesh.
+    """
+
+    def __init__(self, device: str = "cpu", mesh: Mapping[str, int] | None = None) -> None:
         self.device = device
+        self.mesh_shape = dict(mesh or {})
 
     @abc.abstractmethod
     def problems(self) -> Sequence[str]:
@@ -56,9 +64,35 @@ class Backend(abc.ABC):
     def data_world_size(self) -> int:
         """Into how many shares each step's rows are divided."""
 
+    @property
+    @abc.abstractmethod
+    def static_shapes(self) -> bool:
+        """Whether batches should repeat a few shapes, because each new shape costs a compilation.
+
+        Values on the device are then also costly to read: they are read where a log is due, and
+        nowhere in between.
+        """
+
+    @property
+    @abc.abstractmethod
+    def rows_multiple(self) -> int:
+        """Devices that divide one process's batch by rows; its rows are a multiple of this."""
+
+    @property
+    @abc.abstractmethod
+    def averaged_ranks(self) -> int:
+        """Over how many ranks gradients are averaged; 1 where they are summed."""
+
     @abc.abstractmethod
     def total(self, value: Tensor) -> Tensor:
         """``value`` summed over all ranks, on every rank. Every rank must call it."""
+
+    @abc.abstractmethod
+    def total_count(self, count: int, device: torch.device) -> Tensor:
+        """``count`` of this process summed over all processes, an int64 scalar on ``device``.
+
+        Every rank must call it.
+        """
 
     @abc.abstractmethod
     def gather_rows(self, rows: Tensor, padding: int) -> Tensor:
@@ -74,6 +108,65 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def main_first(self) -> AbstractContextManager[None]:
         """Context that rank 0 runs through before the others enter. Every rank must enter it."""
+
+    @abc.abstractmethod
+    def place_model(self, model: nn.Module) -> None:
+        """Move ``model`` to the device and lay out its weights, where the trainer should not.
+
+        Called once per trainer on every rank, before an optimizer is made.
+        """
+
+    @abc.abstractmethod
+    def place_batch(self, batch: Batch) -> Batch:
+        """The batch's tensors where the model needs them; rows as the backend divides them."""
+
+    @abc.abstractmethod
+    def place_batches(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+        """The same pairs of a number and a batch, each batch placed as by ``place_batch``.
+
+        May read ahead of the training step, in a thread of its own.
+        """
+
+    @abc.abstractmethod
+    def autocast(self) -> AbstractContextManager[None]:
+        """Context of the forward pass, where mixed precision is the backend's affair."""
+
+    @abc.abstractmethod
+    def start_training(self, model: nn.Module, optimizer: Any, *, accumulation: int) -> None:
+        """Called on every rank after weights and optimizer state are loaded, before a step.
+
+        ``accumulation``: micro-batches per step.
+        """
+
+    @abc.abstractmethod
+    def finish_micro_batch(self, model: nn.Module, *, last: bool) -> None:
+        """Called on every rank after a backward pass; ``last``: the step's last one."""
+
+    @abc.abstractmethod
+    def finish_step(self, model: nn.Module) -> None:
+        """Called on every rank after the optimizer's step and the clearing of gradients."""
+
+    @abc.abstractmethod
+    def flush(self) -> None:
+        """Run what was recorded and not yet run, so that later operations begin anew."""
+
+    @abc.abstractmethod
+    def drop_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
+        """Make the next ``optimizer.step`` change nothing if ``bad`` is true on any rank.
+
+        ``bad`` is a bool scalar. Returns the same for all ranks. Every rank must call it.
+        """
+
+    @abc.abstractmethod
+    def forget_steps(self, optimizer: Any, count: int) -> None:
+        """Take back ``count`` steps that were dropped from what the optimizer counts itself.
+
+        Only where ``drop_update_where`` cannot keep it from counting.
+        """
+
+    @abc.abstractmethod
+    def compilations(self) -> tuple[int, float]:
+        """Graphs compiled by this process so far and the seconds that took; (0, 0.0) if none."""
 
     @abc.abstractmethod
     def build_optimizer(
@@ -100,6 +193,13 @@ class Backend(abc.ABC):
         """Name -> whole fp32 weight on the CPU, on rank 0; empty on the others.
 
         ``model`` is the trainer's, not what it was wrapped in. Every rank must call it.
+        """
+
+    @abc.abstractmethod
+    def weights_to_save(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """``model.state_dict()`` in CPU tensors; None where the trainer's own way will do.
+
+        Tied weights stay one tensor. Every rank must call it.
         """
 
     @abc.abstractmethod

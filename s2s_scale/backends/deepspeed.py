@@ -32,8 +32,8 @@ class DeepSpeedBackend(LocalBackend):
     learning rates are those of every other backend.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
-        super().__init__(device)
+    def __init__(self, device: str = "cpu", mesh: Mapping[str, int] | None = None) -> None:
+        super().__init__(device, mesh)
         self._config: dict[str, Any] = {}
 
     def problems(self) -> Sequence[str]:

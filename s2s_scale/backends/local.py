@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2s_scale.backends.base import Backend
+from s2s_scale.backends.base import Backend, Batch
 
 T = TypeVar("T")
 
@@ -54,6 +54,21 @@ class LocalBackend(Backend):
     def data_world_size(self) -> int:
         return dist.get_world_size() if dist.is_initialized() else 1
 
+    @property
+    def static_shapes(self) -> bool:
+        return False
+
+    @property
+    def rows_multiple(self) -> int:
+        return 1
+
+    @property
+    def averaged_ranks(self) -> int:
+        return self.data_world_size
+
+    def total_count(self, count: int, device: torch.device) -> Tensor:
+        return self.total(torch.tensor(count, device=device))
+
     def total(self, value: Tensor) -> Tensor:
         if self.data_world_size == 1:
             return value
@@ -86,6 +101,46 @@ class LocalBackend(Backend):
         yield
         if self.data_rank == 0 and self.data_world_size > 1:
             dist.barrier()
+
+    def place_model(self, model: nn.Module) -> None:
+        return None
+
+    def place_batch(self, batch: Batch) -> Batch:
+        return batch
+
+    def place_batches(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+        return batches
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def start_training(self, model: nn.Module, optimizer: Any, *, accumulation: int) -> None:
+        return None
+
+    def finish_micro_batch(self, model: nn.Module, *, last: bool) -> None:
+        return None
+
+    def finish_step(self, model: nn.Module) -> None:
+        return None
+
+    def flush(self) -> None:
+        return None
+
+    def drop_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
+        anywhere = self.total(bad.float()) > 0
+        if anywhere:
+            # Without gradients the optimizer skips every parameter: weights and moments stay.
+            optimizer.zero_grad(set_to_none=True)
+        return anywhere
+
+    def forget_steps(self, optimizer: Any, count: int) -> None:
+        return None
+
+    def compilations(self) -> tuple[int, float]:
+        return 0, 0.0
+
+    def weights_to_save(self, model: nn.Module) -> dict[str, Tensor] | None:
+        return None
 
     def build_optimizer(
         self,

@@ -57,7 +57,11 @@ def work(profile: LauncherProfile | None, folder: Path) -> None:
     """One rank of the job in ``folder``; without a profile, the reference in one process."""
     job = Job.read(folder / JOB_FILE)
     device = "cpu" if job.use_cpu else "cuda"
-    backend = make_backend(profile.backend if profile else "local", device)
+    backend = (
+        make_backend(profile.backend, profile.device, profile.mesh)
+        if profile
+        else make_backend("local", device)
+    )
     raise_problems(list(backend.problems()))
     backend.prepare_process()
     try:

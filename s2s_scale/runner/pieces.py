@@ -53,7 +53,8 @@ class Run:
 def open_backend(settings: Settings) -> Iterator[Backend]:
     """The profile's backend, ready in this process; closed at the end, errors included."""
     assert settings.profile is not None, "a verb that trains or evaluates has a profile"
-    backend = make_backend(settings.profile.backend, settings.profile.device)
+    profile = settings.profile
+    backend = make_backend(profile.backend, profile.device, profile.mesh)
     raise_problems(list(backend.problems()))
     backend.prepare_process()
     hang_seconds = float(settings.get("hang_timeout_seconds", DEFAULT_HANG_SECONDS))

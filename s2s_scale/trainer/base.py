@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -68,7 +69,9 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         # transformers 5.17, the second after) keep the trainer from dividing once more.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self._meter = TrainingMeter()
+        self._meter = TrainingMeter(self.args.device)
+        self._epoch_iterator: Iterator[Any] | None = None
+        self._placed: Iterator[tuple[int, Any]] = iter(())
         self._batch_nll: Tensor | None = None
         self._evaluation_meter: EvaluationMeter | None = None
         self._text: TextEvaluation | None = None
@@ -76,10 +79,16 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         self._evaluated_rows: Iterator[list[int]] = iter(())
         self._evaluation_loaders: dict[int, EvaluationLoader] = {}
         self._guard = NonFiniteGuard(
-            limit=self.args.max_nonfinite_steps, output_dir=Path(str(self.args.output_dir))
+            limit=self.args.max_nonfinite_steps,
+            output_dir=Path(str(self.args.output_dir)),
+            device=self.args.device,
         )
-        self._step_callback = StepCallback(self._guard, self.backend.total)
+        self._step_callback = StepCallback(self._guard, self.backend)
         self.add_callback(self._step_callback)
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        self.backend.place_model(model)
+        super()._move_model_to_device(model, device)
 
     @property
     def _loss_mode(self) -> str:

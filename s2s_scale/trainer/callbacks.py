@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from s2s_scale.backends import Backend
 from s2s_scale.data.samplers import PlanSampler
 from s2s_scale.trainer.nonfinite import NonFiniteGuard
 
@@ -22,19 +21,26 @@ class StepCallback(TrainerCallback):
     resuming wraps the loader in one that forwards no epoch.
     """
 
-    def __init__(self, guard: NonFiniteGuard, total: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, guard: NonFiniteGuard, backend: Backend) -> None:
         self.guard = guard
-        self.total = total
+        self.backend = backend
         self.sampler: PlanSampler | None = None
         self.overflow_steps = 0
         self._next_epoch = 0
         self._epoch_start = 0
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
         if self.sampler is not None:
             self._next_epoch = state.global_step // self.sampler.plan.steps
+        self.backend.start_training(model, optimizer, accumulation=args.gradient_accumulation_steps)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -60,11 +66,21 @@ class StepCallback(TrainerCallback):
             rows = self.sampler.plan.rows(state.global_step - self._epoch_start).tolist()
         self.guard.finish_step(
             optimizer,
+            self.backend,
             step=state.global_step + 1,
             rows=rows,
             learning_rate=float(optimizer.param_groups[0]["lr"]),
-            total=self.total,
         )
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        self.backend.finish_step(model)
 
     def on_optimizer_step(
         self,

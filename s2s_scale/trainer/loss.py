@@ -5,6 +5,7 @@ Shapes used below: B rows, T target positions, V target vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ class LossTrainer(TrainerBase):
             share = tokens / torch.as_tensor(num_items_in_batch, device=tokens.device)
         self._note(loss, tokens, num_items_in_batch)
         # Ranks average their gradients; the shares must add up instead.
-        loss = loss * share * self.backend.data_world_size
+        loss = loss * share * self.backend.averaged_ranks
         return (loss, Seq2SeqLMOutput(loss=loss, logits=logits)) if return_outputs else loss
 
     def _note(self, loss: Tensor, tokens: Tensor, step_tokens: Tensor | int | None) -> None:
@@ -125,15 +126,42 @@ class LossTrainer(TrainerBase):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        batches, step_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if step_tokens is not None:
-            self._meter.start_step(torch.as_tensor(step_tokens))
+        """The next step's micro-batches, placed, and its target tokens on all ranks."""
+        started = time.perf_counter()
+        if epoch_iterator is not self._epoch_iterator:
+            self._epoch_iterator = epoch_iterator
+            self._placed = self.backend.place_batches(self._counted(epoch_iterator))
+        pairs = list(itertools.islice(self._placed, num_batches))
+        self._meter.wait(time.perf_counter() - started)
+        batches = [batch for _, batch in pairs]
+        if not batches or "labels" not in batches[0]:
+            return batches, None
+        step_tokens = self.backend.total_count(sum(count for count, _ in pairs), device)
+        self._meter.start_step(step_tokens)
         return batches, step_tokens
 
+    def _counted(self, batches: Iterator[Any]) -> Iterator[tuple[int, Any]]:
+        """Each batch behind its number of target tokens, counted where the batch was made."""
+        for batch in batches:
+            labels = batch.get("labels")
+            yield 0 if labels is None else int(count_tokens(self._targets(labels))), batch
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.backend.static_shapes:
+            # transformers adds to it in place; a copy gives the same graph at every step.
+            self._tr_loss = self._tr_loss.clone()
         loss: Tensor = super().training_step(*args, **kwargs)
         self._guard.observe(loss)
+        if not self.args.logging_nan_inf_filter:
+            loss = torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
+        self.backend.finish_micro_batch(self.model, last=self.accelerator.sync_gradients)
         return loss
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        return self.backend.autocast()
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return super()._prepare_inputs(dict(self.backend.place_batch(inputs)))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -143,8 +171,13 @@ class LossTrainer(TrainerBase):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if ("loss" in logs or "train_loss" in logs) and self.is_in_train:
+            self._guard.read(self.optimizer, self.backend)
         if "loss" in logs and self.is_in_train:
             logs.update(self._meter.read(self.backend.total))
+            compilations, seconds = self.backend.compilations()
+            if compilations:
+                logs |= {"compilations": compilations, "compile_seconds": seconds}
             if self._guard.steps:
                 logs["nonfinite_steps"] = len(self._guard.steps)
             if self.args.fp16:
@@ -154,6 +187,7 @@ class LossTrainer(TrainerBase):
             if self.args.fp16:
                 logs["train_overflow_steps"] = self._step_callback.overflow_steps
         super().log(logs, start_time)
+        self.backend.flush()
 
     @contextmanager
     def _not_training(self) -> Iterator[None]:

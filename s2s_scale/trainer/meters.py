@@ -18,44 +18,60 @@ Total = Callable[[Tensor], Tensor]
 
 
 class TrainingMeter:
-    """Plain NLL and speed of the steps since the last log."""
+    """Plain NLL and speed of the steps since the last log.
 
-    def __init__(self) -> None:
-        self._nll: Tensor | None = None
-        self._tokens: Tensor | None = None
-        self._steps = 0
+    The sums lie on ``device`` from the beginning, so that every step adds to them alike: where
+    steps are compiled, a first one that differs would be compiled for itself.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._started: float | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._nll = torch.zeros((), device=self._device)
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._steps = 0
         self._paused = 0.0
+        self._waited = 0.0
 
     def start_step(self, step_tokens: Tensor) -> None:
         """Begin an optimizer step that holds ``step_tokens`` target tokens on all devices."""
         if self._started is None:
             self._started = time.perf_counter()
         self._steps += 1
-        self._tokens = step_tokens if self._tokens is None else self._tokens + step_tokens
+        self._tokens = self._tokens + step_tokens
 
     def add(self, nll: Tensor) -> None:
         """Add a micro-batch's share of the step's mean NLL (nats per target token)."""
-        self._nll = nll if self._nll is None else self._nll + nll
+        self._nll = self._nll + nll.to(self._nll.dtype)
 
     def pause(self, seconds: float) -> None:
         """Do not count ``seconds`` (an evaluation, a save) as training time."""
         self._paused += seconds
 
+    def wait(self, seconds: float) -> None:
+        """Count ``seconds`` as time in which a step waited for its batches."""
+        if self._started is not None:  # before the first step, loaders are started
+            self._waited += seconds
+
     def read(self, total: Total) -> dict[str, float]:
-        """``nll_loss`` (nats per token, mean over steps), ``tokens_per_second``; then restart.
+        """``nll_loss`` (nats per token, mean over steps), ``tokens_per_second``, and
+        ``input_wait`` (share of the time spent waiting for batches); then restart.
 
         ``total`` sums over ranks; every rank must call.
         """
         values: dict[str, float] = {}
-        if self._steps and self._nll is not None and self._tokens is not None:
+        if self._steps:
             nll = float(total(self._nll)) / self._steps
             if math.isfinite(nll):  # a step that was skipped leaves no number to report
                 values["nll_loss"] = nll
             seconds = time.perf_counter() - (self._started or 0.0) - self._paused
             if seconds > 0:
                 values["tokens_per_second"] = float(self._tokens) / seconds
-        self.__init__()  # type: ignore[misc]
+                values["input_wait"] = min(1.0, self._waited / seconds)
+        self._clear()
         self._started = time.perf_counter()
         return values
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from s2s_scale.backends import Backend
 from s2s_scale.checkpoint import CHECKPOINT_NAME, checkpoints
 from s2s_scale.errors import UserError
 
@@ -29,56 +32,84 @@ class NonFiniteLossError(UserError):
         self.count = count
 
 
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """An optimizer step; ``dropped``: a bool scalar on the device."""
+
+    step: int
+    rows: Sequence[int]
+    learning_rate: float
+    dropped: Tensor
+
+
 class NonFiniteGuard:
     """Watches one optimizer step after the other; a bad one leaves the weights as they were."""
 
-    def __init__(self, *, limit: int, output_dir: Path) -> None:
+    def __init__(self, *, limit: int, output_dir: Path, device: torch.device | str = "cpu") -> None:
         self.limit = limit
         self.output_dir = output_dir
         self.steps: list[int] = []
         self._last_finite: int | None = None
-        self._bad: Tensor | None = None
+        self._bad = torch.zeros((), dtype=torch.bool, device=device)
+        self._unread: list[_Step] = []
 
     def observe(self, value: Tensor | float | None) -> None:
         """Note a micro-batch's loss or the step's gradient norm."""
-        if value is None:
-            return
-        bad = ~torch.isfinite(torch.as_tensor(value).detach())
-        self._bad = bad if self._bad is None else self._bad | bad
+        if value is not None:
+            value = torch.as_tensor(value, device=self._bad.device)
+            self._bad = self._bad | ~torch.isfinite(value.detach())
 
     def finish_step(
         self,
         optimizer: Optimizer,
+        backend: Backend,
         *,
         step: int,
         rows: Sequence[int],
         learning_rate: float,
-        total: Callable[[Tensor], Tensor],
     ) -> None:
-        """Before the update: drop the gradients if anything observed was not finite.
+        """Before the update: have it dropped if anything observed was not finite, on any rank.
+
+        Where reading a value from the device is costly, ``read`` finds out later which steps
+        these were; else it is called here. Every rank must call it.
 
         Args:
             step: number of the optimizer step about to be made, from 1.
             rows: row ids of the training set in this step.
-            total: sums over ranks, so that all of them skip the same steps.
 
         Raises:
             NonFiniteLossError: this was the ``limit``-th such step.
         """
-        bad = self._bad is not None and bool(total(self._bad.float()))
-        self._bad = None
-        if not bad:
-            self._last_finite = step
-            return
+        dropped = backend.drop_update_where(optimizer, self._bad)
+        self._bad = torch.zeros_like(self._bad)
+        self._unread.append(_Step(step, rows, learning_rate, dropped))
+        if not backend.static_shapes:
+            self.read(optimizer, backend)
+
+    def read(self, optimizer: Any, backend: Backend) -> None:
+        """Report the steps since the last call whose update was dropped.
+
+        Raises:
+            NonFiniteLossError: they are ``limit`` steps by now.
+        """
+        unread, self._unread = self._unread, []
+        bad = [entry for entry in unread if bool(entry.dropped)]
+        backend.forget_steps(optimizer, len(bad))
+        for entry in unread:
+            if entry in bad:
+                self._report(entry)
+            else:
+                self._last_finite = entry.step
+
+    def _report(self, entry: _Step) -> None:
         if self._last_finite is None:  # the first step of this process: the one before went well
-            self._last_finite = step - 1
-        # Without gradients the optimizer skips every parameter: weights and moments stay finite.
-        optimizer.zero_grad(set_to_none=True)
-        self.steps.append(step)
+            self._last_finite = entry.step - 1
+        self.steps.append(entry.step)
+        rows = entry.rows
         shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + (", …" if len(rows) > SHOWN_ROWS else "")
         found = (
-            f"step {step}: the loss or its gradient is not finite (learning rate "
-            f"{learning_rate:g}, training rows {shown or 'unknown'}); the update was skipped"
+            f"step {entry.step}: the loss or its gradient is not finite (learning rate "
+            f"{entry.learning_rate:g}, training rows {shown or 'unknown'}); the update was skipped"
         )
         logger.warning(found)
         if len(self.steps) >= self.limit:

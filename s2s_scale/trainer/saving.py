@@ -34,6 +34,11 @@ class SavingTrainer(EvaluationTrainer):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is None:
+            state_dict = self.backend.weights_to_save(self.model)
+        super()._save(output_dir, state_dict=state_dict)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write ``checkpoint-<step>``, whole or not at all, then delete what is over the limit.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from tests.support.families import tiny_model
 
 def main(name: str, folder: Path) -> None:
     """Hold the backend called ``name`` to its contract; an assertion that fails ends the rank."""
-    backend = make_backend(name)
+    backend = make_backend(name, "cpu", {"data": -1} if name == "xla" else None)
     assert list(backend.problems()) == []
     values = {"learning_rate": 1e-3, "output_dir": str(folder)}
     backend.prepare_process()
@@ -25,6 +26,7 @@ def main(name: str, folder: Path) -> None:
         overridden = backend.training_overrides(values, trains=True)
         assert values == {"learning_rate": 1e-3, "output_dir": str(folder)}, "changed in place"
         assert overridden.items() >= values.items()
+        shares(backend)
         collectives(backend)
         main_first(backend, folder)
         optimizer(backend)
@@ -32,8 +34,23 @@ def main(name: str, folder: Path) -> None:
         backend.close()
 
 
+def device_of(backend: Backend) -> torch.device:
+    """Where a batch lies once it is placed; a plain batch stays where it is."""
+    rows = torch.zeros(backend.rows_multiple, 2, dtype=torch.int64)
+    return backend.place_batch({"rows": rows})["rows"].device
+
+
+def shares(backend: Backend) -> None:
+    assert backend.rows_multiple >= 1
+    assert backend.averaged_ranks in (1, backend.data_world_size)
+    assert isinstance(backend.static_shapes, bool)
+    count, seconds = backend.compilations()
+    assert count >= 0 and seconds >= 0.0
+
+
 def collectives(backend: Backend) -> None:
     rank, world = backend.data_rank, backend.data_world_size
+    assert int(backend.total_count(rank + 1, device_of(backend))) == sum(range(1, world + 1))
     assert backend.gather_objects({"rank": rank}) == [{"rank": number} for number in range(world)]
     value = torch.tensor([1.0, float(rank)])
     summed = backend.total(value)
@@ -60,6 +77,7 @@ def main_first(backend: Backend, folder: Path) -> None:
 def optimizer(backend: Backend) -> None:
     """A step with the same gradients on all ranks is a plain optimizer's step, on all ranks."""
     model, reference = tiny_model("bart"), tiny_model("bart")
+    backend.place_model(model)
     groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
     built = backend.build_optimizer(torch.optim.AdamW, groups, {"lr": 1e-2})
     plain = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.1)
@@ -70,10 +88,10 @@ def optimizer(backend: Backend) -> None:
     backend.after_prepare(built)
     built.step()
     plain.step()
-    for (name, ours), (_, theirs) in zip(
-        model.named_parameters(), reference.named_parameters(), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, msg=name)
+    backend.flush()
+    same_weights(model, reference)
+    dropped_updates(backend, built, model)
+    same_weights(model, reference)
     with backend.whole_state(built):
         if backend.data_rank == 0:
             state = built.state_dict()["state"]
@@ -86,11 +104,31 @@ def optimizer(backend: Backend) -> None:
         assert set(weights) == {name for name, _ in model.named_parameters()}
         for name, parameter in model.named_parameters():
             assert weights[name].dtype == torch.float32
-            assert torch.equal(weights[name], parameter.detach().float())
+            assert weights[name].device.type == "cpu"
+            assert torch.equal(weights[name], parameter.detach().float().cpu())
             assert weights[name].data_ptr() != parameter.data_ptr()
     with backend.generation(model) as keywords, torch.no_grad():
-        texts = model.generate(torch.tensor([[7, 8, 2]]), max_new_tokens=3, **keywords)
+        source = torch.tensor([[7, 8, 2]], device=device_of(backend))
+        texts = model.generate(source, max_new_tokens=3, **keywords)
     assert texts.shape[0] == 1
+
+
+def same_weights(model: torch.nn.Module, reference: torch.nn.Module) -> None:
+    for (name, ours), (_, theirs) in zip(
+        model.named_parameters(), reference.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours.detach().cpu(), theirs.detach(), msg=name)
+
+
+def dropped_updates(backend: Backend, built: Any, model: torch.nn.Module) -> None:
+    """A step that is bad on the last rank alone changes nothing, on any rank."""
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    last = backend.data_rank == backend.data_world_size - 1
+    bad = torch.tensor(last, device=next(model.parameters()).device)
+    assert bool(backend.drop_update_where(built, bad))
+    built.step()
+    backend.flush()
 
 
 if __name__ == "__main__":
