@@ -13,7 +13,7 @@ from typing import Any
 
 from s2s_scale.errors import raise_problems
 
-BATCHING_MODES = ("fixed", "sortish")
+BATCHING_MODES = ("fixed", "sortish", "tokens")
 LOSS_REDUCTIONS = ("mean", "sum")
 SCHEDULES = (
     "linear",
@@ -23,6 +23,9 @@ SCHEDULES = (
     "constant",
     "constant_w_warmup",
 )
+DEFAULT_TOKENS_PER_STEP = 32_768
+DEFAULT_GROUPS_PER_STEP = 4
+DEFAULT_BUCKETS = 8
 DEFAULT_HANG_SECONDS = 600.0
 METRICS = ("bleu", "chrf", "rouge", "exact_match")
 
@@ -235,9 +238,36 @@ class TrainingExtras:
     batching: str | None = setting(
         None,
         "batching",
-        "Which rows share a batch. 'fixed' (default): random. 'sortish': random chunks of 50 "
-        "batches, sorted by length inside, longest first.",
+        "Which rows share a batch. 'fixed': random. 'sortish': random chunks of 50 batches, sorted "
+        "by length inside, longest first. 'tokens': groups of like length; a step has "
+        "--tokens_per_step and some groups of every length. Default: 'fixed'; 'tokens' where the "
+        "device wants few shapes and no batch size was given.",
         choices=BATCHING_MODES,
+    )
+    tokens_per_step: int | None = setting(
+        None,
+        "batching",
+        "Source and target tokens of a step over all devices, pads not counted, with --batching "
+        f"tokens. Default: {DEFAULT_TOKENS_PER_STEP}.",
+    )
+    groups_per_step: int | None = setting(
+        None,
+        "batching",
+        "How many groups of rows of like length make a step with --batching tokens. Default: "
+        f"{DEFAULT_GROUPS_PER_STEP}.",
+    )
+    max_tokens_per_device: int | None = setting(
+        None,
+        "batching",
+        "With --batching tokens: source and target tokens, pads included, of a device's "
+        "micro-batch; never exceeded. Default: no bound, a micro-batch for each group.",
+    )
+    num_buckets: int | None = setting(
+        None,
+        "batching",
+        "Pad every batch to one of at most this many shapes, chosen from the data's lengths. "
+        f"Default: {DEFAULT_BUCKETS} where the device wants few shapes, else each batch is padded "
+        "to its longest rows.",
     )
     max_nonfinite_steps: int = setting(
         3, "training", "Stop after this many steps whose loss or gradient is not finite."

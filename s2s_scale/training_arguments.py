@@ -10,7 +10,13 @@ import transformers
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from s2s_scale.config import BATCHING_MODES, LOSS_REDUCTIONS, TrainingExtras
+from s2s_scale.config import (
+    BATCHING_MODES,
+    DEFAULT_GROUPS_PER_STEP,
+    DEFAULT_TOKENS_PER_STEP,
+    LOSS_REDUCTIONS,
+    TrainingExtras,
+)
 from s2s_scale.data.batching import Mode
 from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.schedules import MODERN_NAMES, OPTIONS
@@ -21,6 +27,8 @@ _HF_DEFAULTS = {
     if f.default is not dataclasses.MISSING
 }
 
+TOKEN_OPTIONS = ("tokens_per_step", "groups_per_step", "max_tokens_per_device")
+_HF_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 LENGTH_SORTED_STRATEGY = "group_by_length"
 
 
@@ -46,6 +54,13 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
     )
     optim: OptimizerNames | str | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Optimizer. Default: AdamW, fused where torch has it."}
+    )
+
+    per_device_train_batch_size: int = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Rows of a device's micro-batch. Default: 8."}
+    )
+    gradient_accumulation_steps: int = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Micro-batches of a step on each device. Default: 1."}
     )
 
     def __post_init__(self) -> None:
@@ -96,9 +111,15 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
 
     @property
     def plan_mode(self) -> Mode:
-        """The batch plan's mode: ``batching``, or data order where that was asked for."""
+        """The mode of a plan by rows: ``batching``, or data order where that was asked for."""
         in_order = self.train_sampling_strategy == "sequential"
         return "sequential" if in_order else cast("Mode", self.batching)
+
+    def tokens_by_default(self) -> None:
+        """Choose 'tokens' as the batching mode unless something about batches was given."""
+        if not self._batches_given:
+            self.batching = "tokens"
+            self._fill_in_token_options()
 
     @property
     def plan_seed(self) -> int:
@@ -166,17 +187,40 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
         if self.batching is not None and self.batching not in BATCHING_MODES:
             problems.append(str(unknown_name("batching", self.batching, BATCHING_MODES)))
         strategy = getattr(self, "train_sampling_strategy", "random")
+        sizes = {name: getattr(self, name) for name in _HF_SIZES if getattr(self, name) is not None}
+        token_options = {n: getattr(self, n) for n in TOKEN_OPTIONS if getattr(self, n) is not None}
         wants_sorted = self.sortish_sampler or strategy == LENGTH_SORTED_STRATEGY
-        if wants_sorted and self.batching == "fixed":
-            problems.append(
-                _twins("sortish_sampler", True, "batching", "fixed")
-                if self.sortish_sampler
-                else _twins("train_sampling_strategy", strategy, "batching", "fixed")
-            )
-        self.batching = self.batching or ("sortish" if wants_sorted else "fixed")
-        if self.batching == "sortish" and strategy not in ("random", LENGTH_SORTED_STRATEGY):
-            problems.append(_twins("train_sampling_strategy", strategy, "batching", "sortish"))
+        if wants_sorted and self.batching not in (None, "sortish"):
+            old = "sortish_sampler" if self.sortish_sampler else "train_sampling_strategy"
+            problems.append(_twins(old, getattr(self, old), "batching", self.batching))
+        chosen = self.batching is not None or wants_sorted or strategy != "random"
+        self._batches_given = bool(chosen or sizes or token_options or self.auto_find_batch_size)
+        if self.batching is None:
+            by_default = "tokens" if token_options else "fixed"
+            self.batching = "sortish" if wants_sorted else by_default
+        fits = strategy == "random" or (strategy == LENGTH_SORTED_STRATEGY and wants_sorted)
+        if self.batching in ("sortish", "tokens") and not fits:
+            problems.append(_twins("train_sampling_strategy", strategy, "batching", self.batching))
+        if self.batching == "tokens":
+            unused = sizes | ({"auto_find_batch_size": True} if self.auto_find_batch_size else {})
+            remedy = "use --tokens_per_step and --max_tokens_per_device instead"
+            self._fill_in_token_options()
+        else:
+            unused, remedy = token_options, "use --batching tokens, or leave it out"
+        problems += [
+            f"{name}={value}: has no effect with batching={self.batching}; {remedy}"
+            for name, value in unused.items()
+        ]
+        for name in _HF_SIZES:
+            if getattr(self, name) is None:
+                setattr(self, name, _HF_DEFAULTS[name])
         self.sortish_sampler = self.batching == "sortish"
+
+    def _fill_in_token_options(self) -> None:
+        defaults = (DEFAULT_TOKENS_PER_STEP, DEFAULT_GROUPS_PER_STEP)
+        for name, default in zip(("tokens_per_step", "groups_per_step"), defaults, strict=True):
+            if getattr(self, name) is None:
+                setattr(self, name, default)
 
     def _check_ranges(self, problems: list[str]) -> None:
         for name in ("encoder_layerdrop", "decoder_layerdrop", "dropout", "attention_dropout"):
@@ -203,6 +247,10 @@ _LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
+    "tokens_per_step": 1,
+    "groups_per_step": 1,
+    "max_tokens_per_device": 1,
+    "num_buckets": 1,
     "generation_max_length": 1,
     "generation_num_beams": 1,
     "dataloader_num_workers": 0,

@@ -84,6 +84,13 @@ class Backend(abc.ABC):
         """Over how many ranks gradients are averaged; 1 where they are summed."""
 
     @abc.abstractmethod
+    def set_accumulation(self, args: Any, micro_batches: int) -> None:
+        """Make ``micro_batches`` a step's number of them in the training arguments ``args``.
+
+        Called on every rank once the data are known, before the model is wrapped.
+        """
+
+    @abc.abstractmethod
     def total(self, value: Tensor) -> Tensor:
         """``value`` summed over all ranks, on every rank. Every rank must call it."""
 

@@ -73,6 +73,16 @@ class DeepSpeedBackend(LocalBackend):
             values["deepspeed"] = without_sections_of_flags(config)
         return values
 
+    def set_accumulation(self, args: Any, micro_batches: int) -> None:
+        super().set_accumulation(args, micro_batches)
+        if getattr(args, "hf_deepspeed_config", None) is not None:
+            # Filled in from the arguments when those were made; DeepSpeed checks the product.
+            config = args.hf_deepspeed_config.config
+            config["gradient_accumulation_steps"] = micro_batches
+            config["train_batch_size"] = (
+                config["train_micro_batch_size_per_gpu"] * micro_batches * self.data_world_size
+            )
+
     def build_optimizer(
         self,
         optimizer_class: type[Optimizer],

@@ -69,6 +69,9 @@ class LocalBackend(Backend):
     def total_count(self, count: int, device: torch.device) -> Tensor:
         return self.total(torch.tensor(count, device=device))
 
+    def set_accumulation(self, args: Any, micro_batches: int) -> None:
+        args.gradient_accumulation_steps = micro_batches
+
     def total(self, value: Tensor) -> Tensor:
         if self.data_world_size == 1:
             return value

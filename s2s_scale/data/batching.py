@@ -90,9 +90,9 @@ def plan_epoch(
     if mode == "sortish":
         if lengths is None:
             raise ValueError("mode='sortish' needs the lengths of the rows")
-        order = _sortish_order(lengths, rows_per_step, _random(seed, epoch))
+        order = _sortish_order(lengths, rows_per_step, random_state(seed, epoch))
     elif mode == "fixed":
-        order = _random(seed, epoch).permutation(count)
+        order = random_state(seed, epoch).permutation(count)
     elif mode == "sequential":
         order = np.arange(count)
     else:
@@ -123,7 +123,8 @@ def count_rows(lengths: Lengths | None, n_rows: int | None) -> int:
     return len(source)
 
 
-def _random(seed: int, epoch: int) -> np.random.RandomState:
+def random_state(seed: int, epoch: int) -> np.random.RandomState:
+    """The random numbers of an epoch's plan."""
     sequence = np.random.SeedSequence([seed % 2**64, epoch])
     return np.random.RandomState(np.random.MT19937(sequence))
 
@@ -204,16 +205,21 @@ def evaluation_batches(lengths: Lengths | None, *, n_rows: int, rows_per_batch: 
     return [order[start : start + rows_per_batch] for start in range(0, count, rows_per_batch)]
 
 
-def deal_batches(batches: Sequence[Rows], *, world_size: int) -> list[list[Rows]]:
+def deal_batches(
+    batches: Sequence[Rows], *, world_size: int, rows_per_rank: int | None = None
+) -> list[list[Rows]]:
     """Deal evaluation batches to ranks: ``result[round][rank]`` are the rows of that rank.
 
     In a round every rank has the same number of rows, as collective operations need; in the last
     one, ids below 0 (``~row``) fill up and stand for rows that count nothing (see ``MarkedRows``).
+    With ``rows_per_rank`` every rank has exactly so many rows in every round.
     """
     rounds = []
     for start in range(0, len(batches), world_size):
         rows = np.concatenate(batches[start : start + world_size])
         missing = -len(rows) % world_size
+        if rows_per_rank is not None:
+            missing = rows_per_rank * world_size - len(rows)
         filled = np.concatenate([rows, np.repeat(~rows[-1:], missing)])
         rounds.append(np.split(filled, world_size))
     return rounds

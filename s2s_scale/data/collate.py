@@ -7,12 +7,17 @@ for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+LABEL_PAD = -100
+TARGET_SIDE = ("labels", "decoder_input_ids", "decoder_attention_mask")
+
+Collate = Callable[[Sequence[Mapping[str, Any]]], Any]
 
 
 class Seq2SeqCollator:
@@ -80,6 +85,46 @@ class Seq2SeqCollator:
         array = np.full((len(values), width), pad, dtype=np.int64)
         array[mask] = _flat(values, int(lengths.sum()))
         return array, mask
+
+
+class PadToWidths:
+    """A collator that pads what another one made to the widths its rows came with.
+
+    Rows without widths (see ``ShapedRows``) are left as the other collator made them. Columns of
+    the target side get the target's width, all others of two dimensions the source's.
+    """
+
+    def __init__(self, collate: Collate, *, pad_token_id: int, padding_side: str = "right") -> None:
+        self.collate = collate
+        self.pads = {
+            "input_ids": pad_token_id,
+            "labels": LABEL_PAD,
+            "decoder_input_ids": pad_token_id,
+        }
+        self.padding_side = padding_side
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Raises ``ValueError`` for a batch that is wider than its widths."""
+        batch = self.collate(rows)
+        widths = getattr(rows, "widths", None)
+        if widths is None:
+            return batch
+        for name, tensor in batch.items():
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 2:
+                width = widths[1] if name in TARGET_SIDE else widths[0]
+                batch[name] = self._padded(name, tensor, width)
+        return batch
+
+    def _padded(self, name: str, tensor: torch.Tensor, width: int) -> torch.Tensor:
+        missing = width - tensor.shape[1]
+        if missing < 0:
+            raise ValueError(
+                f"'{name}' has {tensor.shape[1]} columns; expected at most {width}, the shape that "
+                "was planned from the rows' lengths: those do not tell the truth, or the collator "
+                "pads by itself; let it pad to the longest row"
+            )
+        sides = (missing, 0) if self.padding_side == "left" else (0, missing)
+        return torch.nn.functional.pad(tensor, sides, value=self.pads.get(name, 0))
 
 
 def _flat(values: Sequence[Any], count: int) -> npt.NDArray[np.int64]:

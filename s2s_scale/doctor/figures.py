@@ -93,7 +93,8 @@ def read(job: Job, folder: Path) -> list[Figures]:
 
 def _run(job: Job, case: Case, backend: Backend) -> Figures:
     with TemporaryDirectory() as scratch:
-        arguments = _arguments(job, case, backend.data_world_size, scratch)
+        devices = backend.data_world_size * backend.rows_multiple
+        arguments = _arguments(job, case, devices, scratch)
         args = Seq2SeqTrainingArguments(**backend.training_overrides(arguments, trains=True))
         model = tiny_model(case.family).train()
         trainer = Seq2SeqTrainer(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from s2s_scale import models
 from s2s_scale.backends import make_backend
 from s2s_scale.data.batching import row_lengths
-from s2s_scale.data.samplers import PlanSampler
 from s2s_scale.data.sources import load_pairs
 from s2s_scale.planner import print_plan
 from s2s_scale.runner.pieces import read_settings, tokenize_with
 from s2s_scale.settings import Settings
+from s2s_scale.trainer.sampling import make_sampler
 
 
 def plan(settings: Settings) -> int:
@@ -21,23 +21,19 @@ def plan(settings: Settings) -> int:
     config = models.load_config(run.model_args)
     tokenizer = models.load_tokenizer(run.model_args, config)
     examples = tokenize_with(tokenizer, config, run, pairs, "train")
-    lengths = row_lengths(examples)
-    sampler = PlanSampler(
-        lengths,
+    sampler = make_sampler(
+        args,
+        examples,
         rows_per_device=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
         world_size=own["world_size"],
-        seed=args.plan_seed,
-        mode=args.plan_mode,
-        drop_last=args.dataloader_drop_last,
+        num_buckets=args.num_buckets,
     )
     sampler.set_epoch(own["epoch"])
+    mode = "tokens" if args.batching == "tokens" else args.plan_mode
     print_plan(
-        sampler.plan,
-        lengths,
-        world_size=own["world_size"],
-        rows_per_device=args.per_device_train_batch_size,
+        sampler,
+        row_lengths(examples),
         first_steps=own["first_steps"],
-        title=f"epoch {own['epoch']}, batching {args.plan_mode}, seed {sampler.seed}",
+        title=f"epoch {own['epoch']}, batching {mode}, seed {sampler.seed}",
     )
     return 0

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.trainer_utils import has_length
 
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.errors import UserError
@@ -58,6 +59,8 @@ class TrainerBase(transformers.Seq2SeqTrainer):
             _refuse_without_config(given.get("model"))
         self.backend = backend or make_backend("local")
         self.data_args = data_args
+        if self.backend.static_shapes and has_length(given.get("train_dataset")):
+            given["args"].tokens_by_default()
         self.text_evaluation_for = text_evaluation_for
         super().__init__(**given)
         self.config = config if config is not None else self.model.config

@@ -10,11 +10,13 @@ import datasets
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers.trainer_utils import has_length, seed_worker
 
-from s2s_scale.data.batching import row_lengths
-from s2s_scale.data.samplers import MarkedRows, PlanBatchSampler, PlanSampler
+from s2s_scale.config import DEFAULT_BUCKETS
+from s2s_scale.data.collate import Collate, PadToWidths
+from s2s_scale.data.samplers import EpochSampler, MarkedRows, PlanBatchSampler
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.loaders import EvaluationLoader, TrainingLoader, loader_options
 from s2s_scale.trainer.optimization import OptimizationTrainer
+from s2s_scale.trainer.sampling import make_sampler
 
 
 class BatchTrainer(OptimizationTrainer):
@@ -39,18 +41,21 @@ class BatchTrainer(OptimizationTrainer):
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if dataset is None or not self._follows_plan(dataset):
             return super()._get_train_sampler(dataset)
-        args = self.args
-        return PlanSampler(
-            row_lengths(dataset) if args.plan_mode == "sortish" else None,
-            n_rows=len(dataset),
-            mode=args.plan_mode,
+        return make_sampler(
+            self.args,
+            dataset,
             rows_per_device=self._train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
             rank=self.backend.data_rank,
             world_size=self.backend.data_world_size,
-            seed=args.plan_seed,
-            drop_last=args.dataloader_drop_last,
+            num_buckets=self._num_buckets,
+            rows_multiple=self.backend.rows_multiple,
         )
+
+    @property
+    def _num_buckets(self) -> int | None:
+        """How many shapes the batches of a data set may have; None: any."""
+        default = DEFAULT_BUCKETS if self.backend.static_shapes else None
+        return default if self.args.num_buckets is None else self.args.num_buckets
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches of this rank by the batch plan."""
@@ -58,23 +63,33 @@ class BatchTrainer(OptimizationTrainer):
             self._step_callback.sampler = None
             return super().get_train_dataloader()
         sampler = self._get_train_sampler()
-        assert isinstance(sampler, PlanSampler)
+        assert isinstance(sampler, EpochSampler)
         self._step_callback.sampler = sampler
+        if sampler.accumulation != self.args.gradient_accumulation_steps:
+            self.backend.set_accumulation(self.args, sampler.accumulation)
         dataset, collate = self._model_columns(self.train_dataset, "training")
         workers = self.args.dataloader_num_workers
         return TrainingLoader(
             MarkedRows(dataset),
             PlanBatchSampler(sampler),
-            collate,
+            self._padded(collate),
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.backend.data_rank),
             **loader_options(self.args),
         )
 
-    def _model_columns(self, dataset: Any, use: str) -> tuple[Any, Callable[[list[Any]], Any]]:
+    def _model_columns(self, dataset: Any, use: str) -> tuple[Any, Collate]:
         """Data set and collator without the columns that the model's forward does not take."""
+        collate: Any = self.data_collator
         if isinstance(dataset, datasets.Dataset):
-            return self._remove_unused_columns(dataset, description=use), self.data_collator
+            return self._remove_unused_columns(dataset, description=use), collate
         return dataset, self._get_collator_with_removed_columns(self.data_collator, use)
+
+    def _padded(self, collate: Collate) -> Collate:
+        """The collator, with batches padded to the shape that was planned for them, if one was."""
+        sides = (getattr(c, "padding_side", None) for c in (collate, self.processing_class))
+        side = next((side for side in sides if side is not None), "right")
+        pad = self._padding_id()
+        return PadToWidths(collate, pad_token_id=pad, padding_side=side)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -99,9 +114,10 @@ class BatchTrainer(OptimizationTrainer):
         rows, collate = self._model_columns(dataset, "evaluation")
         loader = EvaluationLoader(
             rows,
-            collate,
+            self._padded(collate),
             source=dataset,
-            rows_per_batch=self.args.eval_batch_size,
+            rows_per_batch=self.args.eval_batch_size * self.backend.rows_multiple,
+            num_buckets=self._num_buckets,
             rank=self.backend.data_rank,
             world_size=self.backend.data_world_size,
             **loader_options(self.args),

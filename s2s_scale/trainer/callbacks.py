@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from s2s_scale.backends import Backend
-from s2s_scale.data.samplers import PlanSampler
+from s2s_scale.data.samplers import EpochSampler
 from s2s_scale.trainer.nonfinite import NonFiniteGuard
 
 
@@ -24,7 +24,7 @@ class StepCallback(TrainerCallback):
     def __init__(self, guard: NonFiniteGuard, backend: Backend) -> None:
         self.guard = guard
         self.backend = backend
-        self.sampler: PlanSampler | None = None
+        self.sampler: EpochSampler | None = None
         self.overflow_steps = 0
         self._next_epoch = 0
         self._epoch_start = 0

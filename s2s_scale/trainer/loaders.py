@@ -10,8 +10,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
-from s2s_scale.data.batching import deal_batches, evaluation_batches, row_lengths
-from s2s_scale.data.samplers import MarkedRows, PlanBatchSampler
+from s2s_scale.data.batching import (
+    Lengths,
+    Rows,
+    deal_batches,
+    evaluation_batches,
+    row_lengths,
+)
+from s2s_scale.data.samplers import MarkedRows, PlanBatchSampler, ShapedRows
+from s2s_scale.data.shapes import ShapeGrid, Widths, choose_shapes
 
 
 def loader_options(args: TrainingArguments) -> dict[str, Any]:
@@ -63,15 +70,22 @@ class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
         rows_per_batch: int,
         rank: int,
         world_size: int,
+        num_buckets: int | None = None,
         **options: Any,
     ) -> None:
         n_rows = len(source)  # type: ignore[arg-type]
-        lengths = row_lengths(source) if _has_lengths(source) else None
+        known = num_buckets is not None or _has_lengths(source)
+        lengths = row_lengths(source) if known else None
         batches = evaluation_batches(lengths, n_rows=n_rows, rows_per_batch=rows_per_batch)
-        dealt = deal_batches(batches, world_size=world_size)
+        full = None if num_buckets is None else rows_per_batch
+        dealt = deal_batches(batches, world_size=world_size, rows_per_rank=full)
+        self.grid, widths = _widths_of_rounds(dealt, lengths, num_buckets)
         super().__init__(
             MarkedRows(dataset),
-            batch_sampler=[shares[rank].tolist() for shares in dealt],
+            batch_sampler=[
+                ShapedRows(shares[rank].tolist(), width)
+                for shares, width in zip(dealt, widths, strict=True)
+            ],
             collate_fn=collate,
             **options,
         )
@@ -79,6 +93,24 @@ class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
         self.rounds = [rows.tolist() for rows in rounds]
         self.row_order = np.concatenate(rounds) if rounds else np.empty(0, dtype=np.int64)
         self.source = source
+
+
+def _widths_of_rounds(
+    rounds: list[list[Rows]], lengths: Lengths | None, num_buckets: int | None
+) -> tuple[ShapeGrid | None, list[Widths | None]]:
+    """The shapes of the batches, and which one each round of batches is padded to.
+
+    With a ``num_buckets`` at most so many; without one, None: the longest rows decide.
+    """
+    if num_buckets is None or lengths is None or not rounds:
+        return None, [None] * len(rounds)
+    rows = [np.concatenate(shares) for shares in rounds]
+    real = [ids[ids >= 0] for ids in rows]
+    source, target = (
+        np.array([side[ids].max() for ids in real], dtype=np.int32) for side in lengths
+    )
+    grid = choose_shapes((source, target), num_buckets=num_buckets)
+    return grid, [grid.widths[number] for number in grid.fit((source, target))]
 
 
 def _has_lengths(dataset: Any) -> bool:

@@ -1,0 +1,229 @@
+"""Cuts rows of like length into groups of near-equal tokens; several groups make a step.
+
+How an epoch is cut (sizes, widths, number of groups) depends on the lengths alone; which rows
+stand where, on seed and epoch. So every epoch has as many steps, and whatever the rows are divided
+among is decided once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from s2s_scale.data.batching import EpochPlan, Rows, random_state
+from s2s_scale.data.lengths import Lengths
+from s2s_scale.data.shapes import ShapeGrid, row_cost, spread_levels
+from s2s_scale.errors import UserError
+
+MAX_BANDS = 64
+MAX_TARGETS = 1000  # bands x targets must fit into uint16
+ROWS_STEP = 8
+"""Rows of a group of fixed shape are a multiple of this, so that 2, 4 or 8 devices share them."""
+
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Where an epoch's rows are cut, once they are sorted by cell.
+
+    ``cells``: uint16 [rows], the length class of each row. ``offsets``: int64 [groups + 1] into
+    the rows sorted by cell. ``widths``: int64 [groups, 2], source and target widths that hold
+    every row of a group whatever the epoch. ``shapes``: int64 [groups], the number of the group's
+    shape in the grid, or None where widths are free.
+    """
+
+    cells: npt.NDArray[np.uint16]
+    offsets: Counts
+    widths: Counts
+    shapes: Counts | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def sizes(self) -> Counts:
+        """Rows of each group: int64 [groups]."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class GroupedPlan(EpochPlan):
+    """The rows of every step of one epoch, by groups of like length.
+
+    ``group_offsets``: int64 [groups + 1] into ``order``. ``groups``: int64 [groups], the group's
+    number in the layout. ``first_groups``: int64 [steps + 1]; step ``s`` has the groups
+    ``first_groups[s]`` to ``first_groups[s + 1] - 1``, longest rows first.
+    """
+
+    group_offsets: Rows
+    groups: Rows
+    first_groups: Rows
+
+    def groups_of(self, step: int) -> list[tuple[int, Rows]]:
+        """Number in the layout, and row ids, of each group of a step."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of a plan with {self.steps} steps")
+        return [
+            (int(self.groups[g]), self.order[self.group_offsets[g] : self.group_offsets[g + 1]])
+            for g in range(self.first_groups[step], self.first_groups[step + 1])
+        ]
+
+
+def lay_out_groups(
+    lengths: Lengths, *, tokens_per_step: int, groups_per_step: int, grid: ShapeGrid | None = None
+) -> GroupLayout:
+    """Cut the rows into groups of about ``tokens_per_step / groups_per_step`` real tokens.
+
+    With a ``grid`` no group crosses a shape's border, and all groups of a shape have the same
+    number of rows but the last. Without one, rows are sorted by bands of source length, by target
+    length inside a band, and cut where the tokens are full.
+
+    Raises ``UserError`` where the longest row has more tokens than a group.
+    """
+    longest = int((lengths[0] + lengths[1]).max(initial=1))
+    if tokens_per_step < longest * groups_per_step:
+        raise UserError(
+            f"tokens_per_step={tokens_per_step}: expected at least {longest * groups_per_step}, so "
+            f"that each of the {groups_per_step} groups of a step can hold the longest row "
+            f"({longest} source and target tokens); raise --tokens_per_step, or lower "
+            "--groups_per_step, --max_source_length or --max_target_length"
+        )
+    if len(lengths[0]) == 0:
+        empty = np.empty(0, dtype=np.uint16)
+        return GroupLayout(empty, np.zeros(1, np.int64), np.empty((0, 2), np.int64))
+    if grid is None:
+        return _cut_by_tokens(lengths, tokens_per_step, groups_per_step)
+    return _cut_by_shape(lengths, tokens_per_step // groups_per_step, grid)
+
+
+def _cut_by_shape(lengths: Lengths, tokens: int, grid: ShapeGrid) -> GroupLayout:
+    cells = grid.fit(lengths)
+    rows = np.bincount(cells, minlength=len(grid))
+    real = _sums(cells, lengths, len(grid))
+    offsets, shapes = [0], []
+    for shape in np.flatnonzero(rows):
+        size = _rows_of_group(int(rows[shape]), mean=real[shape] / rows[shape], tokens=tokens)
+        ends = np.minimum(np.arange(size, rows[shape] + size, size), rows[shape])
+        offsets += (offsets[-1] + ends).tolist()
+        shapes += [int(shape)] * len(ends)
+    widths = np.array(grid.widths, dtype=np.int64)
+    return GroupLayout(cells, np.array(offsets), widths[shapes], np.array(shapes))
+
+
+def _rows_of_group(rows: int, *, mean: float, tokens: int) -> int:
+    """Rows of every group but the last of a shape that has so many rows of so many tokens."""
+    wanted = max(1, round(tokens / mean))
+    step = ROWS_STEP if wanted >= ROWS_STEP else 1
+    wanted = max(1, round(wanted / step)) * step
+    groups = -(-rows // wanted)
+    return -(-rows // (groups * step)) * step  # no more than the groups need, if they are few
+
+
+def _cut_by_tokens(lengths: Lengths, tokens_per_step: int, groups_per_step: int) -> GroupLayout:
+    source, target = lengths
+    real = source.sum(dtype=np.int64) + target.sum(dtype=np.int64)
+    longest = int((source + target).max())
+    # No more steps than leave each group at least as large as the longest row.
+    steps = min(-(-real // tokens_per_step), real // (groups_per_step * longest))
+    groups = int(steps) * groups_per_step if steps else max(1, int(real // max(1, longest)))
+    bands = spread_levels(source, min(MAX_BANDS, max(1, round((3 * groups) ** 0.5))))
+    targets = spread_levels(target, MAX_TARGETS)
+    cells = _snake(lengths, bands, targets)
+    n_cells = len(bands) * len(targets)
+    rows = np.bincount(cells, minlength=n_cells)
+    offsets = _token_offsets(rows, _sums(cells, lengths, n_cells), groups)
+    return GroupLayout(cells, offsets, _widths(rows, offsets, bands, targets))
+
+
+def _snake(lengths: Lengths, bands: Counts, targets: Counts) -> npt.NDArray[np.uint16]:
+    """Cell of each row: bands of source length, targets upwards in one and downwards in the next.
+
+    So that neighbours are of like length across the border of two bands, too.
+    """
+    source, target = (
+        np.searchsorted(levels, np.arange(levels[-1] + 1)).astype(np.uint16)
+        for levels in (bands, targets)
+    )
+    band, place = source[lengths[0]], target[lengths[1]]
+    last = np.uint16(len(targets) - 1)
+    return band * np.uint16(len(targets)) + np.where(band % 2, last - place, place)
+
+
+def _sums(cells: npt.NDArray[np.uint16], lengths: Lengths, count: int) -> npt.NDArray[np.float64]:
+    """Real tokens, source and target, of the rows of each cell."""
+    source, target = (np.bincount(cells, weights=side, minlength=count) for side in lengths)
+    return (source + target).astype(np.float64)
+
+
+def _token_offsets(rows: Counts, real: npt.NDArray[np.float64], groups: int) -> Counts:
+    """Cuts at equal numbers of tokens, each row taken at its cell's mean; no group is empty."""
+    filled = np.flatnonzero(rows)
+    mean = real[filled] / rows[filled]
+    tokens = np.concatenate([[0.0], np.cumsum(real[filled])])
+    rows_before = np.concatenate([[0], np.cumsum(rows[filled])])
+    marks = tokens[-1] * np.arange(1, groups) / groups
+    cell = np.minimum(np.searchsorted(tokens, marks, side="right") - 1, len(filled) - 1)
+    inside = np.round((marks - tokens[cell]) / mean[cell]).astype(np.int64)
+    cuts = np.minimum(rows_before[cell] + inside, rows_before[cell + 1])
+    offsets = np.concatenate([[0], cuts, [rows_before[-1]]])
+    offsets = np.unique(offsets)
+    return offsets.astype(np.int64)
+
+
+def _widths(rows: Counts, offsets: Counts, bands: Counts, targets: Counts) -> Counts:
+    """The widest source and target of the cells that each group touches: int64 [groups, 2]."""
+    filled = np.flatnonzero(rows)
+    ends = np.cumsum(rows[filled])
+    first = np.searchsorted(ends, offsets[:-1], side="right")
+    last = np.searchsorted(ends, offsets[1:] - 1, side="right")
+    band, place = np.divmod(filled, len(targets))
+    place = np.where(band % 2, len(targets) - 1 - place, place)
+    spans = np.stack([first, last + 1], axis=1).reshape(-1)
+    sides = (np.append(bands[band], 0), np.append(targets[place], 0))  # the last span may end there
+    return np.stack([np.maximum.reduceat(side, spans)[::2] for side in sides], axis=1)
+
+
+def plan_groups(
+    layout: GroupLayout, *, groups_per_step: int, seed: int, epoch: int, drop_last: bool = False
+) -> GroupedPlan:
+    """The plan of one epoch: every row is in exactly one group, every group in one step.
+
+    The groups, sorted by the length of their rows, are cut into ``groups_per_step`` strata, and a
+    step takes one at random from each, so every step holds short and long rows. The step with the
+    longest group comes first. The last step may have fewer groups (``drop_last`` leaves it out).
+    """
+    random = random_state(seed, epoch)
+    rows = random.permutation(len(layout.cells))
+    rows = rows[np.argsort(layout.cells[rows], kind="stable")]
+    table = _strata(layout, groups_per_step, random)
+    if drop_last and len(table) and (table[-1] < 0).any():
+        table = table[:-1]
+    groups = table.reshape(-1)
+    counts = (table >= 0).sum(axis=1)
+    groups = groups[groups >= 0]
+    sizes = layout.sizes[groups]
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    shift = np.repeat(layout.offsets[groups] - offsets[:-1], sizes)
+    order = rows[np.arange(offsets[-1]) + shift]
+    first_groups = np.concatenate([[0], np.cumsum(counts)])
+    return GroupedPlan(order, offsets[first_groups], offsets, groups, first_groups)
+
+
+def _strata(layout: GroupLayout, groups_per_step: int, random: np.random.RandomState) -> Rows:
+    """Group numbers [steps, groups_per_step]; -1 where the last step has none."""
+    longest_first = np.argsort(-row_cost(layout.widths), kind="stable")
+    steps = -(-len(layout) // groups_per_step)
+    missing = steps * groups_per_step - len(layout)
+    table = np.full((steps, groups_per_step), -1, dtype=np.int64)
+    start = 0
+    for column in range(groups_per_step):
+        size = steps - (column >= groups_per_step - missing)
+        table[:size, column] = random.permutation(longest_first[start : start + size])
+        start += size
+    if len(layout):
+        place = int(np.flatnonzero(table[:, 0] == longest_first[0])[0])
+        table[[0, place], 0] = table[[place, 0], 0]
+    return table

@@ -1,0 +1,57 @@
+"""Which sampler the training arguments ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from s2s_scale.data.batching import row_lengths
+from s2s_scale.data.samplers import EpochSampler, PlanSampler, TokenSampler
+from s2s_scale.training_arguments import Seq2SeqTrainingArguments
+
+
+def make_sampler(
+    args: Seq2SeqTrainingArguments,
+    dataset: Any,
+    *,
+    rows_per_device: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_buckets: int | None = None,
+    rows_multiple: int = 1,
+) -> EpochSampler:
+    """One rank's sampler of the batching mode in ``args``. Every rank calls it with the same data.
+
+    ``rows_per_device``: a device's rows in a micro-batch, where the mode counts rows.
+    ``num_buckets``: the most shapes that batches may have; None: any. ``rows_multiple``: devices
+    that share a rank's batches.
+
+    Raises:
+        UserError: the rows have no lengths, or the longest of them fits into no batch.
+    """
+    shared: dict[str, Any] = {
+        "rank": rank,
+        "world_size": world_size,
+        "seed": args.plan_seed,
+        "drop_last": args.dataloader_drop_last,
+        "num_buckets": num_buckets,
+    }
+    if args.batching == "tokens":
+        per_device = args.max_tokens_per_device
+        assert args.tokens_per_step is not None and args.groups_per_step is not None
+        return TokenSampler(
+            row_lengths(dataset),
+            tokens_per_step=args.tokens_per_step,
+            groups_per_step=args.groups_per_step,
+            max_tokens=None if per_device is None else per_device * rows_multiple,
+            rows_multiple=rows_multiple,
+            **shared,
+        )
+    needs_lengths = args.plan_mode == "sortish" or num_buckets is not None
+    return PlanSampler(
+        row_lengths(dataset) if needs_lengths else None,
+        n_rows=len(dataset),
+        mode=args.plan_mode,
+        rows_per_device=rows_per_device * rows_multiple,
+        accumulation=args.gradient_accumulation_steps,
+        **shared,
+    )
