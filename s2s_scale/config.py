@@ -278,6 +278,15 @@ class TrainingExtras:
         "End a run of several ranks in which none has made progress for this long, and name the "
         "rank that is behind. More than the longest step takes; 0: wait for ever.",
     )
+    max_compilations: int | None = setting(
+        None,
+        "training",
+        "XLA: report compilations over this number. Default: one for each shape of a batch and "
+        "what is compiled once.",
+    )
+    strict_compilations: bool = setting(
+        False, "training", "XLA: stop at a compilation after warm-up, instead of a warning."
+    )
     overwrite_output_dir: bool = setting(
         False, "output", "Start afresh in an output folder that holds an earlier run."
     )

@@ -211,7 +211,7 @@ def _address_towards(host: str) -> str:
 def _worker(profile: LauncherProfile, words: tuple[str, ...], environ: Mapping[str, str]) -> Launch:
     """One rank of a launcher: it has set the rank's variables, so only the profile's are added."""
     local = environ.get("LOCAL_RANK", "0")
-    device = f"cuda:{local}" if profile.device == "cuda" else "cpu"
+    device = f"cuda:{local}" if profile.device == "cuda" else _devices_of_one(profile)
     return Launch(
         command=(sys.executable, "-m", "s2s_scale", *words),
         environment=dict(profile.environment),
@@ -232,7 +232,7 @@ def _none(
     wrap the model in ``DataParallel``.
     """
     environment = dict(profile.environment)
-    device = "cpu"
+    device = _devices_of_one(profile)
     if profile.device == "cuda":
         allowed = {**environ, **environment}.get("CUDA_VISIBLE_DEVICES", "0")
         first = allowed.split(",")[0].strip()
@@ -244,6 +244,16 @@ def _none(
         ranks=(Rank(rank=0, host=socket.gethostname(), device=device),),
         in_process=True,
     )
+
+
+def _devices_of_one(profile: LauncherProfile) -> str:
+    """What one process drives: the CPU, or all devices of its host in the profile's mesh."""
+    if not profile.mesh:
+        return profile.device
+    axes = ", ".join(f"{axis} {n if n > 0 else 'all'}" for axis, n in profile.mesh.items())
+    if profile.device == "tpu":
+        return f"all TPU chips of the host, mesh {axes}"
+    return f"{profile.environment.get('CPU_NUM_DEVICES', '1')} virtual XLA devices, mesh {axes}"
 
 
 def _torchrun(

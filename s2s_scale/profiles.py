@@ -19,15 +19,22 @@ from s2s_scale.settings.options import Option, data_options, model_options, trai
 from s2s_scale.settings.values import from_node, is_null, plain
 from s2s_scale.settings.yaml_files import Entry, mapping_entries, read_entries
 
-BACKENDS = ("local", "fairscale_oss", "deepspeed")
+BACKENDS = ("local", "fairscale_oss", "deepspeed", "xla")
 LAUNCHERS = ("none", "torchrun", "deepspeed")
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda", "tpu")
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 WSL_DEVICE = Path("/dev/dxg")
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+# The first up to TPU v4, the second from v5 on.
+TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 
 # Backend or launcher -> package that it needs, and the extra that brings it.
-PACKAGES = {"fairscale_oss": ("fairscale", "oss"), "deepspeed": ("deepspeed", "deepspeed")}
+PACKAGES = {
+    "fairscale_oss": ("fairscale", "oss"),
+    "deepspeed": ("deepspeed", "deepspeed"),
+    "xla": ("torch-xla", "tpu"),
+}
+OWN_TORCH = "it is built for one exact torch (2.9.1), so in an environment of its own: "
 AUTO = "auto"
 # Values that are merged with the parent's name by name; all others replace the parent's.
 MAPPINGS = ("mesh", "environment", "arguments")
@@ -71,7 +78,8 @@ class LauncherProfile:
         """Why the profile cannot run on this machine, one problem each; empty where it can."""
         problems = [
             f"profile '{self.name}': the package {package} is not installed; "
-            f"pip install 's2s-scale[{extra}]', or pip install {package}"
+            + (OWN_TORCH if package == "torch-xla" else "")
+            + f"pip install 's2s-scale[{extra}]', or pip install {package}"
             for package, extra in missing_packages(self)
         ]
         if self.device == "cuda" and not cuda_is_here():
@@ -79,16 +87,31 @@ class LauncherProfile:
                 f"profile '{self.name}': is for device cuda, and no usable CUDA device is here; "
                 "take a cpu profile, such as --profile cpu, or install torch with CUDA"
             )
+        if self.device == "tpu" and not tpu_chips():
+            problems.append(
+                f"profile '{self.name}': is for device tpu, and no TPU is here "
+                f"({' or '.join(TPU_DEVICES)}); run it on a TPU VM, or take --profile cpu-xla"
+            )
         return problems
+
+
+def tpu_chips() -> list[Path]:
+    """The device files of this host's TPU chips."""
+    found = (sorted(Path("/").glob(pattern.lstrip("/"))) for pattern in TPU_DEVICES)
+    return next((files for files in found if files), [])
+
+
+def needed_packages(profile: LauncherProfile) -> dict[str, str]:
+    """Package that the profile needs -> our extra that brings it."""
+    return dict(PACKAGES[name] for name in (profile.backend, profile.launcher) if name in PACKAGES)
 
 
 def missing_packages(profile: LauncherProfile) -> list[tuple[str, str]]:
     """(package, our extra that brings it) for what the profile needs and is not installed."""
-    needed = {PACKAGES[name] for name in (profile.backend, profile.launcher) if name in PACKAGES}
     return sorted(
         (package, extra)
-        for package, extra in needed
-        if importlib.machinery.PathFinder.find_spec(package) is None
+        for package, extra in needed_packages(profile).items()
+        if importlib.machinery.PathFinder.find_spec(package.replace("-", "_")) is None
     )
 
 
@@ -322,6 +345,7 @@ def _impossible(profile: LauncherProfile) -> Iterator[str]:
         )
     if profile.mesh and profile.backend != "xla":
         yield f"{at['mesh']}: mesh: has no effect with backend {profile.backend}; leave it out"
+    yield from _impossible_on_xla(profile)
     if profile.launcher == "none" and profile.processes not in (AUTO, 1):
         yield (
             f"{at['processes']}: processes: launcher none starts one process, "
@@ -331,6 +355,33 @@ def _impossible(profile: LauncherProfile) -> Iterator[str]:
         yield (
             f"{at['arguments.use_cpu']}: arguments: use_cpu: contradicts device cuda; "
             "change one of them"
+        )
+
+
+def _impossible_on_xla(profile: LauncherProfile) -> Iterator[str]:
+    """As ``_impossible``, where backend xla or device tpu is concerned."""
+    at = profile.origins
+    if profile.device == "tpu" and profile.backend != "xla":
+        yield (
+            f"{at['device']}: device: tpu needs backend xla, not {profile.backend}; "
+            "change one of them"
+        )
+    if profile.backend != "xla":
+        return
+    if profile.device == "cuda":
+        yield f"{at['device']}: device: backend xla runs on tpu or cpu, not cuda; change it"
+    if profile.launcher != "none":
+        yield (
+            f"{at['launcher']}: launcher: with backend xla one process drives all devices of a "
+            f"host, so {profile.launcher} has nothing to start; take none"
+        )
+    unknown = sorted(set(profile.mesh) - {"data", "fsdp"})
+    if unknown:
+        yield f"{at['mesh']}: mesh: unknown axis '{unknown[0]}'; expected data and fsdp"
+    if not profile.mesh:
+        yield (
+            f"{at['backend']}: backend: xla needs a mesh; give mesh: {{data: -1}}, or "
+            "{data: 1, fsdp: -1} to divide the weights too"
         )
 
 

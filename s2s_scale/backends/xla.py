@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import queue
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
@@ -31,15 +29,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2s_scale.backends.base import Batch
-from s2s_scale.backends.local import LocalBackend, whole
+from s2s_scale.backends.graph_adamw import GraphAdamW
+from s2s_scale.backends.local import LocalBackend
+from s2s_scale.backends.mesh import AXES, divided_dimension, mesh_lengths
+from s2s_scale.backends.prefetch import ahead
 from s2s_scale.errors import UserError, raise_problems
 
 T = TypeVar("T")
 
-AXES = ("data", "fsdp")
 CACHE_VARIABLE = "XLA_PERSISTENT_CACHE_PATH"
 """Folder of compiled graphs, read by torch-xla itself; empty: none are kept."""
-BATCHES_AHEAD = 4
 OWN_TORCH = "it is built for one exact torch, so give it an environment of its own"
 
 
@@ -54,7 +53,7 @@ class XlaBackend(LocalBackend):
     def problems(self) -> Sequence[str]:
         if not find_spec("torch_xla"):
             return [
-                f"backend xla: the package torch_xla is not installed; {OWN_TORCH}: "
+                f"backend xla: the package torch-xla is not installed; {OWN_TORCH}: "
                 "pip install 's2s-scale[tpu]'"
             ]
         problems = [*_versions_apart(), *super().problems()]
@@ -202,7 +201,7 @@ class XlaBackend(LocalBackend):
             )
 
     def place_batches(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
-        return _ahead(((number, self.place_batch(batch)) for number, batch in batches))
+        return ahead(((number, self.place_batch(batch)) for number, batch in batches))
 
     def autocast(self) -> AbstractContextManager[None]:
         return torch.autocast("xla", dtype=torch.bfloat16) if self._bf16 else nullcontext()
@@ -213,6 +212,8 @@ class XlaBackend(LocalBackend):
         groups: list[dict[str, Any]],
         options: Mapping[str, Any],
     ) -> Optimizer:
+        if optimizer_class is torch.optim.AdamW and not options.get("amsgrad"):
+            optimizer_class = GraphAdamW
         built = super().build_optimizer(optimizer_class, groups, options)
         self._watch_saving(built)
         return built
@@ -297,7 +298,8 @@ class XlaBackend(LocalBackend):
         )
 
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
-        weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
+        self.flush()
+        weights = {name: _fetch(value).float() for name, value in model.named_parameters()}
         return weights if self.data_rank == 0 else {}
 
     def weights_to_save(self, model: nn.Module) -> dict[str, Tensor] | None:
@@ -306,7 +308,7 @@ class XlaBackend(LocalBackend):
         saved = {}
         for name, value in model.state_dict(keep_vars=True).items():
             if id(value) not in copies:
-                copies[id(value)] = value.detach().cpu()
+                copies[id(value)] = _fetch(value)
             saved[name] = copies[id(value)]
         return saved
 
@@ -343,32 +345,6 @@ class XlaBackend(LocalBackend):
             mark_sharding(hidden, self._mesh, (AXES, None, None))
 
 
-def mesh_lengths(wanted: Mapping[str, int], devices: int) -> tuple[int, int]:
-    """Lengths of the axes data and fsdp; -1 stands for all devices that the other leaves.
-
-    Raises:
-        UserError: an unknown axis, or lengths whose product is not the number of devices.
-    """
-    unknown = sorted(set(wanted) - set(AXES))
-    lengths = [wanted.get(axis, 1) for axis in AXES]
-    open_axes = [n for n, length in enumerate(lengths) if length == -1]
-    if len(open_axes) == 1:
-        lengths[open_axes[0]] = devices // lengths[1 - open_axes[0]]
-    if unknown or len(open_axes) > 1 or lengths[0] * lengths[1] != devices:
-        raise UserError(
-            f"mesh: {dict(wanted)} for {devices} devices: expected the axes data and fsdp, whose "
-            "lengths multiply to the number of devices (-1 for one of them: all that are left); "
-            "change it in the profile"
-        )
-    return lengths[0], lengths[1]
-
-
-def divided_dimension(shape: tuple[int, ...], parts: int) -> int | None:
-    """The longest dimension that divides evenly into ``parts``; None where none does."""
-    fitting = [n for n, length in enumerate(shape) if length % parts == 0 and length >= parts]
-    return max(fitting, key=lambda n: shape[n]) if fitting and parts > 1 else None
-
-
 def _runtime() -> Any:
     import torch_xla.runtime
 
@@ -398,42 +374,6 @@ def _to_device(tensors: list[Tensor], device: torch.device, sharding: Any) -> li
         for n, tensor in zip(places, moved, strict=True):
             placed[n] = tensor
     return placed
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, made in a thread that is up to ``BATCHES_AHEAD`` of them ahead."""
-    made: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=BATCHES_AHEAD)
-    stopped = threading.Event()
-
-    def put(entry: tuple[bool, Any]) -> bool:
-        while not stopped.is_set():
-            try:
-                made.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put((True, item)):
-                    return
-            put((False, None))
-        except BaseException as error:  # noqa: BLE001  (raised again where the items are read)
-            put((False, error))
-
-    threading.Thread(target=work, daemon=True, name="batches").start()
-    try:
-        while True:
-            there, item = made.get()
-            if not there:
-                if item is not None:
-                    raise item
-                return
-            yield item
-    finally:
-        stopped.set()
 
 
 def _innermost(optimizer: Any) -> Any:
@@ -480,9 +420,28 @@ def _checkpoint_for_xla(model: nn.Module) -> None:
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=True)  # type: ignore[assignment]
 
 
+def _fetch(tensor: Tensor) -> Tensor:
+    """A copy on the CPU. Parts that are all here are put together here.
+
+    torch-xla would gather them on the devices first, by a graph for each shape.
+    """
+    import torch_xla
+    from torch_xla.distributed.spmd import wrap_if_sharded
+
+    divided = tensor.device.type == "xla" and "devices" in (
+        torch_xla._XLAC._get_xla_sharding_spec(tensor) or ""
+    )
+    if not divided or _runtime().process_count() > 1:
+        return tensor.detach().to("cpu", copy=True)
+    made = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for shard in wrap_if_sharded(tensor.detach()).local_shards:
+        made[tuple(shard.indices)] = shard.data
+    return made
+
+
 def _on_cpu(state: Any) -> Any:
     if isinstance(state, Tensor):
-        return state.detach().cpu()
+        return _fetch(state)
     return {k: _on_cpu(v) for k, v in state.items()} if isinstance(state, dict) else state
 
 

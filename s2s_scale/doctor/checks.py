@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from s2s_scale.profiles import (
     cuda_is_here,
     deepspeed_config_path,
     missing_packages,
+    needed_packages,
+    tpu_chips,
 )
 from s2s_scale.remote_hosts import check_hosts
 
@@ -30,9 +33,14 @@ NEEDED: dict[str, tuple[int, ...]] = {
     "accelerate": (1, 10),
     "datasets": (4, 0),
 }
-BACKEND_NEEDS: dict[str, tuple[int, ...]] = {"deepspeed": (0, 18), "fairscale": (0, 4, 13)}
+BACKEND_NEEDS: dict[str, tuple[int, ...]] = {
+    "deepspeed": (0, 18),
+    "fairscale": (0, 4, 13),
+    "torch-xla": (2, 9),
+}
 SHARED_MEMORY_MIB = 64
 FREE_DISK_GIB = 2.0
+XLA_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ def versions(patient: Patient) -> Iterator[Finding]:
         if package in missing:
             remedy = f"pip install 's2s-scale[{missing[package]}]', or pip install {package}"
             yield Finding(package, "not installed", remedy)
-        elif package in (patient.profile.backend.partition("_")[0], patient.profile.launcher):
+        elif package in needed_packages(patient.profile):
             yield _package(package, least)
 
 
@@ -103,6 +111,9 @@ def devices(patient: Patient) -> Iterator[Finding]:
         remedy = "" if cores >= wanted else f"it will be slow: {wanted} processes share them"
         yield Finding("CPU cores", str(cores), remedy)
         return
+    if profile.device == "tpu":
+        yield from _tpu()
+        return
     names = cuda_devices({**os.environ, **profile.environment})
     if not cuda_is_here():
         remedy = "install a torch build with CUDA and the NVIDIA driver, or take a cpu profile"
@@ -114,6 +125,76 @@ def devices(patient: Patient) -> Iterator[Finding]:
         ", ".join(names) or "none visible",
         "" if len(names) >= wanted else f"the profile starts {wanted} processes; give fewer",
     )
+
+
+def _tpu() -> Iterator[Finding]:
+    """The host's TPU chips, and who has them: one process at a time can."""
+    chips = tpu_chips()
+    if not chips:
+        yield Finding("TPU chips", "none", "run on a TPU VM, or take --profile cpu-xla")
+        return
+    yield Finding("TPU chips", f"{len(chips)}: {', '.join(map(str, chips))}")
+    others = holders(chips)
+    yield Finding(
+        "TPU held by",
+        ", ".join(f"process {pid} ({name})" for pid, name in others) or "nobody",
+        f"end it first: kill {others[0][0]}" if others else "",
+    )
+
+
+def holders(files: Sequence[Path], proc: Path = Path("/proc")) -> list[tuple[int, str]]:
+    """(pid, name) of every process, this one left out, that has one of ``files`` open.
+
+    Only processes that this user may look into are seen.
+    """
+    wanted = {str(path) for path in files}
+    found = []
+    for folder in sorted(proc.glob("[0-9]*"), key=lambda path: int(path.name)):
+        if int(folder.name) == os.getpid():
+            continue
+        try:
+            held = {os.readlink(link) for link in (folder / "fd").iterdir()}
+        except OSError:  # it ended, or is another user's
+            continue
+        if held & wanted:
+            found.append((int(folder.name), (folder / "comm").read_text().strip()))
+    return found
+
+
+def xla_parts(patient: Patient) -> Iterator[Finding]:
+    """torch, torch-xla and libtpu fit each other, and the devices answer."""
+    profile = patient.profile
+    if profile.backend != "xla" or not find_spec("torch_xla"):
+        return
+    ours, theirs = version("torch"), version("torch_xla")
+    same = ours.split(".")[:2] == theirs.split(".")[:2]
+    yield Finding(
+        "torch and torch-xla",
+        f"{ours} and {theirs}",
+        "" if same else "they must be the same version: pip install 's2s-scale[tpu]'",
+    )
+    if profile.device == "tpu":
+        there = find_spec("libtpu") is not None
+        remedy = "" if there else "pip install 's2s-scale[tpu]'"
+        yield Finding("libtpu", version("libtpu") if there else "not installed", remedy)
+    yield _xla_devices(profile)
+
+
+def _xla_devices(profile: LauncherProfile) -> Finding:
+    """Asked in a process of its own: whoever asks has the chips until it ends."""
+    program = "import torch_xla; print(len(torch_xla.real_devices()), torch_xla.real_devices()[0])"
+    environment = {**os.environ, **profile.environment}
+    command = [sys.executable, "-c", program]
+    try:
+        asked = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=XLA_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return Finding("XLA devices", "no answer", "another process may hold them; see TPU held by")
+    if asked.returncode:
+        last = (asked.stderr.strip().splitlines() or ["no message"])[-1]
+        return Finding("XLA devices", last, "mend what the message says")
+    return Finding("XLA devices", asked.stdout.strip().splitlines()[-1])
 
 
 def op_builds(patient: Patient) -> Iterator[Finding]:
@@ -219,4 +300,13 @@ def disk(patient: Patient) -> Iterator[Finding]:
     )
 
 
-CHECKS: tuple[Check, ...] = (versions, devices, op_builds, shared_memory, network, hosts, disk)
+CHECKS: tuple[Check, ...] = (
+    versions,
+    devices,
+    xla_parts,
+    op_builds,
+    shared_memory,
+    network,
+    hosts,
+    disk,
+)

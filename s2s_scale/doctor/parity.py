@@ -18,18 +18,21 @@ from s2s_scale.profiles import LauncherProfile, deepspeed_config_path
 
 JOB_FILE = "job.json"
 STEPS = 10
-BOUNDS = {"cpu": 1e-5, "cuda": 1e-4}
+BOUNDS = {"cpu": 1e-5, "cuda": 1e-4, "tpu": 1e-4}
+ROWS_ON_A_MESH = 64
+"""Divides by 2 micro-batches and up to 32 devices."""
 
 
 def job_for(profile: LauncherProfile, *, families: tuple[str, ...], ranks: int) -> Job:
-    """Ten steps of each family, with two rows per rank and micro-batch."""
+    """Ten steps of each family, with two rows per rank and micro-batch; more on a mesh."""
     path = profile.deepspeed_config
+    rows = ROWS_ON_A_MESH if profile.mesh else ranks * 2 * 2
     return Job(
         cases=tuple(Case(family, 0.1) for family in families),
         steps=STEPS,
-        rows_per_step=ranks * 2 * 2,
+        rows_per_step=rows,
         deepspeed=str(deepspeed_config_path(path, profile)) if path else None,
-        use_cpu=profile.device == "cpu",
+        use_cpu=profile.device != "cuda",
     )
 
 

@@ -102,7 +102,7 @@ def read_settings(
 def _of_profile(profile: LauncherProfile, values: Mapping[str, Any]) -> dict[str, Any]:
     """Training arguments that follow from the profile itself, where none was given."""
     found: dict[str, Any] = {}
-    if profile.device == "cpu" and "use_cpu" not in values:
+    if profile.device == "cpu" and not profile.mesh and "use_cpu" not in values:
         found["use_cpu"] = True
     if values.get("deepspeed"):
         found["deepspeed"] = str(deepspeed_config_path(values["deepspeed"]))

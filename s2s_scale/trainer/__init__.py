@@ -2,8 +2,8 @@
 
 The class is one, in a chain of files by subject, each overriding transformers' hooks of that
 subject: ``base`` (construction) <- ``loss`` <- ``optimization`` <- ``batches`` <- ``evaluating``
-<- ``saving``. Beside them stand the pieces that the hooks use: ``callbacks``, ``loaders``,
-``meters`` and ``nonfinite``.
+<- ``graphs`` <- ``saving``. Beside them stand the pieces that the hooks use: ``callbacks``,
+``compilations``, ``loaders``, ``meters`` and ``nonfinite``.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from s2s_scale.backends import Backend
 from s2s_scale.data.samplers import EpochSampler
+from s2s_scale.trainer.compilations import CompilationWatch
 from s2s_scale.trainer.nonfinite import NonFiniteGuard
 
 
@@ -26,6 +27,8 @@ class StepCallback(TrainerCallback):
         self.backend = backend
         self.sampler: EpochSampler | None = None
         self.overflow_steps = 0
+        self.watch: CompilationWatch | None = None
+        self.shape: tuple[int, ...] = ()
         self._next_epoch = 0
         self._epoch_start = 0
 
@@ -81,6 +84,16 @@ class StepCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         self.backend.finish_step(model)
+        self._count_compilations(state)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._count_compilations(state)
+
+    def _count_compilations(self, state: TrainerState) -> None:
+        if self.watch is not None and self.shape:
+            self.watch.ran("training", self.shape, step=state.global_step)
 
     def on_optimizer_step(
         self,

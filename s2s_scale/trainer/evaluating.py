@@ -82,7 +82,7 @@ class EvaluationTrainer(BatchTrainer):
     ) -> EvalLoopOutput:
         """transformers' loop, with rows back in data order and token-weighted losses."""
         sorted_loader = dataloader if isinstance(dataloader, EvaluationLoader) else None
-        self._evaluation_meter = EvaluationMeter()
+        self._evaluation_meter = EvaluationMeter(self.args.device)
         if sorted_loader is not None:
             self._start_text(sorted_loader, metric_key_prefix)
         stock_metrics, self.compute_metrics = (

@@ -147,9 +147,6 @@ class LossTrainer(TrainerBase):
             yield 0 if labels is None else int(count_tokens(self._targets(labels))), batch
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.backend.static_shapes:
-            # transformers adds to it in place; a copy gives the same graph at every step.
-            self._tr_loss = self._tr_loss.clone()
         loss: Tensor = super().training_step(*args, **kwargs)
         self._guard.observe(loss)
         if not self.args.logging_nan_inf_filter:
@@ -175,9 +172,6 @@ class LossTrainer(TrainerBase):
             self._guard.read(self.optimizer, self.backend)
         if "loss" in logs and self.is_in_train:
             logs.update(self._meter.read(self.backend.total))
-            compilations, seconds = self.backend.compilations()
-            if compilations:
-                logs |= {"compilations": compilations, "compile_seconds": seconds}
             if self._guard.steps:
                 logs["nonfinite_steps"] = len(self._guard.steps)
             if self.args.fp16:
@@ -187,7 +181,6 @@ class LossTrainer(TrainerBase):
             if self.args.fp16:
                 logs["train_overflow_steps"] = self._step_callback.overflow_steps
         super().log(logs, start_time)
-        self.backend.flush()
 
     @contextmanager
     def _not_training(self) -> Iterator[None]:

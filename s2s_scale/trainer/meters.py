@@ -79,23 +79,20 @@ class TrainingMeter:
 class EvaluationMeter:
     """Loss and NLL of an evaluation, each row's tokens weighing the same."""
 
-    def __init__(self) -> None:
-        self._sums: Tensor | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def add(self, part: TokenLoss) -> None:
         """Add one batch. Summed in fp64, so that the batch size does not show in the result."""
-        sums = torch.stack(
+        self._sums = self._sums + torch.stack(
             [part.loss.detach().double(), part.nll.detach().double(), part.tokens.double()]
         )
-        self._sums = sums if self._sums is None else self._sums + sums
 
     def read(self, total: Total) -> dict[str, float]:
         """``loss`` and ``nll_loss`` in nats per target token; empty if no token was counted.
 
-        ``total`` sums over ranks; every rank must call.
+        ``total`` sums over ranks; every rank must call it.
         """
-        if self._sums is None:
-            return {}
         loss, nll, tokens = total(self._sums).tolist()
         if not tokens:
             return {}

@@ -10,10 +10,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from s2s_scale.checkpoint import STATE_FILE, Ranks, whole_files, whole_folder
-from s2s_scale.trainer.evaluating import EvaluationTrainer
+from s2s_scale.trainer.graphs import GraphTrainer
 
 
-class SavingTrainer(EvaluationTrainer):
+class SavingTrainer(GraphTrainer):
     """Saves."""
 
     @property

@@ -37,7 +37,9 @@ def test_shipped_profiles_resolve(folder):
     shipped = available()
     zero = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
     kinds = ("", "-ddp", "-oss", *(f"-{stage}" for stage in zero))
-    assert set(shipped) == {device + kind for device in ("cpu", "gpu") for kind in kinds}
+    expected = {device + kind for device in ("cpu", "gpu") for kind in kinds}
+    expected |= {"cpu-xla", "cpu-xla-fsdp", "tpu-vm", "tpu-vm-fsdp", "tpu-pod"}
+    assert set(shipped) == expected
     for name in shipped:
         profile = resolve(name)
         assert profile.description
@@ -46,6 +48,9 @@ def test_shipped_profiles_resolve(folder):
     assert resolve("cpu").arguments == {"use_cpu": True}
     assert resolve("cpu").device == "cpu"
     assert resolve("gpu").device == "cuda"
+    assert resolve("tpu-vm").mesh == {"data": -1}
+    assert resolve("tpu-pod").mesh == resolve("cpu-xla-fsdp").mesh == {"data": 1, "fsdp": -1}
+    assert resolve("tpu-pod").arguments == {"bf16": True}
 
 
 def test_search_path_is_working_folder_then_user_then_shipped(folder, tmp_path):
@@ -147,14 +152,14 @@ def test_missing_parent(folder):
         ("bakend: local\n", "1: unknown key 'bakend' (did you mean 'backend'?)"),
         (
             "\nbackend: horovod\n",
-            "2: backend: expected one of: local, fairscale_oss, deepspeed, got 'horovod'",
+            "2: backend: expected one of: local, fairscale_oss, deepspeed, xla, got 'horovod'",
         ),
         (
             "launcher: mpirun\n",
             "1: launcher: expected one of: none, torchrun, deepspeed, got 'mpirun'",
         ),
-        ("device: cuba\n", "1: device: expected one of: cpu, cuda, got 'cuba' (did you mean 'cuda"),
-        ("device: [cpu]\n", "1: device: expected one of: cpu, cuda, got a list"),
+        ("device: cuba\n", "1: device: expected one of: cpu, cuda, tpu, got 'cuba'"),
+        ("device: [cpu]\n", "1: device: expected one of: cpu, cuda, tpu, got a list"),
         ("processes: many\n", "1: processes: expected a whole number of at least 1 or auto"),
         ("processes: 0\n", "1: processes: expected a whole number of at least 1 or auto"),
         ("extends: [a, b]\n", "1: extends: expected the name of one profile"),
@@ -168,6 +173,11 @@ def test_missing_parent(folder):
         ("- device\n", "1: expected 'name: value' lines"),
         ("mesh: {data: many}\n", "1: mesh: data: expected a number of devices or -1 (all)"),
         ("mesh: {data: -1}\n", "1: mesh: has no effect with backend local"),
+        ("backend: xla\n", "1: backend: xla needs a mesh; give mesh: {data: -1}"),
+        ("backend: xla\nmesh: {rows: -1}\n", "2: mesh: unknown axis 'rows'"),
+        ("device: tpu\n", "1: device: tpu needs backend xla, not local"),
+        ("extends: cpu-xla\ndevice: cuda\n", "2: device: backend xla runs on tpu or cpu"),
+        ("extends: cpu-xla\nlauncher: torchrun\n", "2: launcher: with backend xla one process"),
         ("deepspeed_config: zero2\n", "1: deepspeed_config: has no effect with backend local"),
         ("processes: 2\n", "1: processes: launcher none starts one process, got 2"),
         (
