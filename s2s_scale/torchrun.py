@@ -31,13 +31,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _report(rank: int, code: int) -> None:
-    """Say how a rank ended. A signal is news; a rank that exits has said more itself."""
+    """Say how a rank ended. A signal is news; a rank that exits has said more itself.
+
+    SIGTERM is none: with it torchrun ends the other ranks when one has failed.
+    """
     ended = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    news = code < 0 and code != -signal.SIGTERM
     report_failure(
         [f"ended by {ended}; what it printed is above"],
         rank=rank,
         code=_exit_code(code),
-        certainty=Certainty.ENDED if code > 0 else Certainty.SEEN,
+        certainty=Certainty.SEEN if news else Certainty.ENDED,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2s_scale.backends.local import LocalBackend
@@ -79,8 +79,16 @@ class ShardedOptimizer(OSS):
     are no longer views of OSS's broadcast buffers, and every rank keeps only its own updates.
     """
 
+    def __init__(
+        self, groups: list[dict[str, Any]], *, optim: type[Optimizer], **options: Any
+    ) -> None:
+        # OSS's own copy of the options grows by what torch puts into an optimizer's defaults.
+        self._optimizer_class: Any = optim
+        self._own_options = dict(options)
+        super().__init__(groups, optim=optim, **options)
+
     def partition_parameters(self) -> list[list[dict[str, Any]]]:
-        """Each rank's parameter groups: the largest parameter first, to the emptiest rank.
+        """Each rank's parameter groups: the largest state first, to the emptiest rank.
 
         Longest-processing-time rule (Graham 1969); OSS's own order can leave one rank with twice
         another's share.
@@ -100,12 +108,31 @@ class ShardedOptimizer(OSS):
         """id of a parameter -> the rank that updates it."""
         sizes = [0] * self.world_size
         owner: dict[int, int] = {}
-        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
-        for parameter in sorted(parameters, key=lambda p: -p.numel()):  # stable: same on all ranks
+        parameters = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        state = {shape: self._state_size(shape) for shape in {p.shape for p in parameters}}
+        # Stable, so that it is the same on all ranks.
+        for parameter in sorted(parameters, key=lambda p: (-state[p.shape], -p.numel())):
             rank = sizes.index(min(sizes))
             owner[id(parameter)] = rank
-            sizes[rank] += parameter.numel() if parameter.requires_grad else 1
+            sizes[rank] += state[parameter.shape] if parameter.requires_grad else 1
         return owner
+
+    def _state_size(self, shape: torch.Size) -> int:
+        """Numbers that the optimizer keeps for a parameter of this shape.
+
+        Found by a step on tensors without data: Adafactor keeps sums of rows and columns, so that
+        its state is no multiple of the parameter. An optimizer that cannot step there counts as
+        one that keeps a multiple.
+        """
+        parameter = nn.Parameter(torch.empty(shape, device="meta"))
+        parameter.grad = torch.empty(shape, device="meta")
+        try:
+            probe = self._optimizer_class([parameter], **self._own_options)
+            probe.step()
+        except (RuntimeError, NotImplementedError, ValueError):
+            return shape.numel()
+        kept = (v for v in probe.state[parameter].values() if isinstance(v, Tensor) and v.dim())
+        return sum(value.numel() for value in kept) or 1
 
     def step(self, closure: Callable[[], float] | None = None, **kwargs: Any) -> float | None:
         if not self._broadcasts_parameters():

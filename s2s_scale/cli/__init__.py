@@ -150,10 +150,19 @@ def _launched(verb: Verb, words: list[str]) -> int:
         return start(launch, environ=os.environ)
     # Before the import below, which brings in torch: it reads the environment once.
     os.environ.update(launch.environment)
+    _name_accelerator(settings.profile.device)
     from s2s_scale import runner
 
     actions = {"train": runner.train, "evaluate": runner.evaluate, "generate": runner.generate}
     return int(actions[verb.name](settings))
+
+
+def _name_accelerator(device: str) -> None:
+    """Tell DeepSpeed its device: transformers imports it wherever it is installed.
+
+    Left alone it looks for a device itself, and warns on every run on a CPU that it found no other.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device == "cuda" else "cpu")
 
 
 def _without_dry_run(words: list[str]) -> list[str]:
@@ -179,8 +188,10 @@ def _plan(verb: Verb, words: list[str]) -> int:
 
 def _new_model(verb: Verb, words: list[str]) -> int:
     from s2s_scale.cli.build import build_settings
+    from s2s_scale.profiles import default_profile_name
 
     settings = build_settings(verb, words[1:])
+    _name_accelerator("cuda" if default_profile_name() == "gpu" else "cpu")
     from s2s_scale import runner
 
     return int(runner.new_model(settings))
@@ -190,6 +201,7 @@ def _demo(verb: Verb, words: list[str]) -> int:
     from s2s_scale.cli.build import build_settings
 
     settings = build_settings(verb, words[1:])
+    _name_accelerator("cpu")
     from s2s_scale import demo
 
     return int(demo.run(settings))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import transformers
+
 from s2s_scale.config import DataArguments
 from s2s_scale.models.new_model import run_new_model
 from s2s_scale.settings import Settings
@@ -9,6 +11,8 @@ from s2s_scale.settings import Settings
 
 def new_model(settings: Settings) -> int:
     """Write the model and say where it is and how to train it."""
+    # Its bars over the shards of a file say nothing that our own lines do not.
+    transformers.utils.logging.disable_progress_bar()
     own = settings.verb_values
     data = DataArguments(**settings.values)
     folder = run_new_model(

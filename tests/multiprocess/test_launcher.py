@@ -14,6 +14,7 @@ import pytest
 from s2s_scale.models.new_model import new_model
 from tests.support.command import finish, run_command, start_command
 from tests.support.copying import write_copy_task
+from tests.support.faults import HANG, MESSAGE, RAISE, faulty_path
 
 COMMON = """--per_device_train_batch_size 8 --learning_rate 1e-3 --logging_steps 1 --disable_tqdm
     --report_to none --dropout 0 --seed 0""".split()
@@ -71,19 +72,35 @@ def test_a_mistake_in_the_data_is_one_line_that_names_the_rank(model, data, tmp_
     assert "train.source:5" in outcome.errors[0]
 
 
-def test_a_killed_rank_ends_the_run_and_is_named(model, data, tmp_path):
+# Fault -> (signal for rank 1, exit code of the run, what its line says).
+FAULTS = {
+    "killed": (signal.SIGKILL, 128 + signal.SIGKILL, "SIGKILL"),
+    "raising": (RAISE, 1, MESSAGE),
+    "hanging": (HANG, 75, "no progress for 12 s"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_ends_the_run_and_names_the_rank(model, data, tmp_path, monkeypatch, fault):
+    number, code, words_of_fault = FAULTS[fault]
+    monkeypatch.setenv("PYTHONPATH", faulty_path(tmp_path / "faults"))
     process = start_command(
         *words(model, data, tmp_path / "run", *ENDLESS, "--profile", "cpu-ddp"),
+        *("--hang_timeout_seconds", 12),
     )
     victim = _rank(process.pid, "1", tmp_path / "run")
-    killed = time.monotonic()
-    os.kill(victim, signal.SIGKILL)
+    began = time.monotonic()
+    os.kill(victim, number)
     outcome = finish(process, limit_s=90)
-    assert outcome.code == 128 + signal.SIGKILL
-    assert time.monotonic() - killed < 60
-    assert any(line.startswith("rank 1 on ") and "SIGKILL" in line for line in outcome.errors), (
-        outcome.err
-    )
+    seconds = time.monotonic() - began
+    line = next((error for error in outcome.errors if error.startswith("rank 1 on ")), "")
+    assert line, outcome.out + outcome.err
+    print(f"{fault}: exit code {outcome.code} after {seconds:.0f} s: {line}")
+    assert outcome.code == code
+    assert seconds < 60
+    assert words_of_fault in line
+    if fault == "hanging":
+        assert "it stands at " in line and "(step " in line and ", in hang, " in line
 
 
 def _rank(ancestor: int, rank: str, output: Path) -> int:

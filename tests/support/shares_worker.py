@@ -1,6 +1,6 @@
 """One rank of the tests of what each rank holds: our trainer, watched at every step.
 
-Usage: python -m tests.support.shares_worker JOB.json
+Usage: python -m tests.support.shares_worker JOB.json, with name -> run in it; see ``run_all``.
 """
 
 from __future__ import annotations
@@ -19,36 +19,35 @@ from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collate import Seq2SeqCollator
 from tests.support.families import tiny_model
+from tests.support.ranks import run_ranks
 from tests.support.training import history, ragged_rows, settings
 
 
 def main(path: Path) -> None:
-    """Train with the job's backend; rank 0 writes ``result.json`` beside the job."""
-    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    backend = make_backend(job["backend"])
-    backend.prepare_process()
+    """Do the job's runs one after the other; rank 0 writes ``result.json`` beside the job.
+
+    One process does them all, because starting one costs more than a run does.
+    """
+    runs: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    backends = {name: make_backend(name) for name in {job["backend"] for job in runs.values()}}
+    first = next(iter(backends.values()))
+    for backend in backends.values():
+        backend.prepare_process()
     try:
-        result = several(job, path.parent, backend) if "runs" in job else None
-        result = result or run(job, path.parent, backend)
-        if backend.data_rank == 0:
-            (path.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        results = {}
+        for name, job in runs.items():
+            # accelerate keeps its settings for the whole process; each run has settings of its own.
+            AcceleratorState._reset_state()
+            results[name] = run(job, path.parent / name, backends[job["backend"]])
+        if first.data_rank == 0:
+            (path.parent / "result.json").write_text(json.dumps(results), encoding="utf-8")
     finally:
-        backend.close()
-
-
-def several(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
-    """One run after the other in this process, each with arguments of its own; by their names."""
-    results = {}
-    for name, arguments in job["runs"].items():
-        AcceleratorState._reset_state()
-        each = {**job, "arguments": {**job["arguments"], **arguments}}
-        results[name] = run(each, folder / name, backend)
-    return results
+        first.close()
 
 
 def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
     """Train, and collect what the ranks held after each step."""
-    values = settings(folder / "run", **job["arguments"])
+    values = settings(folder, **job["arguments"])
     args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
     model = tiny_model(job.get("family", "t5"), d_model=32, layers=3, vocab_size=64).train()
     shapes = [tuple(parameter.shape) for parameter in model.parameters()]
@@ -79,6 +78,24 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
         "whole_parameters": sum(numbers),
         "largest_share": max(numbers) / sum(numbers),
     }
+
+
+def run_all(
+    folder: Path, runs: dict[str, dict[str, Any]], *, ranks: int
+) -> dict[str, dict[str, Any]]:
+    """Do these runs on so many ranks of this machine; name -> result.
+
+    A run has ``backend`` and ``arguments`` (training arguments), and maybe ``family``, ``resume``
+    (a checkpoint), ``replicas`` (False: the ranks' weights are not compared) and ``fp16_anywhere``.
+    Its output folder is ``folder / name``.
+    """
+    folder.mkdir(parents=True)
+    path = folder / "job.json"
+    path.write_text(json.dumps(runs), encoding="utf-8")
+    worker = ["-m", "tests.support.shares_worker", str(path)]
+    for rank, result in enumerate(run_ranks(worker, ranks=ranks, folder=folder, limit=300)):
+        assert result.code == 0, f"rank {rank}:\n{result.output}"
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
 class Watcher(TrainerCallback):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.command import run_command
+
 SHORT = {
     "max_steps": 3,
     "per_device_train_batch_size": 8,
@@ -173,3 +175,18 @@ def test_the_plan_counts_each_row_once(here, model, data):
         )
         assert done.code == 0, done.err
         assert "64 rows in 7 steps; 2 rank(s) x 5 rows" in done.out
+
+
+def test_a_run_on_a_cpu_says_nothing_of_other_libraries(model, data, tmp_path):
+    """DeepSpeed, which transformers imports, looks for a GPU and warns unless it is told."""
+    new = run_command(
+        *("new-model", "--architecture", "marian", "--size", "tiny", "--vocab_size", 100),
+        *("--data_dir", data, "--output_dir", tmp_path / "new"),
+    )
+    short = [f"--{name}={value}" for name, value in SHORT.items()]
+    files = ("--model", model, "--data_dir", data, "--output_dir", tmp_path / "run")
+    trained = run_command("train", *files, *short, "--profile", "cpu")
+    for done in (new, trained):
+        assert done.code == 0, done.err
+        for word in ("WARNING", "accelerator", "deepspeed", "shards"):
+            assert word not in done.out + done.err, done.err

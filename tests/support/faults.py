@@ -1,0 +1,33 @@
+"""Makes rank 1 of a run fail or hang when it gets a signal; the product knows nothing of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+RAISE, HANG = signal.SIGUSR1, signal.SIGUSR2
+MESSAGE = "made to fail"
+
+# Python imports a module of this name at its start, if it finds one.
+_SITECUSTOMIZE = f"""
+import os, signal, time
+
+def fail(number, frame):
+    raise RuntimeError({MESSAGE!r})
+
+def hang(number, frame):
+    time.sleep(3600)
+
+if os.environ.get("RANK") == "1":
+    signal.signal({int(RAISE)}, fail)
+    signal.signal({int(HANG)}, hang)
+"""
+
+
+def faulty_path(folder: Path) -> str:
+    """A PYTHONPATH under which rank 1 takes both signals."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE, encoding="utf-8")
+    before = os.environ.get("PYTHONPATH")
+    return f"{folder}{os.pathsep}{before}" if before else str(folder)
