@@ -6,6 +6,7 @@
 # PYTHON   interpreter that .venv is made with (3.10 to 3.13):   make demo PYTHON=python3.12
 # VENV     where the environment lies
 # CONSTRAINTS   exact versions; CONSTRAINTS= (empty) takes the newest that pyproject.toml allows
+# WORKERS   how many processes run tests; each starts up to four more (2)
 # PYTEST_ARGS   more arguments for pytest:   make test PYTEST_ARGS='-x -k schedules'
 
 SHELL := bash
@@ -15,9 +16,12 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints/cpu.txt
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
+# A file's tests stay together, in their order: they share what is expensive to make.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 STAMP := $(VENV)/.installed
 CONSTRAIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
@@ -39,11 +43,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=json:.coverage.json $(PYTEST_ARGS)
+	$(PYTEST) --cov --cov-report=term --cov-report=json:.coverage.json $(PYTEST_ARGS)
 	$(BIN)/python -m tests.support.coverage_gate .coverage.json --lines 90
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -31,6 +31,20 @@ def pytest_unconfigure(config):
     shutil.rmtree(config.own_folder, ignore_errors=True)
 
 
+#: Where tests take longest, first: two workers then end at about the same time.
+SLOWEST_FIRST = ("multinode", "parity", "multiprocess", "system")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first; the order inside a file stays."""
+
+    def place(item):
+        folder = item.path.parent.name
+        return SLOWEST_FIRST.index(folder) if folder in SLOWEST_FIRST else len(SLOWEST_FIRST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(autouse=True)
 def same_environment(pytestconfig):
     """Each test starts from the same variables: commands export theirs into this process."""
