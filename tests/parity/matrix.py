@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from s2s_scale.doctor.compare import Deviation, compare
-from s2s_scale.doctor.figures import Case, Job, read
+from s2s_scale.doctor.figures import Case, Figures, Job, read
 from s2s_scale.models.tiny import FAMILY_NAMES
 from tests.support.ranks import run_ranks
 
@@ -23,6 +23,8 @@ PROFILES = {
     "cpu-zero1": ("deepspeed", "zero1"),
     "cpu-zero2": ("deepspeed", "zero2"),
     "cpu-zero3": ("deepspeed", "zero3"),
+    "cpu-zero2-offload": ("deepspeed", "zero2_offload"),
+    "cpu-zero3-offload": ("deepspeed", "zero3_offload"),
 }
 COLUMNS = (
     *((profile, 2) for profile in PROFILES),
@@ -40,39 +42,49 @@ class Column:
     deviations: dict[Case, Deviation]
 
 
-def run_job(job: Job, folder: Path, *, backend: str, ranks: int) -> Path:
-    """Run a job on so many ranks of this machine; the folder that holds the figures."""
-    folder.mkdir(parents=True)
-    words = [backend, str(job.write(folder / "job.json")), str(folder)]
-    worker = ["-m", "tests.support.parity_worker", *words]
-    for rank, result in enumerate(run_ranks(worker, ranks=ranks, folder=folder, limit=900)):
+def run_jobs(jobs: dict[str, Job], folder: Path, *, backend: str, ranks: int) -> None:
+    """Run jobs on so many ranks of this machine; the figures of each go to ``folder / its name``.
+
+    One process per rank runs all of them: starting one costs more than a case does.
+    """
+    for name, job in jobs.items():
+        (folder / name).mkdir(parents=True)
+        job.write(folder / name / "job.json")
+    worker = ["-m", "tests.support.parity_worker", backend, *(str(folder / name) for name in jobs)]
+    logs = folder / next(iter(jobs))
+    for rank, result in enumerate(run_ranks(worker, ranks=ranks, folder=logs, limit=900)):
         assert result.code == 0, f"{backend}, rank {rank}:\n{result.output}"
-    return folder
 
 
-def reference(job: Job, folder: Path) -> Path:
-    """The same global batches in one process."""
-    return run_job(job, folder / "reference", backend="local", ranks=1)
+def reference(job: Job, folder: Path) -> list[Figures]:
+    """The figures of the same global batches in one process."""
+    run_jobs({"reference": job}, folder, backend="local", ranks=1)
+    return read(job, folder / "reference")
 
 
 def columns(
     job: Job, folder: Path, wanted: Iterable[tuple[str, int]] = COLUMNS
 ) -> Iterable[Column]:
     """Each profile at its number of ranks against one process with the same global batches."""
-    expected = read(job, reference(job, folder))
+    expected = reference(job, folder)
+    together: dict[tuple[str, int], dict[str, Job]] = {}
     for profile, ranks in wanted:
         backend, config = PROFILES[profile]
         path = str(CONFIGS / f"{config}.json") if config else None
         own = dataclasses.replace(job, deepspeed=path)
-        found = read(own, run_job(own, folder / f"{profile}-{ranks}", backend=backend, ranks=ranks))
-        pairs = zip(job.cases, found, expected, strict=True)
-        yield Column(profile, ranks, {case: compare(one, two) for case, one, two in pairs})
+        together.setdefault((backend, ranks), {})[profile] = own
+    for (backend, ranks), jobs in together.items():
+        place = folder / f"{backend}-{ranks}"
+        run_jobs(jobs, place, backend=backend, ranks=ranks)
+        for profile, own in jobs.items():
+            pairs = zip(job.cases, read(own, place / profile), expected, strict=True)
+            yield Column(profile, ranks, {case: compare(one, two) for case, one, two in pairs})
 
 
 def stock_factors(job: Job, folder: Path, *, ranks: int = 2) -> dict[Case, float]:
     """transformers' own first loss as a multiple of the true one, on the same rows."""
     true = read(job, folder / "reference")
-    run_job(job, folder / "transformers", backend="transformers", ranks=ranks)
+    run_jobs({"transformers": job}, folder, backend="transformers", ranks=ranks)
     return {
         case: torch.load(folder / "transformers" / f"{number}.pt")["loss"][0] / true[number].loss[0]
         for number, case in enumerate(job.cases)

@@ -15,7 +15,7 @@ JOB = Job(cases=(Case("t5", 0.0), Case("fsmt", 0.1), Case("mbart", 0.1)), steps=
 def test_profiles_give_the_figures_of_one_process(tmp_path):
     wanted = [(profile, 2) for profile in PROFILES] + [("cpu-zero2", 3)]
     found = list(columns(JOB, tmp_path, wanted))
-    assert len(found) == 6
+    assert len(found) == 8
     for column in found:
         for case, deviation in column.deviations.items():
             assert deviation.within(BOUND), (column.profile, column.ranks, str(case), deviation)

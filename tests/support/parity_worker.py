@@ -1,4 +1,6 @@
-"""One rank of a parity job: python -m tests.support.parity_worker BACKEND JOB.json FOLDER.
+"""One rank of parity jobs: python -m tests.support.parity_worker BACKEND FOLDER…
+
+Each folder has a ``job.json`` and gets its figures.
 
 BACKEND is one of ours, or ``transformers``: its own trainer on the same rows, losses only.
 """
@@ -18,15 +20,18 @@ from s2s_scale.models.tiny import ragged_rows, tiny_model
 from tests.support.training import history, stock_trainer
 
 
-def main(name: str, job: Job, folder: Path) -> None:
-    """Run the job under the backend called ``name``."""
-    backend = make_backend("local" if name == "transformers" else name)
+def main(name: str, folders: list[Path]) -> None:
+    """Run the job in each folder under the backend called ``name``."""
+    jobs = {folder: Job.read(folder / "job.json") for folder in folders}
+    device = "cpu" if all(job.use_cpu for job in jobs.values()) else "cuda"
+    backend = make_backend("local" if name == "transformers" else name, device)
     backend.prepare_process()
     try:
-        if name == "transformers":
-            stock(job, folder, rank=backend.data_rank, world_size=backend.data_world_size)
-        else:
-            compute(job, backend, folder)
+        for folder, job in jobs.items():
+            if name == "transformers":
+                stock(job, folder, rank=backend.data_rank, world_size=backend.data_world_size)
+            else:
+                compute(job, backend, folder)
     finally:
         backend.close()
 
@@ -54,4 +59,4 @@ def stock(job: Job, folder: Path, *, rank: int, world_size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Job.read(Path(sys.argv[2])), Path(sys.argv[3]))
+    main(sys.argv[1], [Path(folder) for folder in sys.argv[2:]])
