@@ -109,6 +109,13 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
+    def fetch_rows(self, rows: Tensor) -> Tensor:
+        """``rows`` [B, ...] in host memory, as this process's batch has them.
+
+        Where a process drives several devices: those of all of them. Every rank must call it.
+        """
+
+    @abc.abstractmethod
     def gather_objects(self, value: T) -> list[T]:
         """Every rank's ``value``, in the order of ranks, on every rank. Every rank must call it."""
 

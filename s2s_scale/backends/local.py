@@ -90,6 +90,9 @@ class LocalBackend(Backend):
         dist.all_gather(parts, padded)
         return torch.cat(parts)
 
+    def fetch_rows(self, rows: Tensor) -> Tensor:
+        return rows.cpu()
+
     def gather_objects(self, value: T) -> list[T]:
         if self.data_world_size == 1:
             return [value]

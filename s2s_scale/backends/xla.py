@@ -153,6 +153,16 @@ class XlaBackend(LocalBackend):
         padded = nn.functional.pad(rows, (0, widest - rows.shape[1]), value=padding)
         return _model().all_gather(padded, dim=0)
 
+    def fetch_rows(self, rows: Tensor) -> Tensor:
+        if self.mesh_shape and rows.device.type == "xla":
+            from torch_xla.distributed.spmd import mark_sharding
+
+            # A graph that is kept: torch-xla itself would compile the collection at each read.
+            rows = rows.clone()
+            mark_sharding(rows, self._mesh, tuple([None] * rows.dim()))
+        self.flush()
+        return rows.cpu()
+
     def gather_max(self, value: int) -> int:
         """The largest of the ranks' values. Every rank must call it."""
         return max(self.gather_objects(value))

@@ -16,6 +16,8 @@ from s2s_scale.models.families import source_vocab_size
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from s2s_scale.evaluation.static_generation import StaticGenerator
+
 #: batches sorted by length together: longer windows pad less and answer later
 WINDOW_BATCHES = 64
 _WHOLE = frozenset(
@@ -54,6 +56,7 @@ def generate_stream(
     source_prefix: str = "",
     max_source_length: int = 1024,
     window_batches: int = WINDOW_BATCHES,
+    static: StaticBatches | None = None,
     **generation: Any,
 ) -> Iterator[str]:
     """Yield the generated text of each line, in the order of ``lines``, each without line ends.
@@ -61,8 +64,9 @@ def generate_stream(
     ``generation`` are fields of ``GenerationConfig`` (``None`` means the model's own value); with
     ``num_return_sequences=n`` each line yields n texts, best first. Lines are read as they are
     needed, ``batch_size * window_batches`` at a time, and sorted by length inside that window. An
-    empty line yields empty text, so that line numbers stay aligned. Raises ``UserError`` for an
-    unknown or impossible generation setting, and for tokens that the model does not have.
+    empty line yields empty text, so that line numbers stay aligned. ``static``: for devices that
+    compile each new shape of batch. Raises ``UserError`` for an unknown or impossible generation
+    setting, and for tokens that the model does not have.
     """
     settings = _with_one_length(model, check_generation(generation))
     returned = int(settings.get("num_return_sequences") or 1)
@@ -78,13 +82,52 @@ def generate_stream(
             order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]))
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                outputs = _generate(model, tokenizer, [encoded[i] for i in chosen], settings)
+                batch = [encoded[i] for i in chosen]
+                if static is None:
+                    outputs = _generate(model, tokenizer, batch, settings)
+                else:
+                    ids = static.generate(batch, limit, tokenizer.pad_token_id, settings)
+                    outputs = decode(tokenizer, ids)
                 for place, text in enumerate(outputs):
                     row = rows[chosen[place // returned]]
                     texts[row * returned + place % returned] = one_line(text)
             yield from texts
     finally:
         model.train(training)
+
+
+@dataclass(frozen=True)
+class StaticBatches:
+    """How to generate in batches of few shapes."""
+
+    generator: StaticGenerator
+    #: rows of every batch; short ones are filled up
+    rows: int
+    #: brings a batch's tensors to the device
+    place: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+    def generate(
+        self, batch: list[list[int]], limit: int, pad: int, settings: Mapping[str, Any]
+    ) -> Any:
+        """Generated ids [len(batch) * num_return_sequences, T] for a batch of token ids.
+
+        Its width is one of a few up to ``limit`` tokens.
+        """
+        import torch
+
+        from s2s_scale.evaluation.static_generation import static_width
+
+        width = static_width(max(map(len, batch)), limit)
+        ids = torch.full((self.rows, width), pad)
+        mask = torch.zeros_like(ids)
+        mask[:, 0] = 1  # a row that attends to nothing would give NaN
+        for row, tokens in enumerate(batch):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        placed = self.place({"input_ids": ids, "attention_mask": mask})
+        active = torch.arange(self.rows) < len(batch)
+        generated = self.generator.generate(**placed, active=active, **settings)
+        return generated[: len(generated) // self.rows * len(batch)]
 
 
 def check_generation(generation: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,10 +17,18 @@ from rich.table import Table
 from tqdm import tqdm
 
 from s2s_scale import models
+from s2s_scale.backends import Backend
 from s2s_scale.config import DataArguments, ModelArguments
 from s2s_scale.errors import UserError
-from s2s_scale.evaluation.generate import SearchResult, generate_stream, read_lines, search
+from s2s_scale.evaluation.generate import (
+    SearchResult,
+    StaticBatches,
+    generate_stream,
+    read_lines,
+    search,
+)
 from s2s_scale.evaluation.metrics import TextMetrics
+from s2s_scale.evaluation.static_generation import StaticGenerator
 from s2s_scale.runner.pieces import open_backend, source_prefix_of, wanted_device
 from s2s_scale.settings import Settings, split_settings
 from s2s_scale.training_arguments import Seq2SeqTrainingArguments
@@ -37,7 +46,7 @@ def generate(settings: Settings) -> int:
     With ``--reference`` the texts are scored, and with ``--search`` every combination of the
     grid is; both tables go to standard error, so that standard output holds texts alone.
     """
-    with open_backend(settings):
+    with open_backend(settings) as backend:
         own = settings.verb_values
         model_values, data_values, training_values = split_settings(
             settings.values, ModelArguments, DataArguments, Seq2SeqTrainingArguments
@@ -51,12 +60,17 @@ def generate(settings: Settings) -> int:
             task=data.task,
         )
         model: Any = loaded.model
-        model.to(device=wanted_device(settings), dtype=_precision(training_values))
+        model.to(dtype=_precision(training_values))
+        if backend.static_shapes:
+            backend.place_model(model)
+        else:
+            model.to(device=wanted_device(settings))
         transformers.set_seed(training_values.get("seed", DEFAULT_SEED))
         options = {
             "batch_size": own["batch_size"],
             "source_prefix": source_prefix_of(data, loaded.config),
             "max_source_length": data.max_source_length,
+            "static": _static_batches(backend, model, own["batch_size"]),
             **_generation_options(own),
         }
         if own["search"]:
@@ -64,6 +78,15 @@ def generate(settings: Settings) -> int:
         else:
             _generate(loaded, own, references, data.metrics, options)
     return 0
+
+
+def _static_batches(backend: Backend, model: Any, batch_size: int) -> StaticBatches | None:
+    """How batches keep to few shapes, where the backend wants that."""
+    if not backend.static_shapes:
+        return None
+    generator = StaticGenerator(model, sync=backend.flush, fetch=backend.fetch_rows)
+    rows = math.ceil(batch_size / backend.rows_multiple) * backend.rows_multiple
+    return StaticBatches(generator, rows, backend.place_batch)
 
 
 def _precision(values: dict[str, Any]) -> torch.dtype:

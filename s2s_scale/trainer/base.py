@@ -24,6 +24,7 @@ from s2s_scale.trainer.nonfinite import NonFiniteGuard
 from s2s_scale.training_arguments import Seq2SeqTrainingArguments
 
 if TYPE_CHECKING:
+    from s2s_scale.evaluation.static_generation import StaticGenerator
     from s2s_scale.evaluation.text import TextEvaluation
 
 logger = transformers.utils.logging.get_logger(__name__)
@@ -79,6 +80,7 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         self._evaluation_meter: EvaluationMeter | None = None
         self._text: TextEvaluation | None = None
         self._generates_text = False
+        self._static_generator: StaticGenerator | None = None
         self._evaluated_rows: Iterator[list[int]] = iter(())
         self._evaluation_loaders: dict[int, EvaluationLoader] = {}
         self._guard = NonFiniteGuard(

@@ -15,6 +15,7 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 from s2s_scale.evaluation.order import in_data_order
+from s2s_scale.evaluation.static_generation import StaticGenerator
 from s2s_scale.losses import IGNORE_INDEX
 from s2s_scale.trainer.batches import BatchTrainer
 from s2s_scale.trainer.loaders import EvaluationLoader
@@ -118,12 +119,14 @@ class EvaluationTrainer(BatchTrainer):
             self._text = self.text_evaluation_for(loader.source, prefix)
             self._text.start(int((loader.row_order >= 0).sum()))
 
-    def _add_text(self, generated: Tensor, labels: Tensor | None) -> None:
-        """Bring all ranks' generated rows [B * R, T] of a batch to rank 0, which scores them."""
+    def _add_text(self, generated: Tensor, labels: Tensor | None, rows: list[int]) -> None:
+        """Bring all ranks' generated rows [B * R, T] of a batch to rank 0, which scores them.
+
+        ``rows``: the data rows of all ranks' batches; those below 0 stand for nothing.
+        """
         generated = self.backend.gather_rows(generated, self._padding_id())
         if labels is not None:
             labels = self.backend.gather_rows(labels, IGNORE_INDEX)
-        rows = next(self._evaluated_rows)
         if self._text is None:
             return
         real = [place for place, row in enumerate(rows) if row >= 0]
@@ -170,8 +173,34 @@ class EvaluationTrainer(BatchTrainer):
     ) -> tuple[Any, Any, Tensor | None]:
         """Loss, generated tokens (or logits) and labels of one batch; every rank must call it.
 
-        Generated tokens [B, L] and labels [B, L] are padded to the generation limit L.
+        Generated tokens [B, L] and labels [B, L] are padded to the generation limit L. All lie in
+        host memory where the device compiles every new shape: what follows has many of them.
         """
+        found = self._predicted(model, inputs, prediction_loss_only, ignore_keys, gen_kwargs)
+        if not self.backend.static_shapes:
+            return found
+        loss, outputs, labels = found
+        return self._on_host(loss), self._on_host(outputs), self._on_host(labels)
+
+    def _on_host(self, values: Any) -> Any:
+        if isinstance(values, (tuple, list)):
+            return type(values)(self._on_host(value) for value in values)
+        if not isinstance(values, Tensor) or values.device.type == "cpu":
+            return values
+        if values.dim():
+            return self.backend.fetch_rows(values)
+        self.backend.flush()
+        return values.cpu()
+
+    def _predicted(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None,
+        gen_kwargs: Mapping[str, Any],
+    ) -> tuple[Any, Any, Tensor | None]:
+        """As ``prediction_step``, where the model computed it."""
         generates = self.args.predict_with_generate and not prediction_loss_only
         if not generates and not self._generates_text:
             return super().prediction_step(
@@ -181,15 +210,18 @@ class EvaluationTrainer(BatchTrainer):
         labels = inputs.get("labels")
         options = gen_kwargs or dict(getattr(self, "_gen_kwargs", {}))
         options = {name: value for name, value in options.items() if value is not None}
-        generated = self._generate(inputs, options)
+        rows = next(self._evaluated_rows) if self._generates_text else None
+        generated = self._generate(inputs, options, rows)
         loss = None
         if labels is not None:
             tokens = self._get_num_items_in_batch([inputs], self.args.device)
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, inputs, num_items_in_batch=tokens)
             loss = loss.detach().mean()
-        if self._generates_text:
-            self._add_text(generated, labels)
+        if rows is not None:
+            if self.backend.static_shapes:
+                labels = self._on_host(labels)
+            self._add_text(generated, labels, rows)
             return loss, None, None
         if self.args.prediction_loss_only:
             return loss, None, None
@@ -199,12 +231,35 @@ class EvaluationTrainer(BatchTrainer):
             labels = self._pad_tensors_to_max_len(labels, length)
         return loss, generated, labels
 
-    def _generate(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:
-        """``generate`` on a batch's source: [B * num_return_sequences, length]."""
+    def _generate(
+        self, inputs: Mapping[str, Any], options: Mapping[str, Any], rows: list[int] | None
+    ) -> Tensor:
+        """``generate`` on a batch's source: [B * num_return_sequences, length].
+
+        ``rows``: the data rows of all ranks' batches, where they are known.
+        """
         target_side = ("labels", "decoder_input_ids", "decoder_attention_mask")
         sources = {name: value for name, value in inputs.items() if name not in target_side}
         with self.backend.generation(self.model) as extra:
+            if self.backend.static_shapes:
+                return self._generate_statically(sources, {**extra, **options}, rows)
             return self.model.generate(**sources, **{**extra, **options})
+
+    def _generate_statically(
+        self, sources: Mapping[str, Any], options: Mapping[str, Any], rows: list[int] | None
+    ) -> Tensor:
+        """As ``_generate``, in few compiled graphs; in host memory."""
+        if self._static_generator is None:
+            self._static_generator = StaticGenerator(
+                self.model, sync=self.backend.flush, fetch=self.backend.fetch_rows
+            )
+        count = len(sources["input_ids"])
+        active = None
+        if rows is not None:
+            first = 0 if len(rows) == count else self.backend.data_rank * count
+            active = torch.tensor(rows[first : first + count]) >= 0
+        with self.backend.autocast():
+            return self._static_generator.generate(**sources, active=active, **options)
 
     def _generation_length(self, options: Mapping[str, Any]) -> int:
         """Tokens, the start token included, at which generation stops."""

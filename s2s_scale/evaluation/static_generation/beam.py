@@ -35,8 +35,6 @@ class Finished:
     scores: Tensor
     #: BoolTensor[B, K]: whether the place holds a hypothesis yet
     taken: Tensor
-    #: LongTensor[B, K]: generated tokens, the start token not counted
-    lengths: Tensor
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class BeamSearch:
             tokens=tokens,
             scores=scores,
             beams=zeros,
-            finished=Finished(tokens.clone(), nothing, idle.clone(), zeros.clone()),
+            finished=Finished(tokens.clone(), nothing, idle.clone()),
             improvable=active[:, None],
             active=active,
             length=zeros[0, 0] + 1,
@@ -124,12 +122,9 @@ class BeamSearch:
         state = replace(self._go_on(state, candidates), caches=caches, finished=finished)
         return self._judge(state, candidates)
 
-    def best(self, state: BeamState) -> tuple[Tensor, Tensor]:
-        """Tokens [B, K, L] of each row's hypotheses, best first, and their generated lengths [B, K].
-
-        As the state holds them: an operation here would be one more graph.
-        """
-        return state.finished.tokens, state.finished.lengths
+    def best(self, state: BeamState) -> Tensor:
+        """Tokens [B, K, L] of each row's hypotheses, best first."""
+        return state.finished.tokens
 
     def _candidates(self, state: BeamState, log_probs: Tensor) -> _Candidates:
         rows, beams = state.scores.shape
@@ -162,26 +157,23 @@ class BeamSearch:
         old, beams = state.finished, state.scores.shape[1]
         first = torch.arange(candidates.scores.shape[1], device=old.scores.device) < beams
         ended = candidates.hits & first
-        generated = state.length  # the candidates' tokens without the start token
-        scores = candidates.scores / self._power(generated)
+        # The start token does not count: this is the candidates' number of generated tokens.
+        scores = candidates.scores / self._power(state.length)
         if self.settings.early_stopping is True:
             scores = scores + old.taken.all(1, keepdim=True).float() * NEVER
         scores = scores + (~state.improvable).float() * NEVER
         scores = scores + (~ended).float() * NEVER
         merged = torch.cat([old.scores, scores], dim=1)
         chosen = merged.topk(beams)[1]
-        lengths = generated.expand(ended.shape)
         new = Finished(
             tokens=take_beams(torch.cat([old.tokens, candidates.tokens], dim=1), chosen),
             scores=take_beams(merged, chosen),
             taken=take_beams(torch.cat([old.taken, ended], dim=1), chosen),
-            lengths=take_beams(torch.cat([old.lengths, lengths], dim=1), chosen),
         )
         return Finished(
             tokens=torch.where(state.stopped, old.tokens, new.tokens),
             scores=torch.where(state.stopped, old.scores, new.scores),
             taken=torch.where(state.stopped, old.taken, new.taken),
-            lengths=torch.where(state.stopped, old.lengths, new.lengths),
         )
 
     def _judge(self, state: BeamState, candidates: _Candidates) -> BeamState:

@@ -89,7 +89,7 @@ class StaticDecoder:
         Its own lookup compares the position with the table's size in Python, which would read the
         position from the device at each step.
         """
-        table = getattr(self.model.get_decoder(), "embed_positions", None)
+        table: Any = getattr(self.model.get_decoder(), "embed_positions", None)
         if not hasattr(table, "make_weight"):
             yield
             return
@@ -127,8 +127,8 @@ class StaticDecoder:
             full = nn.functional.pad(states, (0, 0, 0, length - 2))
             return full[:, None].expand(-1, beams, -1, -1, -1).contiguous()
 
-        own = cache.self_attention_cache.layers
-        source = cache.cross_attention_cache.layers
+        own: list[Any] = [*cache.self_attention_cache.layers]
+        source: list[Any] = [*cache.cross_attention_cache.layers]
         return logits, Caches(
             own=tuple((grown(layer.keys), grown(layer.values)) for layer in own),
             source=tuple((layer.keys, layer.values) for layer in source),
@@ -146,7 +146,7 @@ class StaticDecoder:
         width = tokens.shape[1]
         own = [_OwnLayer(keys, values, place, beams) for keys, values in caches.own]
         source = [_SourceLayer(keys, values, width) for keys, values in caches.source]
-        cache = EncoderDecoderCache(Cache(layers=own), Cache(layers=source))
+        cache = EncoderDecoderCache(Cache(layers=[*own]), Cache(layers=[*source]))
         written = torch.arange(own[0].max_cache_len, device=tokens.device) <= place
         logits = self._decode(
             tokens.reshape(-1, 1),

@@ -25,7 +25,7 @@ class StaticGenerator:
 
     Tokens, scores, beams and caches are tensors of fixed shapes, and the number of the step is one
     too; so a shape of batch costs two compilations, whatever its rows and their lengths: encoder
-    with the first token, and every further token. Tokens are those of ``model.generate`` on the CPU.
+    with the first token, and every further token. The result is ``model.generate``'s on the CPU.
     """
 
     def __init__(
@@ -33,16 +33,15 @@ class StaticGenerator:
         model: PreTrainedModel,
         *,
         sync: Callable[[], None] | None = None,
-        gather: Callable[[Tensor], Tensor] | None = None,
+        fetch: Callable[[Tensor], Tensor] = Tensor.cpu,
         check_every: int = CHECK_EVERY,
     ) -> None:
         """Prepare ``model``, which stays where it is.
 
         Args:
             sync: ends a graph: all pending work of the device is sent off (``torch_xla.sync``).
-            gather: gives a tensor of which every device holds all rows, as part of the graph. Where
-                rows are shared out over devices, the host would otherwise compile a collection of
-                its own for each tensor that it reads.
+            fetch: brings the result [B, ...] to the CPU: all of its rows, where they are shared out
+                over devices.
             check_every: steps between two reads of the flag that all rows have ended. The read
                 waits for the device, and up to ``check_every - 1`` steps are computed in vain.
 
@@ -52,7 +51,7 @@ class StaticGenerator:
         self._decoder = StaticDecoder(model)
         self._model = model
         self._sync = sync or (lambda: None)
-        self._gather = gather
+        self._fetch = fetch
         self._check_every = check_every
 
     @torch.no_grad()
@@ -86,21 +85,10 @@ class StaticGenerator:
         search = self._search(settings, input_ids.device)
         with self._decoder.fixed_positions(settings.max_length):
             state = self._run(search, input_ids, attention_mask.bool(), active)
-        tokens, lengths = self._fetch(*search.best(state))
-        returned = settings.num_return_sequences
-        tokens = tokens.reshape(len(input_ids), -1, settings.max_length)[:, :returned]
-        counted = lengths.reshape(len(input_ids), -1)[active, :returned]
-        width = 1 + (int(counted.max()) if counted.numel() else 0)
-        return tokens[..., :width].flatten(0, 1)
-
-    def _fetch(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """``tokens`` [..., L] and ``lengths`` [...] on the CPU."""
-        if self._gather is None:
-            return tokens.cpu(), lengths.cpu()
-        packed = self._gather(torch.cat([tokens, lengths[..., None]], dim=-1))
-        self._sync()
-        packed = packed.cpu()
-        return packed[..., :-1], packed[..., -1]
+        # One tensor, as the last step left it: whatever is done to it before is one more graph.
+        tokens = self._fetch(search.best(state)).reshape(len(input_ids), -1, settings.max_length)
+        tokens = tokens[:, : settings.num_return_sequences]
+        return tokens[..., : _longest(tokens[active], settings.ends)].flatten(0, 1)
 
     def _search(self, settings: SearchSettings, device: torch.device) -> Any:
         rules = make_rules(
@@ -137,6 +125,15 @@ class StaticGenerator:
             del logits, caches  # nothing but the state may cross from graph to graph
             self._sync()
         return state
+
+
+def _longest(tokens: Tensor, ends: tuple[int, ...]) -> int:
+    """Tokens of the longest row of ``tokens`` [..., L], up to its first end token."""
+    if tokens.numel() == 0:
+        return 1
+    ended = torch.isin(tokens[..., 1:], torch.tensor(ends, dtype=torch.long))
+    open_places = (ended.long().cumsum(-1) == 0).sum(-1)  # before the end token
+    return min(int(open_places.max()) + 2, tokens.shape[-1])
 
 
 def static_width(longest: int, limit: int) -> int:

@@ -24,8 +24,6 @@ class GreedyState:
     tokens: Tensor
     #: BoolTensor[B]: rows that have ended
     done: Tensor
-    #: LongTensor[B]: generated tokens of each row up to its end, the start token not counted
-    lengths: Tensor
     #: LongTensor[]: tokens so far, of the longest row
     length: Tensor
     #: BoolTensor[]: no row goes on
@@ -54,8 +52,8 @@ class GreedySearch:
         fill = self.settings.start if self.settings.pad is None else self.settings.pad
         tokens = torch.full(shape, fill, dtype=torch.long, device=source.device)
         tokens[:, 0] = self.settings.start
-        none = torch.zeros_like(source[:, 0])
-        return GreedyState(tokens, ~active, none, none[0] + 1, (~active).all(), source, caches)
+        one = torch.ones_like(source[0, 0])
+        return GreedyState(tokens, ~active, one, (~active).all(), source, caches)
 
     def advance(self, state: GreedyState, logits: Tensor, caches: Caches) -> GreedyState:
         """The state after one more token, by ``logits`` [B, V]."""
@@ -70,13 +68,12 @@ class GreedySearch:
         return GreedyState(
             tokens=torch.where(here, chosen[:, None], state.tokens),
             done=done,
-            lengths=state.lengths + (~state.done).long(),
             length=state.length + 1,
             stopped=done.all(),
             source=state.source,
             caches=caches,
         )
 
-    def best(self, state: GreedyState) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L] and the number [B] of those generated."""
-        return state.tokens, state.lengths
+    def best(self, state: GreedyState) -> Tensor:
+        """Tokens [B, L]."""
+        return state.tokens

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from s2s_scale.errors import UserError, raise_problems
 
@@ -121,7 +121,8 @@ def read_settings(model: PreTrainedModel, options: Mapping[str, Any]) -> SearchS
 def _refuse(values: Mapping[str, Any]) -> None:
     raise_problems(
         [
-            f"{name}={_short(values[name])}: not possible in generation with static shapes; {remedy}"
+            f"{name}={_short(values[name])}: cannot be had in generation with static shapes; "
+            + remedy
             for name, (idle, remedy) in _REFUSED.items()
             if values.get(name) is not None and values[name] not in idle
         ]
@@ -138,7 +139,11 @@ def _settle_lengths(
     """Write the limits into ``config.max_length`` and ``min_length``, for one start token."""
 
     def is_default(name: str) -> bool:
-        sources = (given.get(name), getattr(base, name, None), getattr(model.generation_config, name))
+        sources = (
+            given.get(name),
+            getattr(base, name, None),
+            getattr(model.generation_config, name),
+        )
         return all(value is None for value in sources)
 
     model._prepare_generated_length(
