@@ -158,7 +158,8 @@ class XlaBackend(LocalBackend):
             from torch_xla.distributed.spmd import mark_sharding
 
             # A graph that is kept: torch-xla itself would compile the collection at each read.
-            rows = rows.clone()
+            # A sum, because a copy keeps how the rows are divided.
+            rows = rows + torch.zeros_like(rows)
             mark_sharding(rows, self._mesh, tuple([None] * rows.dim()))
         self.flush()
         return rows.cpu()
