@@ -1,7 +1,7 @@
 """Generates on XLA devices and writes what came out: run by tests/xla in a process of its own.
 
-Arguments: families, comma-separated; devices; mesh as JSON ({} for none); rows; the output file.
-Prints nothing that a test reads; the file holds a JSON list of runs.
+Arguments: families and names of searches, each comma-separated; devices; mesh as JSON ({} for
+none); rows; the output file, which will hold a JSON list of runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LIMIT, WIDTH, BATCH = 14, 16, 20
 
 
 def main() -> None:
-    families, devices, mesh, rows, output = sys.argv[1:]
+    families, searches, devices, mesh, rows, output = sys.argv[1:]
     os.environ.update(
         PJRT_DEVICE="CPU", CPU_NUM_DEVICES=devices, USE_TORCH_XLA="0", XLA_PERSISTENT_CACHE_PATH=""
     )
@@ -37,10 +37,11 @@ def main() -> None:
 
     backend = make_backend("xla", "cpu", json.loads(mesh))
     backend.prepare_process()
-    found = []
-    for family in families.split(","):
-        for name, options in RUNS.items():
-            found.append(_run(backend, family, name, options, int(rows)))
+    found = [
+        _run(backend, family, name, RUNS[name], int(rows))
+        for family in families.split(",")
+        for name in searches.split(",")
+    ]
     Path(output).write_text(json.dumps(found), encoding="utf-8")
 
 

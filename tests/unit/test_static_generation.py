@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    M2M100Config,
+    MT5Config,
+    PreTrainedModel,
+)
 
 from s2s_scale.errors import UserError
 from s2s_scale.evaluation.static_generation import StaticGenerator, static_width
@@ -329,6 +335,27 @@ def test_models_and_attentions_that_are_not_known() -> None:
     model.config.model_type = "prophetnet"
     with pytest.raises(UserError, match="model type 'prophetnet': .* bart, t5"):
         StaticGenerator(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+@pytest.mark.parametrize("kind", ["mt5", "m2m_100"])
+def test_other_model_types(kind: str, options: dict[str, Any]) -> None:
+    small = {"vocab_size": 96, "d_model": 16, "pad_token_id": 1}
+    config: Any
+    if kind == "mt5":
+        config = MT5Config(
+            **small, num_layers=2, d_kv=8, d_ff=32, num_heads=2, decoder_start_token_id=0
+        )
+    else:
+        sides = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32}
+        config = M2M100Config(**small, **sides, decoder_ffn_dim=32, init_std=0.5)
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    batch = {"input_ids": torch.randint(6, 90, (5, 9)), "attention_mask": torch.ones(5, 9).long()}
+    batch["attention_mask"][1, 5:] = 0
+    wanted, found = both(model, batch, **options)
+    check_equal(found, wanted)
+    assert len({tuple(row) for row in wanted.tolist()}) > 1
 
 
 def test_static_widths() -> None:

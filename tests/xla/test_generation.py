@@ -25,11 +25,11 @@ GRAPHS = 3  # encoder with the first token, every further token, collecting the 
 
 
 def generated(
-    folder: Path, families: list[str], *, devices: int, mesh: dict[str, int], rows: int
+    folder: Path, families: list[str], *, devices: int, mesh: dict[str, int], rows: int, runs: str
 ) -> list[dict[str, Any]]:
-    """What the worker found for each family and set of options."""
+    """What the worker found for each family and each of ``runs``, comma-separated."""
     output = folder / "runs.json"
-    words = [",".join(families), str(devices), json.dumps(mesh), str(rows), str(output)]
+    words = [",".join(families), runs, str(devices), json.dumps(mesh), str(rows), str(output)]
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.xla_generation_worker", *words],
         cwd=Path(__file__).parents[2],
@@ -39,9 +39,9 @@ def generated(
         timeout=540,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    runs = json.loads(output.read_text())
-    assert len(runs) == 3 * len(families)
-    return runs
+    found: list[dict[str, Any]] = json.loads(output.read_text())
+    assert len(found) == len(runs.split(",")) * len(families)
+    return found
 
 
 def check(run: dict[str, Any], rows: int) -> None:
@@ -55,14 +55,15 @@ def check(run: dict[str, Any], rows: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_one_device_gives_the_cpus_tokens_on_300_rows(family: str, tmp_path: Path) -> None:
-    for run in generated(tmp_path, [family], devices=1, mesh={}, rows=ROWS):
+    for run in generated(tmp_path, [family], devices=1, mesh={}, rows=ROWS, runs="greedy,beams"):
         check(run, ROWS)
         assert run["compilations"][0] <= 2  # nothing to collect
 
 
 @pytest.mark.parametrize("mesh", [{"data": -1}, {"fsdp": -1}], ids=["data", "fsdp"])
 def test_four_devices_give_the_cpus_tokens(mesh: dict[str, int], tmp_path: Path) -> None:
-    for run in generated(tmp_path, ["t5", "fsmt", "bart"], devices=4, mesh=mesh, rows=60):
+    families, runs = ["t5", "fsmt"], "beams,options"
+    for run in generated(tmp_path, families, devices=4, mesh=mesh, rows=60, runs=runs):
         check(run, 60)
 
 
@@ -79,10 +80,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("profile", ["cpu-xla", "cpu-xla-fsdp"])
-def test_the_generate_command_writes_the_cpus_text(profile: str, folder: Path) -> None:
+def test_the_generate_command_writes_the_cpus_text(
+    profile: str, folder: Path, tmp_path: Path
+) -> None:
     texts = []
     for name in ("cpu", profile):
-        output = folder / f"out-{name}.txt"
+        output = tmp_path / f"{name}.txt"
         words = ["--input", folder / "in.txt", "--output", output, "--batch_size", 6]
         options = ["--num_beams", 3, "--num_return_sequences", 2, "--max_length", 12]
         model = ["--profile", name, "--model", folder / "model"]
