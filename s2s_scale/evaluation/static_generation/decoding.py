@@ -255,7 +255,7 @@ def take_beams(values: Tensor, beams: Tensor) -> Tensor:
     """``values`` [B, X, ...] of the chosen ``beams`` [B, Y]: [B, Y, ...].
 
     Along the beams alone: rows that are shared out over devices stay where they are. (Indexing by
-    row and beam, or flat, made XLA collect every cache on every device.)
+    row and beam made XLA collect every cache on every device.)
     """
     index = beams.reshape(*beams.shape, *[1] * (values.dim() - 2))
     return torch.take_along_dim(values, index, dim=1)
