@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 from s2s_scale.models.new_model import new_model
 from tests.support.command import run_command
 from tests.support.copying import write_copy_task
+from tests.support.faults import MESSAGE, RAISE, faulty_path
 from tests.support.hosts import INTERFACE, missing, two_hosts
 
 pytestmark = [
@@ -53,9 +55,9 @@ def losses(output: Path) -> list[float]:
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
-def start(hosts, words, *, host=0, log):
-    """Start a command on a host; its output goes to ``log``."""
-    environment = {**os.environ, **hosts.environment, "OMP_NUM_THREADS": "1"}
+def start(hosts, words, *, host=0, log, **more):
+    """Start a command on a host, with ``more`` variables; its output goes to ``log``."""
+    environment = {**os.environ, **hosts.environment, "OMP_NUM_THREADS": "1", **more}
     environment["GLOO_SOCKET_IFNAME"] = INTERFACE
     with log.open("wb") as out:
         return subprocess.Popen(
@@ -80,26 +82,44 @@ def profile(tmp_path):
     return path
 
 
-def one_host(model, data, output):
+@pytest.fixture(scope="module")
+def one_host(model, data, tmp_path_factory):
+    """The losses of one process with as many rows per step."""
+    output = tmp_path_factory.mktemp("one") / "run"
     outcome = run_command(
         "train", "--model", model, "--data_dir", data, "--output_dir", output, *SHORT,
         "--profile", "cpu", "--gradient_accumulation_steps", 2,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    return losses(output)
+    found = losses(output)
+    assert len(found) == 6
+    return found
 
 
-def test_zero2_from_a_host_file_has_the_losses_of_one_host(hosts, profile, model, data, tmp_path):
+def test_zero2_from_a_host_file_has_the_losses_of_one_host(
+    hosts, profile, model, data, one_host, tmp_path
+):
     log = tmp_path / "log"
     words = zero2(model, data, tmp_path / "two", hosts, profile, *SHORT)
     assert start(hosts, words, log=log).wait(180) == 0, log.read_text(encoding="utf-8")
-    assert len(losses(tmp_path / "two")) == 6
-    assert losses(tmp_path / "two") == pytest.approx(
-        one_host(model, data, tmp_path / "one"), rel=1e-5
-    )
+    assert losses(tmp_path / "two") == pytest.approx(one_host, rel=1e-5)
 
 
-def test_torchrun_on_each_host_has_the_losses_of_one_host(hosts, model, data, tmp_path):
+def test_the_deepspeed_command_typed_with_a_host_file(
+    hosts, profile, model, data, one_host, tmp_path
+):
+    log = tmp_path / "log"
+    words = ["-m", "deepspeed.launcher.runner", "--hostfile", hosts.hostfile]
+    words += ["--master_addr", hosts.both[0].address, "--module", "s2s_scale", "train"]
+    words += ["--profile", profile, "--model", model, "--data_dir", data]
+    words += ["--output_dir", tmp_path / "two", *SHORT]
+    (tmp_path / "environment").write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\n", encoding="utf-8")
+    process = start(hosts, words, log=log, DS_ENV_FILE=str(tmp_path / "environment"))
+    assert process.wait(180) == 0, log.read_text(encoding="utf-8")
+    assert losses(tmp_path / "two") == pytest.approx(one_host, rel=1e-5)
+
+
+def test_torchrun_on_each_host_has_the_losses_of_one_host(hosts, model, data, one_host, tmp_path):
     logs = [tmp_path / f"log-{number}" for number in range(2)]
     running = []
     for number, log in enumerate(logs):
@@ -110,27 +130,32 @@ def test_torchrun_on_each_host_has_the_losses_of_one_host(hosts, model, data, tm
         running.append(start(hosts, words, host=number, log=log))
     for process, log in zip(running, logs, strict=True):
         assert process.wait(180) == 0, log.read_text(encoding="utf-8")
-    assert losses(tmp_path / "two") == pytest.approx(
-        one_host(model, data, tmp_path / "one"), rel=1e-5
-    )
+    assert losses(tmp_path / "two") == pytest.approx(one_host, rel=1e-5)
 
 
-@pytest.mark.parametrize("fault", ["cut off", "killed"])
-def test_a_fault_ends_the_run_and_names_the_rank(hosts, profile, model, data, tmp_path, fault):
+@pytest.mark.parametrize("fault", ["cut off", "killed", "raising"])
+def test_a_fault_ends_the_run_and_names_the_rank(
+    hosts, profile, model, data, tmp_path, monkeypatch, fault
+):
     log = tmp_path / "log"
     output = tmp_path / "two"
+    monkeypatch.setenv("PYTHONPATH", faulty_path(tmp_path / "faults"))
     process = start(hosts, zero2(model, data, output, hosts, profile, *ENDLESS), log=log)
     wait_for_checkpoint(output, process, log)
     began = time.monotonic()
     if fault == "cut off":
         hosts.both[1].cut_off()
     else:
-        os.kill(rank_on(hosts.both[1]), 9)
+        os.kill(rank_on(hosts.both[1]), signal.SIGKILL if fault == "killed" else RAISE)
     code = process.wait(SECONDS_TO_END + 30)
+    seconds = time.monotonic() - began
     text = log.read_text(encoding="utf-8", errors="replace")
     assert code != 0, text
-    assert time.monotonic() - began < SECONDS_TO_END, text
-    assert any(line.startswith("error: rank 1 on ") for line in text.splitlines()), text
+    assert seconds < SECONDS_TO_END, text
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    print(f"{fault}: exit code {code} after {seconds:.0f} s: {errors[0]}")
+    assert errors[0].startswith("error: rank 1 on "), text
+    assert (MESSAGE in errors[0]) == (fault == "raising")
 
 
 def wait_for_checkpoint(output, process, log):

@@ -131,11 +131,3 @@ def _descendants(pid: int) -> list[int]:
 def test_generate_refuses_several_ranks(model):
     outcome = run_command("generate", "--model", model, "--profile", "cpu-ddp", "--num_beams", 1)
     assert outcome.code == 2 and "'generate' runs in one process" in outcome.errors[0]
-
-
-def test_more_processes_than_a_profile_starts_are_refused(model, data, tmp_path):
-    outcome = run_command(
-        *words(model, data, tmp_path / "run", "--profile", "cpu", "--num_processes", 2)
-    )
-    assert outcome.code == 2 and "--num_processes 2" in outcome.errors[0]
-    assert not (tmp_path / "run").exists()

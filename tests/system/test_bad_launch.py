@@ -231,6 +231,7 @@ def test_several_processes_under_a_profile_without_a_launcher(training):
         ("cpu-zero2", ("--master_port", 99999), ["expected a port from 1 to 65535, got 99999"]),
         ("cpu-zero2", ("--num_processes", 0), ["--num_processes", "at least 1, got 0"]),
         ("cpu-zero2", ("--launcher_runner", "pdhs"), ["did you mean 'pdsh'"]),
+        ("cpu-zero2", ("--include", "localhost:7"), ["host 'localhost' has no slot 7"]),
     ],
 )
 def test_launch_flags_that_cannot_be(training, profile, flags, parts):
