@@ -8,6 +8,7 @@ from tests.parity.evaluation import ROWS, evaluated, write_model
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_texts_rows_and_bleu_are_those_of_one_process(tmp_path):
     work = write_model(tmp_path)
     expected = evaluated(work, tmp_path / "one", profile="cpu", ranks=1)

@@ -12,6 +12,7 @@ JOB = Job(cases=(Case("t5", 0.0), Case("fsmt", 0.1), Case("mbart", 0.1)), steps=
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_profiles_give_the_figures_of_one_process(tmp_path):
     wanted = [(profile, 2) for profile in PROFILES] + [("cpu-zero2", 3)]
     found = list(columns(JOB, tmp_path, wanted))
