@@ -146,13 +146,15 @@ def _sortish_order(lengths: Lengths, rows_per_step: int, random: np.random.Rando
     order = random.permutation(count)
     if count == 0:
         return order
-    longest = np.lexsort((target, source))[-1]
+    key = -(source.astype(np.int64) * 2**32 + target)  # ascending: longest first
+    longest = np.flatnonzero(key == key.min())[-1]
     place = int(np.flatnonzero(order == longest)[0])
     order[[0, place]] = order[[place, 0]]
-    chunk = np.arange(count) // (STEPS_PER_CHUNK * rows_per_step)
-    # lexsort: the last key counts most; rows of equal length keep their random order.
-    ranks = np.lexsort((-target[order].astype(np.int64), -source[order].astype(np.int64), chunk))
-    order = order[ranks]
+    size = STEPS_PER_CHUNK * rows_per_step
+    for start in range(0, count, size):
+        rows = order[start : start + size]
+        # Rows of equal length keep their random order.
+        order[start : start + size] = rows[np.argsort(key[rows], kind="stable")]
     full = count // rows_per_step
     if full > 1:
         steps = order[: full * rows_per_step].reshape(full, rows_per_step)

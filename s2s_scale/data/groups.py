@@ -27,15 +27,16 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Where an epoch's rows are cut, once they are sorted by cell.
+    """Where an epoch's rows are cut, once they are sorted by cell, a class of lengths.
 
-    ``cells``: uint16 [rows], the length class of each row. ``offsets``: int64 [groups + 1] into
-    the rows sorted by cell. ``widths``: int64 [groups, 2], source and target widths that hold
-    every row of a group whatever the epoch. ``shapes``: int64 [groups], the number of the group's
-    shape in the grid, or None where widths are free.
+    ``rows``: int64 [rows], all row ids by cell. ``cells``: int64 [cells + 1], where each cell ends
+    in them. ``offsets``: int64 [groups + 1], where each group does. ``widths``: int64 [groups, 2],
+    source and target widths that hold every row of a group, whatever the epoch. ``shapes``: int64
+    [groups], the number of the group's shape in the grid, or None where widths are free.
     """
 
-    cells: npt.NDArray[np.uint16]
+    rows: Rows
+    cells: Counts
     offsets: Counts
     widths: Counts
     shapes: Counts | None = None
@@ -92,8 +93,8 @@ def lay_out_groups(
             "--groups_per_step, --max_source_length or --max_target_length"
         )
     if len(lengths[0]) == 0:
-        empty = np.empty(0, dtype=np.uint16)
-        return GroupLayout(empty, np.zeros(1, np.int64), np.empty((0, 2), np.int64))
+        none = np.zeros(1, np.int64)
+        return GroupLayout(none[:0], none, none, np.empty((0, 2), np.int64))
     if grid is None:
         return _cut_by_tokens(lengths, tokens_per_step, groups_per_step)
     return _cut_by_shape(lengths, tokens_per_step // groups_per_step, grid)
@@ -110,7 +111,21 @@ def _cut_by_shape(lengths: Lengths, tokens: int, grid: ShapeGrid) -> GroupLayout
         offsets += (offsets[-1] + ends).tolist()
         shapes += [int(shape)] * len(ends)
     widths = np.array(grid.widths, dtype=np.int64)
-    return GroupLayout(cells, np.array(offsets), widths[shapes], np.array(shapes))
+    return _layout(cells, rows, np.array(offsets), widths[shapes], np.array(shapes))
+
+
+def _layout(
+    cells: npt.NDArray[np.uint16],
+    counts: Counts,
+    offsets: Counts,
+    widths: Counts,
+    shapes: Counts | None = None,
+) -> GroupLayout:
+    rows = np.argsort(
+        cells, kind="stable"
+    )  # 16-bit keys: numpy sorts them by radix, in linear time
+    ends = np.concatenate([[0], np.cumsum(counts[counts > 0])])
+    return GroupLayout(rows, ends, offsets, widths, shapes)
 
 
 def _rows_of_group(rows: int, *, mean: float, tokens: int) -> int:
@@ -135,7 +150,7 @@ def _cut_by_tokens(lengths: Lengths, tokens_per_step: int, groups_per_step: int)
     n_cells = len(bands) * len(targets)
     rows = np.bincount(cells, minlength=n_cells)
     offsets = _token_offsets(rows, _sums(cells, lengths, n_cells), groups)
-    return GroupLayout(cells, offsets, _widths(rows, offsets, bands, targets))
+    return _layout(cells, rows, offsets, _widths(rows, offsets, bands, targets))
 
 
 def _snake(lengths: Lengths, bands: Counts, targets: Counts) -> npt.NDArray[np.uint16]:
@@ -196,18 +211,20 @@ def plan_groups(
     longest group comes first. The last step may have fewer groups (``drop_last`` leaves it out).
     """
     random = random_state(seed, epoch)
-    rows = random.permutation(len(layout.cells))
-    rows = rows[np.argsort(layout.cells[rows], kind="stable")]
+    rows = layout.rows.copy()
+    # Cell by cell, so that memory is read in order: one permutation of many rows takes longer.
+    for start, end in zip(layout.cells[:-1].tolist(), layout.cells[1:].tolist(), strict=True):
+        random.shuffle(rows[start:end])
     table = _strata(layout, groups_per_step, random)
     if drop_last and len(table) and (table[-1] < 0).any():
         table = table[:-1]
     groups = table.reshape(-1)
     counts = (table >= 0).sum(axis=1)
     groups = groups[groups >= 0]
-    sizes = layout.sizes[groups]
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    shift = np.repeat(layout.offsets[groups] - offsets[:-1], sizes)
-    order = rows[np.arange(offsets[-1]) + shift]
+    offsets = np.concatenate([[0], np.cumsum(layout.sizes[groups])])
+    order = np.concatenate(
+        [rows[:0], *(rows[layout.offsets[g] : layout.offsets[g + 1]] for g in groups)]
+    )
     first_groups = np.concatenate([[0], np.cumsum(counts)])
     return GroupedPlan(order, offsets[first_groups], offsets, groups, first_groups)
 

@@ -13,7 +13,9 @@ from s2s_scale.data.lengths import Lengths
 from s2s_scale.data.shapes import row_cost
 from s2s_scale.errors import UserError
 
-LEVELLING_ROUNDS = 3
+LEVELLING_ROUNDS = 8
+LEVEL_ENOUGH = 0.01
+"""Difference between the largest and the smallest load, as a share of their mean."""
 
 Counts = npt.NDArray[np.int64]
 Costs = npt.NDArray[np.float64]
@@ -67,14 +69,21 @@ class Sharing:
             return [rows]
         room = self._room(widths)
         ranks = np.argsort(loads, kind="stable")
+        least, best, after = np.inf, np.zeros(0, np.int64), loads
         for _ in range(LEVELLING_ROUNDS):
             ends = _within(_level_ends(loads[ranks], costs), room)
             counts = np.diff(ends, prepend=0)
-            padded = _padded_costs(widths, counts)
-            costs = np.repeat(padded, counts)
-        loads[ranks] += padded * counts
+            padded = _padded_costs(widths, counts, parts=self.parts)
+            reached = loads[ranks] + padded
+            spread = float(reached.max() - reached.min())
+            if spread < least:
+                least, best, after = spread, ends, reached
+            if spread < LEVEL_ENOUGH * reached.mean():
+                break
+            costs = np.repeat(padded / np.maximum(counts, 1), counts)
+        loads[ranks] = after
         shares: list[Rows] = [rows[:0]] * self.world_size
-        for rank, share in zip(ranks, np.split(rows, ends[:-1]), strict=True):
+        for rank, share in zip(ranks, np.split(rows, best[:-1]), strict=True):
             shares[rank] = share
         return shares
 
@@ -164,10 +173,15 @@ def _within(ends: Counts, room: Counts) -> Counts:
     return np.array(found)
 
 
-def _padded_costs(widths: Counts, counts: Counts) -> Costs:
-    """Cost of a row in each share of so many rows, padded to the share's longest sides."""
-    filled = counts > 0
-    starts = (np.cumsum(counts) - counts)[filled]
-    costs = np.zeros(len(counts))
+def _padded_costs(widths: Counts, counts: Counts, *, parts: int) -> Costs:
+    """Cost of each share of so many rows, cut into micro-batches that are padded to their longest.
+
+    Cut as ``numpy.array_split`` cuts.
+    """
+    sizes = counts[:, None] // parts + (np.arange(parts) < counts[:, None] % parts)
+    filled = sizes.reshape(-1) > 0
+    starts = (np.cumsum(sizes) - sizes.reshape(-1))[filled]
+    costs = np.zeros(sizes.size)
     costs[filled] = row_cost(np.maximum.reduceat(widths, starts, axis=0))
-    return costs
+    totals: Costs = (costs.reshape(sizes.shape) * sizes).sum(axis=1)
+    return totals

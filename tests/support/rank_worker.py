@@ -47,7 +47,7 @@ def run(job: dict[str, Any], folder: Path, backend: Any) -> dict[str, Any]:
         data_collator=Seq2SeqCollator(model.config.pad_token_id),
         backend=backend,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=job.get("resume"))
     evaluation = datasets.Dataset.from_list(ragged_rows(model, job["evaluation_rows"], seed=7))
     metrics = trainer.evaluate(evaluation)
     predictions = trainer.predict(evaluation, max_length=9)
