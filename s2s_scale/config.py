@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from s2s_scale.errors import raise_problems
+from s2s_scale.errors import raise_problems, unknown_name
 
 BATCHING_MODES = ("fixed", "sortish", "tokens")
+LONG_ROWS = ("truncate", "error")
 LOSS_REDUCTIONS = ("mean", "sum")
 SCHEDULES = (
     "linear",
@@ -124,6 +125,12 @@ class DataArguments:
     max_target_length: int = setting(
         128, "data", "Training targets are cut to this many tokens, special tokens included."
     )
+    long_rows: str = setting(
+        "truncate",
+        "data",
+        "What becomes of rows with more tokens than that: 'truncate' cuts them, 'error' stops.",
+        choices=LONG_ROWS,
+    )
     val_max_target_length: int | None = setting(
         None,
         "data",
@@ -186,6 +193,8 @@ class DataArguments:
             )
             if value < -1 or value == 0
         ]
+        if self.long_rows not in LONG_ROWS:
+            problems.append(str(unknown_name("long_rows", self.long_rows, LONG_ROWS)))
         raise_problems(problems)
 
 

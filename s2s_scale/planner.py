@@ -64,10 +64,16 @@ class PlanSummary:
         )
 
 
-def summarise(sampler: EpochSampler, lengths: Lengths) -> PlanSummary:
-    """Measure the current epoch of a sampler on all its ranks."""
+def summarise(
+    sampler: EpochSampler, lengths: Lengths, *, most_steps: int | None = None
+) -> PlanSummary:
+    """Measure the current epoch of a sampler on all its ranks.
+
+    With ``most_steps`` only so many of its steps, spread over the epoch.
+    """
     summary = PlanSummary()
-    for step in range(sampler.plan.steps):
+    stride = 1 if most_steps is None else -(-sampler.plan.steps // most_steps)
+    for step in range(0, sampler.plan.steps, max(1, stride)):
         batches = list(sampler.divided(step))
         summary.steps.append(_measure_step(sampler.plan.rows(step), batches, lengths))
         for batch in batches:
@@ -113,13 +119,25 @@ def print_plan(sampler: EpochSampler, lengths: Lengths, *, first_steps: int, tit
     _print_steps(console, sampler, summary.steps[:first_steps])
 
 
+def shape_rows(summary: PlanSummary) -> list[tuple[str, ...]]:
+    """Each shape, smallest widths first, and all together, as the cells of a table.
+
+    Rows of one rank's micro-batch, source width, target width, tokens, batches, real tokens.
+    """
+    rows = []
+    for (size, source, target), use in sorted(summary.shapes.items(), key=lambda i: i[0][1:]):
+        cells = (size, source, target, size * (source + target), use.batches)
+        rows.append((*map(str, cells), f"{use.real_share:.1%}"))
+    batches = sum(use.batches for use in summary.shapes.values())
+    return [*rows, ("", "", "", "", str(batches), f"{summary.total.real_share:.1%}")]
+
+
 def _print_shapes(console: Console, summary: PlanSummary, lengths: Lengths) -> None:
     table = Table()
     for name in ("rows", "source", "target", "tokens", "batches", "real tokens"):
         table.add_column(name, justify="right")
-    for (rows, source, target), use in sorted(summary.shapes.items(), key=lambda i: i[0][1:]):
-        cells = (rows, source, target, rows * (source + target), use.batches)
-        table.add_row(*map(str, cells), f"{use.real_share:.1%}")
+    for cells in shape_rows(summary):
+        table.add_row(*cells)
     console.print(table)
     powers, count = padded_to_powers(lengths)
     console.print(

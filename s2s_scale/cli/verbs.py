@@ -80,8 +80,8 @@ DATA_READING = (
 )
 PLAN_DATA_NAMES = (
     *DATA_READING,
-    *"source_prefix max_source_length max_target_length data_cache_dir overwrite_cache".split(),
-    "preprocessing_num_workers",
+    *"source_prefix max_source_length max_target_length long_rows data_cache_dir".split(),
+    *"overwrite_cache preprocessing_num_workers".split(),
 )
 GENERATE_DATA_NAMES = "source_prefix src_lang tgt_lang task max_source_length metrics".split()
 

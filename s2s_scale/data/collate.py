@@ -87,6 +87,19 @@ class Seq2SeqCollator:
         return array, mask
 
 
+def count_pads(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """Real source and target tokens of a batch, and their number with pads.
+
+    Rows without a label hold pads alone. (0, 0) for a batch without attention_mask or labels.
+    """
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if not isinstance(mask, torch.Tensor) or not isinstance(labels, torch.Tensor):
+        return 0, 0
+    counted = labels != LABEL_PAD
+    real = mask[counted.any(dim=1)].sum() + counted.sum()
+    return int(real), mask.numel() + labels.numel()
+
+
 class PadToWidths:
     """A collator that pads what another one made to the widths its rows came with.
 

@@ -24,6 +24,7 @@ from s2s_scale.data.cache import (
     read_manifest,
     write_entry,
 )
+from s2s_scale.data.lengths import row_lengths
 from s2s_scale.data.problems import LISTED, Problems
 
 LABEL_PAD = -100
@@ -49,6 +50,7 @@ def tokenize_pairs(
     source_prefix: str = "",
     max_source_length: int,
     max_target_length: int,
+    long_rows: str = "truncate",
     cache_dir: Path | None = None,
     num_workers: int | None = None,
     overwrite: bool = False,
@@ -59,19 +61,23 @@ def tokenize_pairs(
     Columns: source and target (the text, without the prefix), input_ids, labels (int32 lists, cut
     to the given numbers of tokens), source_length, target_length (int32). A second call with the
     same texts, tokenizer, prefix and lengths, in any process, tokenises nothing. A damaged entry
-    is written anew. Raises ``UserError`` if the cache folder cannot be written.
+    is written anew. Raises ``UserError`` if the cache folder cannot be written, and with
+    ``long_rows="error"`` for rows that would have to be cut.
     """
     settings = {
         "source_prefix": source_prefix,
         "max_source_length": max_source_length,
         "max_target_length": max_target_length,
+        "truncation": long_rows == "truncate",
     }
+    limits = (max_source_length, max_target_length)
     pairs = pairs.with_format(None).select_columns(["source", "target"])
     versions = {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
     key = content_key(pairs, tokenizer, settings={**settings, **versions})
     folder = (cache_dir or default_cache_dir()) / "examples" / key
     found = None if overwrite else _open_entry(folder)
     if found is not None:
+        _refuse_long_rows(found, limits)
         return found
     workers = num_workers or _workers_that_pay(len(pairs), fast=tokenizer.is_fast)
 
@@ -95,6 +101,7 @@ def tokenize_pairs(
     made = _open_entry(folder)
     if made is None:
         raise RuntimeError(f"{folder}: a cache entry that was just written cannot be read")
+    _refuse_long_rows(made, limits)
     return made
 
 
@@ -105,17 +112,18 @@ def _tokenize(
     source_prefix: str,
     max_source_length: int,
     max_target_length: int,
+    truncation: bool,
 ) -> dict[str, list[Any]]:
     source = tokenizer(
         [source_prefix + text for text in rows["source"]],
-        truncation=True,
-        max_length=max_source_length,
+        truncation=truncation,
+        max_length=max_source_length if truncation else None,
         return_attention_mask=False,
     )["input_ids"]
     target = tokenizer(
         text_target=list(rows["target"]),
-        truncation=True,
-        max_length=max_target_length,
+        truncation=truncation,
+        max_length=max_target_length if truncation else None,
         return_attention_mask=False,
     )["input_ids"]
     return {
@@ -124,6 +132,25 @@ def _tokenize(
         "source_length": [len(ids) for ids in source],
         "target_length": [len(ids) for ids in target],
     }
+
+
+def _refuse_long_rows(examples: datasets.Dataset, limits: tuple[int, int]) -> None:
+    """Raise ``UserError`` for rows with more source or target tokens than the limits."""
+    problems = Problems()
+    for side, lengths, limit in zip(
+        ("source", "target"), row_lengths(examples), limits, strict=True
+    ):
+        rows = np.flatnonzero(lengths > limit)
+        problems.add_many(
+            f"rows with more than {limit} {side} tokens",
+            (
+                f"row {row + 1}: {lengths[row]} {side} tokens; expected at most {limit}; raise "
+                f"--max_{side}_length, shorten the row, or use --long_rows truncate"
+                for row in rows[:LISTED]
+            ),
+            count=len(rows),
+        )
+    problems.raise_any()
 
 
 def _workers_that_pay(n_rows: int, *, fast: bool) -> int:

@@ -81,6 +81,7 @@ class EpochSampler(Sampler[int]):
     accumulation: int
     """Micro-batches of a full step, on every rank."""
     drop_last: bool
+    lengths: Lengths | None
 
     def __init__(self, *, rank: int, world_size: int, seed: int) -> None:
         self.rank = rank
@@ -252,6 +253,7 @@ class TokenSampler(EpochSampler):
     """
 
     plan: GroupedPlan
+    lengths: Lengths
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from typing import Any
 
 from s2s_scale.report.plots import all_panels_png, drawn_panels, last_step, panel_svg
 
+SHAPE_HEADS = ("rows", "source", "target", "tokens", "batches", "real tokens")
 SPLITS = ("train", "val", "test")
 LONGEST_TEXT = 2_000  # characters of a sample that are shown
 DEFAULT_ORIGIN = "default"
@@ -68,7 +69,8 @@ class RunRecord:
 
     ``history`` holds the entries of ``trainer_state.log_history``; ``settings`` maps a name to
     its value and to where it came from (``"command line"``, ``"conf.yaml:7"``, ``"default"``);
-    ``samples`` are ``(split, source, reference, hypothesis)``.
+    ``samples`` are ``(split, source, reference, hypothesis)``; ``shapes`` holds, for each shape
+    of training batches, the cells of its row under ``SHAPE_HEADS``.
     """
 
     title: str
@@ -77,6 +79,7 @@ class RunRecord:
     settings: dict[str, tuple[Any, str]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     samples: list[tuple[str, str, str, str]] = field(default_factory=list)
+    shapes: list[tuple[str, ...]] = field(default_factory=list)
 
 
 def write_report(record: RunRecord, output_dir: Path | str) -> tuple[Path, Path]:
@@ -111,6 +114,7 @@ def _page(record: RunRecord) -> str:
         _plots(record),
         _samples(record.samples),
         _results(record.results),
+        _shapes(record.shapes),
         _settings(record.settings),
         _versions(record.versions),
     )
@@ -205,6 +209,21 @@ def _results(results: dict[str, float | str]) -> str:
     if texts:
         table += _name_table(texts)
     return f'<h2>Results</h2>\n<div class="wide">\n{table}\n</div>'
+
+
+def _shapes(shapes: Sequence[tuple[str, ...]]) -> str:
+    if not shapes:
+        return ""
+    head = "".join(f'<th class="number">{name}</th>' for name in SHAPE_HEADS)
+    rows = [
+        "<tr>" + "".join(f'<td class="number">{_text(cell)}</td>' for cell in row) + "</tr>"
+        for row in shapes
+    ]
+    return (
+        "<h2>Shapes of training batches</h2>\n"
+        '<p class="note">As planned: steps of one epoch, all ranks together.</p>\n'
+        f'<div class="wide">\n<table>\n<tr>{head}</tr>\n' + "\n".join(rows) + "\n</table>\n</div>"
+    )
 
 
 def _settings(settings: dict[str, tuple[Any, str]]) -> str:

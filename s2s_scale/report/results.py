@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -99,6 +99,7 @@ def write_run_report(
     history: list[dict[str, Any]],
     results: Results,
     settings: Mapping[str, tuple[Any, str]],
+    shapes: Sequence[tuple[str, ...]] = (),
 ) -> tuple[Path, Path]:
     """``report.html`` and ``report.png`` in ``output_dir``."""
     record = RunRecord(
@@ -111,6 +112,7 @@ def write_run_report(
         settings=dict(settings),
         versions=versions(),
         samples=results.samples,
+        shapes=list(shapes),
     )
     return write_report(record, output_dir)
 

@@ -156,6 +156,7 @@ def tokenize_with(
         source_prefix=source_prefix_of(data, config),
         max_source_length=data.max_source_length,
         max_target_length=limit,
+        long_rows=data.long_rows,
         cache_dir=Path(data.data_cache_dir) if data.data_cache_dir else None,
         num_workers=data.preprocessing_num_workers,
         overwrite=data.overwrite_cache,

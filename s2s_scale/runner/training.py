@@ -22,6 +22,7 @@ from s2s_scale.checkpoint import (
 from s2s_scale.data.sources import Split, has_split, load_pairs
 from s2s_scale.errors import raise_problems, unknown_name
 from s2s_scale.evaluation.metrics import TextMetrics
+from s2s_scale.planner import shape_rows
 from s2s_scale.report.results import Results, print_table, write_run_report
 from s2s_scale.runner.pieces import (
     Run,
@@ -159,12 +160,14 @@ def _finish(
     if not main:
         return
     trainer.state.save_to_json(str(output_dir / STATE_FILE))
+    planned = trainer.plan_summary()
     html, png = write_run_report(
         output_dir,
         title=f"Training run {output_dir.name}",
         history=trainer.state.log_history,
         results=results,
         settings=run.given,
+        shapes=[] if planned is None else shape_rows(planned),
     )
     print_table(results, title=f"results in {output_dir}")
     print(f"model:   {output_dir}\nreport:  {html}\npicture: {png}")

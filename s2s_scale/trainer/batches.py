@@ -12,11 +12,14 @@ from transformers.trainer_utils import has_length, seed_worker
 
 from s2s_scale.config import DEFAULT_BUCKETS
 from s2s_scale.data.collate import Collate, PadToWidths
-from s2s_scale.data.samplers import EpochSampler, MarkedRows, PlanBatchSampler
+from s2s_scale.data.samplers import EpochSampler, MarkedRows, PlanBatchSampler, TokenSampler
 from s2s_scale.errors import UserError
+from s2s_scale.planner import PlanSummary, summarise
 from s2s_scale.trainer.loaders import EvaluationLoader, TrainingLoader, loader_options
 from s2s_scale.trainer.optimization import OptimizationTrainer
 from s2s_scale.trainer.sampling import make_sampler
+
+MEASURED_STEPS = 200
 
 
 class BatchTrainer(OptimizationTrainer):
@@ -30,6 +33,12 @@ class BatchTrainer(OptimizationTrainer):
             raise UserError(
                 f"batching={self.args.batching}: cannot take effect on a data set without a "
                 "length (a stream); use --batching fixed, or a map-style data set"
+            )
+        if (streamed or rebalanced) and self.args.num_buckets is not None:
+            raise UserError(
+                f"num_buckets={self.args.num_buckets}: cannot take effect on "
+                + ("a data set without a length (a stream)" if streamed else "batch_rebalance")
+                + "; leave it out, or use a map-style data set and another sampling strategy"
             )
         return not (streamed or rebalanced)
 
@@ -56,6 +65,24 @@ class BatchTrainer(OptimizationTrainer):
         """How many shapes the batches of a data set may have; None: any."""
         default = DEFAULT_BUCKETS if self.backend.static_shapes else None
         return default if self.args.num_buckets is None else self.args.num_buckets
+
+    def plan_summary(self) -> PlanSummary | None:
+        """The shapes of training batches and their share of real tokens, as planned.
+
+        Measured on some steps of an epoch; None where shapes are free or no plan was followed.
+        """
+        sampler = self._step_callback.sampler
+        if sampler is None or sampler.lengths is None or self._num_buckets is None:
+            return None
+        return summarise(sampler, sampler.lengths, most_steps=MEASURED_STEPS)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Rows of a step on all devices; with a budget of tokens, their mean."""
+        sampler = self._step_callback.sampler
+        if isinstance(sampler, TokenSampler) and sampler.steps:
+            return max(1, round(len(sampler.lengths[0]) / sampler.steps))
+        rows: int = super().get_total_train_batch_size(args)
+        return rows
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches of this rank by the batch plan."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
+from s2s_scale.data.collate import count_pads
 from s2s_scale.losses import TokenLoss, count_tokens, cross_entropy, mask_pads, of_model_mean
 from s2s_scale.models import decoder_inputs_from_labels
 from s2s_scale.trainer.base import TrainerBase
@@ -144,6 +145,7 @@ class LossTrainer(TrainerBase):
         """Each batch behind its number of target tokens, counted where the batch was made."""
         for batch in batches:
             labels = batch.get("labels")
+            self._meter.count_pads(*count_pads(batch))
             yield 0 if labels is None else int(count_tokens(self._targets(labels))), batch
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -178,6 +180,8 @@ class LossTrainer(TrainerBase):
                 logs["overflow_steps"] = self._step_callback.overflow_steps
         if "train_loss" in logs:  # the summary at the end, which becomes the results
             logs["train_nonfinite_steps"] = len(self._guard.steps)
+            if self._meter.pad_share is not None:
+                logs["train_pad_share"] = self._meter.pad_share
             if self.args.fp16:
                 logs["train_overflow_steps"] = self._step_callback.overflow_steps
         super().log(logs, start_time)

@@ -27,6 +27,7 @@ class TrainingMeter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._started: float | None = None
+        self._pads_of_run = [0, 0]
         self._clear()
 
     def _clear(self) -> None:
@@ -35,6 +36,18 @@ class TrainingMeter:
         self._steps = 0
         self._paused = 0.0
         self._waited = 0.0
+        self._pads = [0, 0]
+
+    def count_pads(self, real: int, padded: int) -> None:
+        """Add a micro-batch's real source and target tokens, and those with pads, on this rank."""
+        for sums in (self._pads, self._pads_of_run):
+            sums[0] += real
+            sums[1] += padded
+
+    @property
+    def pad_share(self) -> float | None:
+        """Share of pads in all micro-batches so far, on this rank; None before the first."""
+        return _pad_share(self._pads_of_run)
 
     def start_step(self, step_tokens: Tensor) -> None:
         """Begin an optimizer step that holds ``step_tokens`` target tokens on all devices."""
@@ -57,8 +70,8 @@ class TrainingMeter:
             self._waited += seconds
 
     def read(self, total: Total) -> dict[str, float]:
-        """``nll_loss`` (nats per token, mean over steps), ``tokens_per_second``, and
-        ``input_wait`` (share of the time spent waiting for batches); then restart.
+        """``nll_loss`` (nats per token, mean over steps), ``tokens_per_second``, ``input_wait``
+        (share of the time spent waiting for batches), ``pad_share`` (this rank's); then restart.
 
         ``total`` sums over ranks; every rank must call.
         """
@@ -71,9 +84,16 @@ class TrainingMeter:
             if seconds > 0:
                 values["tokens_per_second"] = float(self._tokens) / seconds
                 values["input_wait"] = min(1.0, self._waited / seconds)
+        if (pads := _pad_share(self._pads)) is not None:
+            values["pad_share"] = pads
         self._clear()
         self._started = time.perf_counter()
         return values
+
+
+def _pad_share(sums: list[int]) -> float | None:
+    real, padded = sums
+    return 1 - real / padded if padded else None
 
 
 class EvaluationMeter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -174,7 +175,31 @@ def test_the_plan_counts_each_row_once(here, model, data):
             *("--per_device_train_batch_size", 5, "--world_size", 2, "--first_steps", 2),
         )
         assert done.code == 0, done.err
-        assert "64 rows in 7 steps; 2 rank(s) x 5 rows" in done.out
+        assert "64 rows in 7 steps; 2 rank(s) x 1 micro-batches" in done.out
+
+
+def test_the_plan_shows_shapes_and_real_tokens(here, model, data):
+    command = ("plan", "--model", model, "--data_dir", data, "--batching", "tokens")
+    sizes = ("--tokens_per_step", 200, "--num_buckets", 3, "--world_size", 2, "--first_steps", 2)
+    done = here(*command, *sizes)
+    assert done.code == 0, done.err
+    found = re.search(r"64 rows in (\d+) steps; 2 rank\(s\) x 4 micro-batches", done.out)
+    assert found
+    assert 1 < int(found.group(1)) < 64
+    shown = re.search(r"(\d) shapes; real tokens ([\d.]+)%", done.out.replace("\n", " "))
+    assert shown
+    assert 1 <= int(shown.group(1)) <= 3
+    pads = re.search(r"share of pads ([\d.]+)%", done.out)
+    assert pads
+    assert float(pads.group(1)) + float(shown.group(2)) == pytest.approx(100, abs=0.11)
+
+
+def test_long_rows_are_cut_or_refused(here, model, data):
+    command = ("plan", "--model", model, "--data_dir", data, "--max_source_length", 3)
+    assert here(*command).code == 0
+    done = here(*command, "--long_rows", "error")
+    assert done.code == 2
+    assert "source tokens; expected at most 3; raise --max_source_length, shorten the" in done.err
 
 
 def test_a_run_on_a_cpu_says_nothing_of_other_libraries(model, data, tmp_path):

@@ -46,6 +46,25 @@ def tokens_of(found: datasets.Dataset) -> list[dict[str, Any]]:
     return [found[row] for row in range(len(found))]
 
 
+def test_rows_that_are_too_long_are_refused_where_asked(
+    tmp_path: Path, pairs: datasets.Dataset
+) -> None:
+    tokenizer = word_tokenizer()
+    options: dict[str, Any] = {"cache_dir": tmp_path, "progress": False, "long_rows": "error"}
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(UserError) as caught:
+            tokenize_pairs(pairs, tokenizer, **SIZES, **options)
+        assert "row 3: 9 source tokens; expected at most 6; raise --max_source_length" in str(
+            caught.value
+        )
+        assert "row 2: 5 target tokens; expected at most 4; raise --max_target_length" in str(
+            caught.value
+        )
+    found = tokenize_pairs(pairs, tokenizer, max_source_length=9, max_target_length=5, **options)
+    source, target = row_lengths(found)
+    assert (source.max(), target.max()) == (9, 5)
+
+
 def test_rows_are_what_the_tokenizer_gives_one_by_one(
     tmp_path: Path, pairs: datasets.Dataset
 ) -> None:

@@ -234,6 +234,14 @@ def test_a_failed_write_leaves_the_earlier_report(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.png"]
 
 
+def test_shapes_of_batches_are_a_table(tmp_path):
+    row = ("16", "24", "31", "880", "102", "87.5%")
+    page = page_of(tmp_path, shapes=[row])
+    assert "Shapes of training batches" in page
+    assert all(cell in page for cell in row)
+    assert "Shapes of training batches" not in page_of(tmp_path, shapes=[])
+
+
 def test_results_without_a_split_and_signatures_are_listed(tmp_path):
     text = Page(
         page_of(

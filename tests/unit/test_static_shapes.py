@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.data.collate import PadToWidths, Seq2SeqCollator
 from s2s_scale.data.samplers import PlanSampler, ShapedExamples, TokenSampler
 from s2s_scale.errors import UserError
+from s2s_scale.planner import shape_rows
 from s2s_scale.trainer.sampling import make_sampler
 from tests.support.simulated import SimulatedBackend
 from tests.support.training import fresh, history, our_trainer, ragged_rows, settings
@@ -200,6 +202,52 @@ def test_tokens_sets_the_micro_batches_of_a_step(tmp_path: Path) -> None:
     assert trainer.args.gradient_accumulation_steps == sampler.accumulation > 3
     assert trainer.state.global_step == 2 * sampler.steps == len(history(trainer, "loss"))
     assert np.isfinite(result.training_loss)
+
+
+def test_pads_are_counted_as_planned(tmp_path: Path) -> None:
+    """What the logs say of pads, against the plan and against the rows themselves."""
+    trainer = trainer_of(tmp_path, num_train_epochs=1, num_buckets=BUCKETS, **BY_TOKENS)
+    trainer.train()
+    planned = trainer.plan_summary()
+    assert planned is not None
+    assert 1 <= len(planned.shapes) <= BUCKETS
+    share = trainer.state.log_history[-1]["train_pad_share"]
+    assert share == pytest.approx(1 - planned.total.real_share)
+    rows = trainer.train_dataset
+    real = sum(len(row["input_ids"]) + len(row["labels"]) for row in rows)
+    padded = sum(size.padded_tokens for size in planned.steps)
+    assert share == pytest.approx(1 - real / padded)
+    assert all(0 < value < 1 for value in history(trainer, "pad_share"))
+    assert len(history(trainer, "pad_share")) == trainer.state.global_step
+    (first, *cells), *_ = shape_rows(planned)
+    assert int(first) * (int(cells[0]) + int(cells[1])) == int(cells[2])
+    assert trainer.get_total_train_batch_size(trainer.args) == round(ROWS / len(planned.steps))
+    assert trainer_of(tmp_path, **BY_ROWS).plan_summary() is None
+
+
+def test_free_shapes_have_few_pads_and_log_them(tmp_path: Path) -> None:
+    shares = {}
+    for name, values in (("tokens", BY_TOKENS), ("fixed", {"per_device_train_batch_size": 12})):
+        trainer = trainer_of(tmp_path, num_train_epochs=1, **values)
+        trainer.train()
+        assert trainer.plan_summary() is None
+        shares[name] = trainer.state.log_history[-1]["train_pad_share"]
+    assert shares["tokens"] < 0.8 * shares["fixed"]
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        return iter(ragged_rows(fresh("t5"), 8))
+
+
+def test_few_shapes_need_lengths(tmp_path: Path) -> None:
+    model = fresh("t5")
+    trainer = our_trainer(model, tmp_path, Stream(), num_buckets=4, max_steps=1)
+    with pytest.raises(UserError, match="num_buckets=4: cannot take effect on a data set without"):
+        trainer.train()
+    trainer = our_trainer(model, tmp_path, Stream(), batching="tokens", max_steps=1)
+    with pytest.raises(UserError, match="batching=tokens: cannot take effect on a data set"):
+        trainer.train()
 
 
 def test_settings_without_effect_are_refused() -> None:
