@@ -54,6 +54,8 @@ def sampler_of(mode: str, lengths: Lengths, world_size: int = RANKS) -> EpochSam
 def measure(mode: str, count: int) -> dict[str, float]:
     """Seconds and MiB of one epoch's plan over ``count`` rows, in this process."""
     lengths = long_tailed(count)
+    first = sampler_of(mode, (lengths[0][:1000], lengths[1][:1000]))  # loads code, as a run has
+    assert first.steps > 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # What was free when the peak so far was reached does not count: fill it up first.
     held = _fill(before)
