@@ -173,24 +173,20 @@ class EvaluationTrainer(BatchTrainer):
     ) -> tuple[Any, Any, Tensor | None]:
         """Loss, generated tokens (or logits) and labels of one batch; every rank must call it.
 
-        Generated tokens [B, L] and labels [B, L] are padded to the generation limit L. All lie in
+        Generated tokens [B, L] and labels [B, L] are padded to the generation limit L. They lie in
         host memory where the device compiles every new shape: what follows has many of them.
         """
         found = self._predicted(model, inputs, prediction_loss_only, ignore_keys, gen_kwargs)
         if not self.backend.static_shapes:
             return found
         loss, outputs, labels = found
-        return self._on_host(loss), self._on_host(outputs), self._on_host(labels)
+        return loss, self._on_host(outputs), self._on_host(labels)
 
     def _on_host(self, values: Any) -> Any:
         if isinstance(values, (tuple, list)):
             return type(values)(self._on_host(value) for value in values)
-        if not isinstance(values, Tensor) or values.device.type == "cpu":
-            return values
-        if values.dim():
-            return self.backend.fetch_rows(values)
-        self.backend.flush()
-        return values.cpu()
+        held = isinstance(values, Tensor) and values.device.type != "cpu"
+        return self.backend.fetch_rows(values) if held else values
 
     def _predicted(
         self,

@@ -13,7 +13,7 @@ from s2s_scale.trainer.compilations import CompilationWatch, batch_shape
 from s2s_scale.trainer.evaluating import EvaluationTrainer
 
 GENERATION_GRAPHS = 3
-"""Encoder, first step, every further step."""
+"""Encoder with the first token, every further token, collecting the result."""
 
 
 class GraphTrainer(EvaluationTrainer):
@@ -77,10 +77,4 @@ class GraphTrainer(EvaluationTrainer):
         # The loss is in the evaluation's own sums. transformers would join the batches' losses on
         # the device, in a tensor whose length is another one each time.
         _, logits, labels = outcome
-        return None, _on_cpu(logits), _on_cpu(labels)
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.cpu()
-    return type(value)(map(_on_cpu, value)) if isinstance(value, (tuple, list)) else value
+        return None, logits, labels
