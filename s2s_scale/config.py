@@ -16,6 +16,7 @@ from s2s_scale.errors import raise_problems, unknown_name
 BATCHING_MODES = ("fixed", "sortish", "tokens")
 LONG_ROWS = ("truncate", "error")
 LOSS_REDUCTIONS = ("mean", "sum")
+LINEAR_CROSS_ENTROPY = ("auto", "on", "off")
 SCHEDULES = (
     "linear",
     "cosine",
@@ -213,6 +214,14 @@ class TrainingExtras:
         "loss",
         "'mean': a step's summed loss over its number of target tokens. 'sum': the plain sum.",
         choices=LOSS_REDUCTIONS,
+    )
+    linear_cross_entropy: str = setting(
+        "auto",
+        "loss",
+        "Compute the loss in chunks, straight from the output projection, and never build all "
+        "logits; same values. 'auto': where the loss mode, the model and its wrappers allow it. "
+        "'on': refuse to train where they do not. 'off': always build logits.",
+        choices=LINEAR_CROSS_ENTROPY,
     )
     lr_scheduler: str | None = setting(
         None,

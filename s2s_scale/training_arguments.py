@@ -14,6 +14,7 @@ from s2s_scale.config import (
     BATCHING_MODES,
     DEFAULT_GROUPS_PER_STEP,
     DEFAULT_TOKENS_PER_STEP,
+    LINEAR_CROSS_ENTROPY,
     LOSS_REDUCTIONS,
     TrainingExtras,
 )
@@ -227,10 +228,14 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 problems.append(f"{name}={value}: expected a probability from 0 to 1")
-        if self.loss_reduction not in LOSS_REDUCTIONS:
-            problems.append(
-                str(unknown_name("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS))
+        problems += [
+            str(unknown_name(name, getattr(self, name), known))
+            for name, known in (
+                ("loss_reduction", LOSS_REDUCTIONS),
+                ("linear_cross_entropy", LINEAR_CROSS_ENTROPY),
             )
+            if getattr(self, name) not in known
+        ]
         problems += [
             f"{name}={value}: expected at least {least}; give --{name} a larger value"
             for name, least in _LEAST.items()

@@ -64,9 +64,10 @@ EVALUATION_NAMES = (
     "output_dir per_device_eval_batch_size num_buckets eval_accumulation_steps "
     "prediction_loss_only "
     "predict_with_generate generation_max_length generation_num_beams generation_config "
-    "label_smoothing_factor label_smoothing loss_reduction bf16 fp16 bf16_full_eval "
-    "fp16_full_eval tf32 torch_compile torch_compile_backend torch_compile_mode use_cpu seed "
-    "full_determinism dataloader_num_workers dataloader_pin_memory log_level disable_tqdm"
+    "label_smoothing_factor label_smoothing loss_reduction linear_cross_entropy bf16 fp16 "
+    "bf16_full_eval fp16_full_eval tf32 torch_compile torch_compile_backend torch_compile_mode "
+    "use_cpu seed full_determinism dataloader_num_workers dataloader_pin_memory "
+    "log_level disable_tqdm"
 ).split()
 GENERATE_TRAINING_NAMES = ("bf16_full_eval", "fp16_full_eval", "use_cpu", "seed")
 PLAN_NAMES = (

@@ -49,6 +49,7 @@ class Job:
     optim: str = "adamw_torch"
     deepspeed: str | None = None
     use_cpu: bool = True
+    linear_cross_entropy: str = "auto"
 
     def write(self, path: Path) -> Path:
         """Put the job where ranks can read it."""
@@ -131,6 +132,7 @@ def _arguments(job: Job, case: Case, world_size: int, folder: str) -> dict[str, 
         "max_grad_norm": 0.5,
         "weight_decay": 0.01,
         "label_smoothing": case.smoothing,
+        "linear_cross_entropy": job.linear_cross_entropy,
         "optim": job.optim,
         "use_cpu": job.use_cpu,
         "seed": 0,

@@ -29,12 +29,14 @@ from s2s_scale.models.loading import (
     set_languages,
     settle_pad_token,
 )
+from s2s_scale.models.loss_head import LossHead, loss_head_problem
 
 __all__ = [
     "FAMILIES",
     "LABEL_PAD_ID",
     "Family",
     "Loaded",
+    "LossHead",
     "apply_dropout_settings",
     "apply_task_parameters",
     "check_precision",
@@ -45,6 +47,7 @@ __all__ = [
     "load",
     "load_config",
     "load_tokenizer",
+    "loss_head_problem",
     "set_languages",
     "settle_pad_token",
     "source_vocab_size",

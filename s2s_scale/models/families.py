@@ -36,6 +36,9 @@ class Family:
     decoder_inputs: DECODER_INPUTS = "start_token"
     #: tokenizer and generation need a source and a target language code
     languages: bool = False
+    #: the module that turns hidden states into logits, and what the model adds to these (a buffer)
+    output_projection: str = "lm_head"
+    logits_bias: str | None = "final_logits_bias"
     #: the forward pass masks the decoder's future only when told ``use_cache=False``
     needs_use_cache_off: bool = False
     #: activations grow beyond fp16's largest number (65,504): training gives inf and NaN
@@ -52,6 +55,7 @@ FAMILIES: dict[str, Family] = {
             attention_dropout=None,
             encoder_layerdrop=None,
             decoder_layerdrop=None,
+            logits_bias=None,
             overflows_fp16=True,
         ),
         Family("mbart", decoder_inputs="wrap_last_token", languages=True),
@@ -60,6 +64,8 @@ FAMILIES: dict[str, Family] = {
             source_vocab_size="src_vocab_size",
             target_vocab_size="tgt_vocab_size",
             decoder_inputs="wrap_last_token",
+            output_projection="model.decoder.output_projection",
+            logits_bias=None,
             needs_use_cache_off=True,
         ),
         Family("pegasus"),

@@ -67,6 +67,7 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         self.config = config if config is not None else self.model.config
         self.vocab_size = target_vocab_size(self.config)
         self._check_pad_token()
+        self._check_loss()
         check_precision(self.config, fp16=self.args.fp16)
         self._check_dropouts()
         # Our loss is divided by the step's tokens already; these two (the first up to
@@ -102,6 +103,9 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         if getattr(self.data_args, "ignore_pad_token_for_loss", False):
             return "cross_entropy"
         return "model"
+
+    def _check_loss(self) -> None:
+        """Refuse loss settings that cannot take effect; the class that computes it knows them."""
 
     def _check_pad_token(self) -> None:
         pad, eos = self.config.pad_token_id, self.config.eos_token_id

@@ -199,6 +199,8 @@ class EvaluationTrainer(BatchTrainer):
         """As ``prediction_step``, where the model computed it."""
         generates = self.args.predict_with_generate and not prediction_loss_only
         if not generates and not self._generates_text:
+            if prediction_loss_only and "labels" in inputs:
+                return self._loss_alone(model, self._prepare_inputs(inputs)), None, None
             return super().prediction_step(
                 model, inputs, prediction_loss_only, ignore_keys=ignore_keys
             )
@@ -208,12 +210,7 @@ class EvaluationTrainer(BatchTrainer):
         options = {name: value for name, value in options.items() if value is not None}
         rows = next(self._evaluated_rows) if self._generates_text else None
         generated = self._generate(inputs, options, rows)
-        loss = None
-        if labels is not None:
-            tokens = self._get_num_items_in_batch([inputs], self.args.device)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, inputs, num_items_in_batch=tokens)
-            loss = loss.detach().mean()
+        loss = None if labels is None else self._loss_alone(model, inputs)
         if rows is not None:
             if self.backend.static_shapes:
                 labels = self._on_host(labels)
@@ -226,6 +223,13 @@ class EvaluationTrainer(BatchTrainer):
         if labels is not None:
             labels = self._pad_tensors_to_max_len(labels, length)
         return loss, generated, labels
+
+    def _loss_alone(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Mean loss of one batch; no logits are asked for. Every rank must call it."""
+        tokens = self._get_num_items_in_batch([inputs], self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=tokens)
+        return loss.detach().mean()
 
     def _generate(
         self, inputs: Mapping[str, Any], options: Mapping[str, Any], rows: list[int] | None

@@ -17,13 +17,58 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from s2s_scale.data.collate import count_pads
+from s2s_scale.errors import UserError
 from s2s_scale.losses import TokenLoss, count_tokens, cross_entropy, mask_pads, of_model_mean
-from s2s_scale.models import decoder_inputs_from_labels
+from s2s_scale.models import LossHead, decoder_inputs_from_labels, loss_head_problem
 from s2s_scale.trainer.base import TrainerBase
 
 
 class LossTrainer(TrainerBase):
     """Computes, scales and logs the loss."""
+
+    _builds_logits = True
+    """Whether logits are wanted beside the loss; only ``compute_loss`` can know that not."""
+    _loss_head: LossHead | None = None
+
+    def _check_loss(self) -> None:
+        if self.args.linear_cross_entropy == "on" and (reason := self._logits_reason()):
+            raise UserError(
+                f"linear_cross_entropy=on: cannot take effect, since {reason}; expected auto or "
+                "off here; leave --linear_cross_entropy out"
+            )
+
+    def _logits_reason(self) -> str | None:
+        """Why each loss here is computed from whole logits; None where it need not be."""
+        if self.args.linear_cross_entropy == "off":
+            return "it is switched off"
+        if self._loss_mode == "model":
+            return "the model computes its own loss (no smoothing, no exclusion of pads)"
+        if self.compute_loss_func is not None:
+            return "compute_loss_func takes the model's outputs"
+        if type(self)._compute_loss is not LossTrainer._compute_loss:
+            return f"{type(self).__name__} has a _compute_loss of its own, which may read logits"
+        if self.args.n_gpu > 1:
+            return "DataParallel copies the model to several devices within the process"
+        return loss_head_problem(self._plain_model())
+
+    def _plain_model(self) -> Any:
+        """The model within all wrappers; autocast around its forward stays."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _head(self) -> LossHead | None:
+        """What lets the model's forward pass end in the loss; None where logits must be built."""
+        if self._builds_logits:
+            return None
+        model = self._plain_model()
+        if self._loss_head is None or self._loss_head.model is not model:
+            if self._logits_reason() is not None:
+                return None
+            self._loss_head = LossHead(
+                model,
+                smoothing=self.args.label_smoothing or 0.0,
+                static_shapes=self.backend.static_shapes or self.args.torch_compile,
+            )
+        return self._loss_head
 
     def _targets(self, labels: Tensor) -> Tensor:
         """Labels [B, T] with -100 wherever this loss mode counts no target."""
@@ -45,23 +90,29 @@ class LossTrainer(TrainerBase):
 
     def _token_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor
-    ) -> tuple[TokenLoss, Tensor]:
-        """Sums over one batch's targets, and the logits [B, T, V]."""
+    ) -> tuple[TokenLoss, Tensor | None]:
+        """Sums over one batch's targets, and the logits [B, T, V] if they were built."""
         model_inputs = self._with_decoder_inputs(inputs, labels)
         if self._loss_mode == "model":
             loss, logits = model(**model_inputs, labels=labels, use_cache=False)[:2]
             return of_model_mean(loss, labels), logits
+        targets, head = self._targets(labels), self._head()
+        if head is not None:
+            with head.ends_in_loss(targets):
+                return head.read(model(**model_inputs, use_cache=False)[0], targets), None
         logits = model(**model_inputs, use_cache=False)[0]
         smoothing = self.args.label_smoothing or 0.0
-        return cross_entropy(logits, self._targets(labels), smoothing=smoothing), logits
+        return cross_entropy(logits, targets, smoothing=smoothing), logits
 
     def _compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Loss and logits [B, T, V] of one batch.
 
         The loss is the mean over the batch's target tokens, or their sum with
-        ``loss_reduction="sum"``. Override this to train with another loss per token.
+        ``loss_reduction="sum"``. Override this to train with another loss per token: what it gets
+        from ``super()`` then always holds logits. They are None only where ``compute_loss`` was
+        not asked for outputs and linear cross entropy has computed the loss without them.
         """
         part, logits = self._token_loss(model, inputs, labels)
         self._batch_nll = part.nll
@@ -92,7 +143,11 @@ class LossTrainer(TrainerBase):
             inputs = {**self._with_decoder_inputs(inputs, labels), "labels": labels}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._batch_nll = None
-        loss, logits = self._compute_loss(model, inputs, labels)
+        self._builds_logits = return_outputs
+        try:
+            loss, logits = self._compute_loss(model, inputs, labels)
+        finally:
+            self._builds_logits = True
         tokens = count_tokens(self._targets(labels))
         share = torch.ones_like(loss)
         if self.args.loss_reduction == "mean" and num_items_in_batch is not None:

@@ -63,10 +63,17 @@ def reference(job: Job, folder: Path) -> list[Figures]:
 
 
 def columns(
-    job: Job, folder: Path, wanted: Iterable[tuple[str, int]] = COLUMNS
+    job: Job,
+    folder: Path,
+    wanted: Iterable[tuple[str, int]] = COLUMNS,
+    *,
+    against: Job | None = None,
 ) -> Iterable[Column]:
-    """Each profile at its number of ranks against one process with the same global batches."""
-    expected = reference(job, folder)
+    """Each profile at its number of ranks against one process with the same global batches.
+
+    The one process runs the job ``against``, where one is given: the same cases set up differently.
+    """
+    expected = reference(against or job, folder)
     together: dict[tuple[str, int], dict[str, Job]] = {}
     for profile, ranks in wanted:
         backend, config = PROFILES[profile]

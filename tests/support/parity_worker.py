@@ -45,6 +45,7 @@ def stock(job: Job, folder: Path, *, rank: int, world_size: int) -> None:
             values = _arguments(job, case, world_size, scratch) | {"max_steps": 1}
             smoothing = values.pop("label_smoothing")
             schedule = values.pop("lr_scheduler")
+            del values["linear_cross_entropy"]  # transformers has only logits
             trainer = stock_trainer(
                 model,
                 Path(values.pop("output_dir")),

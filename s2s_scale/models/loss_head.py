@@ -1,0 +1,119 @@
+"""Lets a stock model's forward pass end in its loss where it would otherwise build logits.
+
+A model computes logits with one module, its output projection. For the span of one call that
+module's ``forward`` is replaced by one that takes the hidden states and gives the sums of the loss.
+The module is still called by the model: what hangs hooks on it works as ever (ZeRO 3 gathers its
+weight before and fetches it again for the backward pass), and so does what wraps the whole model
+(DistributedDataParallel, autocast), because the sums leave it as its output.
+
+Shapes: B rows, T target positions, D model width, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from s2s_scale.linear_loss import linear_cross_entropy
+from s2s_scale.losses import TokenLoss, count_tokens
+from s2s_scale.models.families import FAMILIES
+
+
+def loss_head_problem(model: Any) -> str | None:
+    """Why ``model`` cannot end in its loss; None where it can.
+
+    The rule: a model of a family in the table, with transformers' own forward method, whose output
+    projection is a plain ``nn.Linear``. In every other case what happens between hidden states and
+    logits is not known.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return f"{type(model).__name__} is no transformers model"
+    family = FAMILIES.get(model.config.model_type)
+    if family is None:
+        return f"models of type '{model.config.model_type}' are not in the table of families"
+    if not type(model).forward.__module__.startswith("transformers.models."):
+        return f"{type(model).__name__} has a forward method of its own"
+    try:
+        projection = model.get_submodule(family.output_projection)
+    except AttributeError:
+        return f"{type(model).__name__} has no output projection '{family.output_projection}'"
+    if type(projection) is not nn.Linear or "forward" in vars(projection):
+        return f"the output projection '{family.output_projection}' is not a plain nn.Linear"
+    return None
+
+
+class LossHead:
+    """The output projection of ``model``, able to give the loss in place of logits.
+
+    Args:
+        model: one for which ``loss_head_problem`` is None; not what it was wrapped in.
+        smoothing: label smoothing epsilon.
+        static_shapes: see ``linear_cross_entropy``.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, smoothing: float = 0.0, static_shapes: bool = False
+    ) -> None:
+        family = FAMILIES[model.config.model_type]
+        self.model = model
+        self._projection: Any = model.get_submodule(family.output_projection)
+        self._bias_name = family.logits_bias
+        self._smoothing, self._static_shapes = smoothing, static_shapes
+        self._labels: Tensor | None = None
+        self._logits_bias: Tensor | None = None
+        # One function object for all calls: torch.compile compiles anew for another one.
+        self._forward = self._sums
+
+    @contextmanager
+    def ends_in_loss(self, labels: Tensor) -> Iterator[None]:
+        """Context in which one call of the model gives sums instead of logits; see ``read``.
+
+        ``labels`` [B, T] are its targets, -100 where none counts. The model must not be given
+        labels itself, as it would compute a loss from what it takes for logits.
+        """
+        self._labels = labels
+        self._projection.forward = self._forward
+        if self._bias_name is not None:
+            # The model adds it to what comes out of the projection: here it goes in.
+            self._logits_bias = getattr(self.model, self._bias_name)
+            setattr(self.model, self._bias_name, self._logits_bias.new_zeros(1, 1))
+        try:
+            yield
+        finally:
+            del self._projection.forward
+            if self._bias_name is not None:
+                setattr(self.model, self._bias_name, self._logits_bias)
+            self._labels = self._logits_bias = None
+
+    def read(self, output: Tensor, labels: Tensor) -> TokenLoss:
+        """What a call in ``ends_in_loss`` has left in the place of logits."""
+        if output.shape != (1, 1, 2):
+            raise RuntimeError(
+                f"{type(self.model).__name__} gave {tuple(output.shape)} for the sums of its loss, "
+                "expected (1, 1, 2): it does not use its output projection as the table says"
+            )
+        loss, nll = output.flatten().unbind()
+        return TokenLoss(loss, nll.detach(), count_tokens(labels))
+
+    def _sums(self, hidden: Tensor) -> Tensor:
+        """Loss and NLL [1, 1, 2] of hidden states [B, T, D], in the place of logits [B, T, V]."""
+        assert self._labels is not None
+        biases = [
+            bias.flatten()
+            for bias in (self._projection.bias, self._logits_bias)
+            if bias is not None
+        ]
+        part = linear_cross_entropy(
+            hidden,
+            self._projection.weight,
+            self._labels.to(hidden.device),
+            bias=torch.stack(biases).sum(0) if biases else None,
+            smoothing=self._smoothing,
+            static_shapes=self._static_shapes,
+        )
+        return torch.stack([part.loss, part.nll]).view(1, 1, 2)
