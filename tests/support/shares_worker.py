@@ -63,6 +63,7 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
         backend=backend,
         callbacks=[watcher],
     )
+    assert trainer.is_deepspeed_enabled == (job["backend"] == "deepspeed"), "left by another run"
     trainer.train(resume_from_checkpoint=job.get("resume"))
     whole = backend.full_weights(model)
     return {
