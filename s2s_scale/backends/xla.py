@@ -12,6 +12,7 @@ device, and where a recorded graph ends is decided here alone.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ class XlaBackend(LocalBackend):
         values = dict(values)
         values.pop("use_cpu", None)
         self._bf16 = bool(values.pop("bf16", False))
-        if not self._bf16:
+        if not self._bf16 and self.device == "tpu":
             _whole_products()
         if not values.get("adafactor"):
             values.setdefault("optim", "adamw_torch")  # the fused one knows no XLA device
@@ -488,6 +489,7 @@ def _whole_products() -> None:
     """fp32 means fp32: a TPU would round the factors of a product to bf16."""
     from torch_xla.backends import set_mat_mul_precision
 
+    logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)  # it warns at every call
     set_mat_mul_precision("highest")
 
 

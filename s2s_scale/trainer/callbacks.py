@@ -89,6 +89,8 @@ class StepCallback(TrainerCallback):
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        # transformers has just added to its sum of losses: not a part of the next micro-batch.
+        self.backend.flush()
         self._count_compilations(state)
 
     def _count_compilations(self, state: TrainerState) -> None:

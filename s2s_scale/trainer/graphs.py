@@ -41,6 +41,13 @@ class GraphTrainer(EvaluationTrainer):
             self._tr_loss = self._tr_loss.clone()
         return super().training_step(model, inputs, *args)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, step_tokens = super().get_batch_samples(*args, **kwargs)
+        if self.args.gradient_accumulation_steps > 1:
+            # Else the sum of the step's tokens would belong to the graph of the first micro-batch.
+            self._end_graph()
+        return batches, step_tokens
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         compilations, seconds = self.backend.compilations()
         if compilations and "loss" in logs:
