@@ -46,6 +46,7 @@ class Job:
     steps: int = 20
     rows_per_step: int = 24
     accumulation: int = 2
+    num_buckets: int | None = None
     optim: str = "adamw_torch"
     deepspeed: str | None = None
     use_cpu: bool = True
@@ -122,6 +123,8 @@ def _arguments(job: Job, case: Case, world_size: int, folder: str) -> dict[str, 
         "output_dir": folder,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": job.accumulation,
+        "batching": "fixed",
+        "num_buckets": job.num_buckets,
         "max_steps": job.steps,
         "learning_rate": 1e-2,
         # The exact gradient of a key's bias is 0 (softmax does not see it): with Adam's usual 1e-8,

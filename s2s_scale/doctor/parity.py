@@ -31,6 +31,7 @@ def job_for(profile: LauncherProfile, *, families: tuple[str, ...], ranks: int) 
         cases=tuple(Case(family, 0.1) for family in families),
         steps=STEPS,
         rows_per_step=rows,
+        num_buckets=2 if profile.mesh else None,
         deepspeed=str(deepspeed_config_path(path, profile)) if path else None,
         use_cpu=profile.device != "cuda",
     )

@@ -58,6 +58,10 @@ class CompilationWatch:
         if new and (before > 1 or over):
             self._report(use, shape, step=step, before=before, count=count, allowed=allowed)
 
+    def shapes(self, use: str) -> list[tuple[int, ...]]:
+        """The shapes on which ``use`` has run."""
+        return [shape for name, shape in self._uses if name == use]
+
     def skip(self) -> None:
         """What was compiled since the last call belongs to no batch (a log, a checkpoint)."""
         count = self.backend.compilations()[0]

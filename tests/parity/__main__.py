@@ -17,7 +17,7 @@ from rich.table import Table
 
 from s2s_scale.doctor.compare import Deviation
 from s2s_scale.doctor.figures import Job
-from tests.parity.matrix import BOUND, CASES, columns, stock_factors
+from tests.parity.matrix import BOUND, CASES, columns, stock_factors, xla_columns
 
 
 def main() -> int:
@@ -25,12 +25,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each run (20)")
+    parser.add_argument("--xla", action="store_true", help="on virtual XLA devices instead")
     options = parser.parse_args()
-    job = Job(cases=CASES, steps=options.steps)
+    # Rows of a step divide by 2 micro-batches and every number of ranks or devices.
+    job = Job(cases=CASES, steps=options.steps, rows_per_step=32 if options.xla else 24)
+    make = xla_columns if options.xla else columns
     with tempfile.TemporaryDirectory(prefix="s2s-scale-parity-") as scratch:
         found = []
-        for column in columns(job, Path(scratch)):
-            print(f"{column.profile}, {column.ranks} ranks: done", file=sys.stderr)
+        for column in make(job, Path(scratch)):
+            print(f"{column.profile} x {column.ranks}: done", file=sys.stderr)
             found.append(column)
         factors = stock_factors(job, Path(scratch))
     cell = _largest if options.markdown else _each

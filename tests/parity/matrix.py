@@ -12,6 +12,7 @@ import torch
 from s2s_scale.doctor.compare import Deviation, compare
 from s2s_scale.doctor.figures import Case, Figures, Job, read
 from s2s_scale.models.tiny import FAMILY_NAMES
+from s2s_scale.profiles import resolve
 from tests.support.ranks import run_ranks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -30,6 +31,12 @@ COLUMNS = (
     *((profile, 2) for profile in PROFILES),
     *((profile, ranks) for profile in ("cpu-ddp", "cpu-zero2") for ranks in (3, 4)),
 )
+# Profile -> the axis of its mesh. These need torch-xla, and count devices where others count ranks.
+MESHES = {"cpu-xla": "data", "cpu-xla-fsdp": "fsdp"}
+XLA_COLUMNS = (
+    *(("cpu-xla", devices) for devices in (1, 4, 8)),
+    *(("cpu-xla-fsdp", devices) for devices in (4, 8)),
+)
 BOUND = 1e-5
 
 
@@ -42,7 +49,9 @@ class Column:
     deviations: dict[Case, Deviation]
 
 
-def run_jobs(jobs: dict[str, Job], folder: Path, *, backend: str, ranks: int) -> None:
+def run_jobs(
+    jobs: dict[str, Job], folder: Path, *, backend: str, ranks: int, devices: int = 1
+) -> None:
     """Run jobs on so many ranks of this machine; the figures of each go to ``folder / its name``.
 
     One process per rank runs all of them: starting one costs more than a case does.
@@ -52,7 +61,14 @@ def run_jobs(jobs: dict[str, Job], folder: Path, *, backend: str, ranks: int) ->
         job.write(folder / name / "job.json")
     worker = ["-m", "tests.support.parity_worker", backend, *(str(folder / name) for name in jobs)]
     logs = folder / next(iter(jobs))
-    for rank, result in enumerate(run_ranks(worker, ranks=ranks, folder=logs, limit=900)):
+    results = run_ranks(
+        worker,
+        ranks=ranks,
+        folder=logs,
+        limit=900,
+        environment={**resolve("cpu-xla").environment, "CPU_NUM_DEVICES": str(devices)},
+    )
+    for rank, result in enumerate(results):
         assert result.code == 0, f"{backend}, rank {rank}:\n{result.output}"
 
 
@@ -86,6 +102,20 @@ def columns(
         for profile, own in jobs.items():
             pairs = zip(job.cases, read(own, place / profile), expected, strict=True)
             yield Column(profile, ranks, {case: compare(one, two) for case, one, two in pairs})
+
+
+def xla_columns(
+    job: Job, folder: Path, wanted: Iterable[tuple[str, int]] = XLA_COLUMNS
+) -> Iterable[Column]:
+    """As ``columns``, on so many virtual XLA devices; batches have two shapes."""
+    expected = reference(job, folder)
+    own = dataclasses.replace(job, num_buckets=2)
+    for profile, devices in wanted:
+        place = folder / f"{profile}-{devices}"
+        backend = f"xla:{MESHES[profile]}"
+        run_jobs({profile: own}, place, backend=backend, ranks=1, devices=devices)
+        pairs = zip(job.cases, read(own, place / profile), expected, strict=True)
+        yield Column(profile, devices, {case: compare(one, two) for case, one, two in pairs})
 
 
 def stock_factors(job: Job, folder: Path, *, ranks: int = 2) -> dict[Case, float]:

@@ -2,7 +2,8 @@
 
 Each folder has a ``job.json`` and gets its figures.
 
-BACKEND is one of ours, or ``transformers``: its own trainer on the same rows, losses only.
+BACKEND is one of ours, ``xla:AXIS`` for one on a mesh, or ``transformers``: its own trainer on the
+same rows, losses only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def main(name: str, folders: list[Path]) -> None:
     """Run the job in each folder under the backend called ``name``."""
     jobs = {folder: Job.read(folder / "job.json") for folder in folders}
     device = "cpu" if all(job.use_cpu for job in jobs.values()) else "cuda"
-    backend = make_backend("local" if name == "transformers" else name, device)
+    kind, _, axis = name.partition(":")
+    mesh = {axis: -1} if axis else None
+    backend = make_backend("local" if name == "transformers" else kind, device, mesh)
     backend.prepare_process()
     try:
         for folder, job in jobs.items():

@@ -30,9 +30,14 @@ def free_port() -> int:
 
 
 def run_ranks(
-    arguments: list[str], *, ranks: int, folder: Path, limit: float = LIMIT_SECONDS
+    arguments: list[str],
+    *,
+    ranks: int,
+    folder: Path,
+    limit: float = LIMIT_SECONDS,
+    environment: dict[str, str] | None = None,
 ) -> list[RankResult]:
-    """``python ARGUMENTS`` once per rank, with the variables that a launcher sets.
+    """``python ARGUMENTS`` once per rank, with the variables that a launcher sets, and more.
 
     Raises:
         AssertionError: a rank was still running after ``limit`` seconds; all are ended, and the
@@ -42,8 +47,9 @@ def run_ranks(
     logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
     processes = []
     for rank, log in enumerate(logs):
-        environment = {
+        variables = {
             **os.environ,
+            **(environment or {}),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(ranks),
@@ -59,7 +65,7 @@ def run_ranks(
                     [sys.executable, *arguments],
                     stdout=out,
                     stderr=subprocess.STDOUT,
-                    env=environment,
+                    env=variables,
                 )
             )
     _wait(processes, limit)

@@ -1,0 +1,151 @@
+"""One run of our trainer on virtual XLA devices, or on the CPU: what tests/xla looks at.
+
+Usage: python -m tests.support.xla_worker JOB.json. The job: ``backend`` ("xla:data", "xla:fsdp" or
+"local"), ``family``, ``longest`` row, ``rows``, ``arguments`` for training, ``resume`` (a
+checkpoint's folder) and ``evaluate`` (train, then evaluate). Writes ``result.json`` beside the job.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from s2s_scale.backends import Backend, make_backend
+from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.profiles import resolve
+from tests.support.ranks import run_ranks
+from tests.support.training import history, ragged_rows, settings
+
+
+def run_job(job: dict[str, Any], folder: Path, *, devices: int = 4, limit: float = 400) -> Any:
+    """Run a job in a process of its own, on so many virtual devices; what it wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "job.json"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    words = ["-m", "tests.support.xla_worker", str(path)]
+    (result,) = run_ranks(
+        words, ranks=1, folder=folder, limit=limit, environment=virtual_devices(devices)
+    )
+    assert result.code == 0, result.output
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def virtual_devices(count: int) -> dict[str, str]:
+    """The variables of profile cpu-xla, for so many devices."""
+    return {**resolve("cpu-xla").environment, "CPU_NUM_DEVICES": str(count)}
+
+
+class Counter(TrainerCallback):
+    """Compilations so far after each step, and seconds until the first step's end."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.counts: list[int] = []
+        self.seconds: list[float] = []
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.counts.append(self.backend.compilations()[0])
+        self.seconds.append(time.perf_counter() - self.started)
+
+
+def main(path: Path) -> None:
+    """Do the job."""
+    job = json.loads(path.read_text(encoding="utf-8"))
+    kind, _, axis = job["backend"].partition(":")
+    backend = make_backend(kind, "cpu", {axis: -1} if axis else None)
+    backend.prepare_process()
+    try:
+        result = run(job, path.parent, backend)
+        (path.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    finally:
+        backend.close()
+
+
+def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
+    """Train, and tell what it took and gave."""
+    from tests.support.families import tiny_model
+
+    values = settings(folder / "run", **job["arguments"])
+    args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
+    model = tiny_model(job.get("family", "t5"), d_model=32).train()
+    rows = ragged_rows(model, job.get("rows", 200), longest=job.get("longest", 10))
+    counter = Counter(backend)
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows[:21],
+        data_collator=Seq2SeqCollator(model.config.pad_token_id),
+        backend=backend,
+        callbacks=[counter],
+    )
+    trainer.train(resume_from_checkpoint=job.get("resume"))
+    trainer.save_model()
+    metrics = trainer.evaluate() if job.get("evaluate") else {}
+    return {
+        "loss": history(trainer, "loss"),
+        "counts": counter.counts,
+        "seconds": counter.seconds,
+        "compilations": backend.compilations()[0],
+        "shapes": len(trainer._watch.shapes("training")),
+        "evaluation_shapes": len(trainer._watch.shapes("evaluation")),
+        "metrics": {name: value for name, value in metrics.items() if name.endswith("loss")},
+        **(_of_devices(trainer) if job["backend"].startswith("xla") else {}),
+    }
+
+
+def _of_devices(trainer: Seq2SeqTrainer) -> dict[str, Any]:
+    import torch_xla.debug.metrics as metrics
+
+    names = [name for name in metrics.counter_names() if name.startswith("PersistentCache")]
+    return {
+        "held": held_per_device(trainer),
+        "cache": {name: metrics.counter_value(name) for name in names},
+    }
+
+
+def held_per_device(trainer: Seq2SeqTrainer) -> dict[str, Any]:
+    """Bytes of weights and of moments: all, on the first device, and of what cannot be divided."""
+    import torch_xla
+    from torch_xla.distributed.spmd import wrap_if_sharded
+
+    optimizer = trainer.optimizer.optimizer
+    tensors = {
+        "weights": list(trainer.model.parameters()),
+        "moments": [
+            value
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor) and value.device.type == "xla"
+        ],
+    }
+    devices = torch_xla.runtime.global_runtime_device_count()
+    found: dict[str, Any] = {"specs": []}
+    for name, held in tensors.items():
+        whole = first = stuck = 0
+        for tensor in held:
+            size = tensor.numel() * tensor.element_size()
+            spec = torch_xla._XLAC._get_xla_sharding_spec(tensor)
+            divided = "devices=" in spec
+            whole += size
+            first += (
+                wrap_if_sharded(tensor).local_shards[0].data.numel() * tensor.element_size()
+                if divided
+                else size
+            )
+            stuck += 0 if any(length % devices == 0 for length in tensor.shape) else size
+            found["specs"].append(spec)
+        found[name] = {"whole": whole, "first": first, "stuck": stuck}
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
