@@ -1,11 +1,15 @@
 # make demo      train a small translation model on this machine's CPU and look at the result
-# make test      all tests with coverage;   make test-fast   without the slow ones
+# make test      all tests with coverage, in two lanes:
+#                make test-cpu   the newest versions;   make test-fast   of these the quick ones
+#                make test-xla   torch-xla, and the oldest versions that are supported
 # make lint      ruff and mypy
-# make install   the environment alone (the others do it by themselves)
+# make install   the environment of the first lane alone, make install-xla that of the second
+#                (the others do it by themselves)
 #
 # PYTHON   interpreter that .venv is made with (3.10 to 3.13):   make demo PYTHON=python3.12
-# VENV     where the environment lies
-# CONSTRAINTS   exact versions; CONSTRAINTS= (empty) takes the newest that pyproject.toml allows
+# VENV, XLA_VENV   where the environments lie
+# CONSTRAINTS, XLA_CONSTRAINTS   exact versions; CONSTRAINTS= (empty) takes the newest that
+#          pyproject.toml allows
 # WORKERS   how many processes run tests; each starts up to four more (2)
 # PYTEST_ARGS   more arguments for pytest:   make test PYTEST_ARGS='-x -k schedules'
 
@@ -16,38 +20,64 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints/cpu.txt
+XLA_VENV ?= .venv-xla
+XLA_CONSTRAINTS ?= constraints/xla.txt
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
+XLA_BIN := $(XLA_VENV)/bin
 # A file's tests stay together, in their order: they share what is expensive to make.
-PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+RUN_TESTS = -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 STAMP := $(VENV)/.installed
+XLA_STAMP := $(XLA_VENV)/.installed
 CONSTRAIN := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+XLA_CONSTRAIN := $(if $(XLA_CONSTRAINTS),--constraint $(XLA_CONSTRAINTS))
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+XLA_TESTS := tests/xla tests/multiprocess/test_backend_contract.py tests/unit
+REPORTS := --cov-report=term --cov-report=json:.coverage.json
+GATE := -m tests.support.coverage_gate .coverage.json --lines 90
 
-.PHONY: help install demo test test-fast lint format clean
+.PHONY: help install install-xla demo test test-cpu test-xla test-fast lint format clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
 install: $(STAMP)
 
+install-xla: $(XLA_STAMP)
+
 # One stamp, so that a second `make` installs nothing, and a changed requirement installs again.
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
 	@$(BIN)/python -c '' 2>/dev/null || bash constraints/make_venv.sh "$(PYTHON)" "$(VENV)"
-	$(BIN)/python -m pip install -qq --disable-pip-version-check $(CONSTRAIN) --editable '.[dev]'
+	$(BIN)/python $(PIP_INSTALL) $(CONSTRAIN) --editable '.[dev]'
+	@touch $@
+
+$(XLA_STAMP): pyproject.toml setup.py $(XLA_CONSTRAINTS)
+	@$(XLA_BIN)/python -c '' 2>/dev/null || bash constraints/make_venv.sh "$(PYTHON)" "$(XLA_VENV)"
+	$(XLA_BIN)/python $(PIP_INSTALL) $(XLA_CONSTRAIN) --editable '.[xla,test-tools]'
 	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/s2s-scale demo
 
-test: $(STAMP)
+# The second lane's coverage is added to the first one's: neither runs every backend.
+test: $(STAMP) $(XLA_STAMP)
 	rm -f .coverage .coverage.*
-	$(PYTEST) --cov --cov-report=term --cov-report=json:.coverage.json $(PYTEST_ARGS)
-	$(BIN)/python -m tests.support.coverage_gate .coverage.json --lines 90
+	$(XLA_BIN)/python $(RUN_TESTS) --cov --cov-report= $(PYTEST_ARGS) $(XLA_TESTS)
+	$(BIN)/python $(RUN_TESTS) --cov --cov-append $(REPORTS) $(PYTEST_ARGS)
+	$(BIN)/python $(GATE)
+
+test-cpu: $(STAMP)
+	rm -f .coverage .coverage.*
+	$(BIN)/python $(RUN_TESTS) --cov $(REPORTS) $(PYTEST_ARGS)
+	$(BIN)/python $(GATE) --without s2s_scale/backends/xla.py s2s_scale/trainer/graphs.py
+
+test-xla: $(XLA_STAMP)
+	$(XLA_BIN)/python $(RUN_TESTS) $(PYTEST_ARGS) $(XLA_TESTS)
 
 test-fast: $(STAMP)
-	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python $(RUN_TESTS) -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -31,3 +31,21 @@ def test_nothing_measured_is_an_error():
     totals = {"covered_lines": 0, "num_statements": 0, "covered_branches": 0, "num_branches": 0}
     with pytest.raises(ValueError, match="nothing was measured"):
         coverage({"totals": totals})
+
+
+def test_files_whose_library_is_missing_do_not_count():
+    part = {
+        "num_statements": 100,
+        "covered_lines": 20,
+        "num_branches": 10,
+        "covered_branches": 0,
+    }
+    whole = {
+        "num_statements": 300,
+        "covered_lines": 200,
+        "num_branches": 50,
+        "covered_branches": 30,
+    }
+    report = {"totals": whole, "files": {"a.py": {"summary": part}}}
+    assert coverage(report) == (pytest.approx(200 / 3), 60.0)
+    assert coverage(report, ["a.py"]) == (90.0, 75.0)

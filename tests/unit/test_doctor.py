@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from s2s_scale.doctor import checks
 from s2s_scale.doctor.checks import Patient, examine
 from s2s_scale.doctor.compare import compare
 from s2s_scale.doctor.figures import Case, Figures, Job
-from s2s_scale.profiles import resolve
+from s2s_scale.profiles import missing_packages, resolve
 
 
 def findings(check, profile="cpu", **more):
@@ -21,14 +23,19 @@ def findings(check, profile="cpu", **more):
 
 
 def test_this_machine_is_fit_for_the_cpu_profiles(tmp_path):
-    for profile in ("cpu", "cpu-oss", "cpu-zero2-offload"):
-        found = examine(Patient(resolve(profile), output_dir=tmp_path))
+    # torch-xla needs a torch of its own: each environment has the packages of some of them.
+    wanted = map(resolve, ("cpu", "cpu-oss", "cpu-zero2-offload", "cpu-xla"))
+    usable = [profile for profile in wanted if not missing_packages(profile)]
+    assert len(usable) >= 2
+    for profile in usable:
+        found = examine(Patient(profile, output_dir=tmp_path))
         problems = [entry for entry in found if not entry.ok]
         assert not problems
         assert len(found) >= 8
 
 
 def test_the_command_prints_a_table_and_an_exit_code(capsys, tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed (extra: deepspeed)")
     assert cli.main(["doctor", "--profile", "cpu-zero2", "--output_dir", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     for what in ("deepspeed", "CPU cores", "shared memory", "network", "disk", "g++"):
@@ -53,6 +60,7 @@ def test_versions_that_are_too_old_or_missing(monkeypatch):
 
 
 def test_no_compiler(monkeypatch):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed (extra: deepspeed)")
     monkeypatch.setattr(checks.shutil, "which", lambda tool, path=None: None)
     found = findings(checks.op_builds, "cpu-zero2")
     assert {name for name, entry in found.items() if not entry.ok} == {
@@ -60,6 +68,39 @@ def test_no_compiler(monkeypatch):
         "ninja (DeepSpeed compiles)",
     }
     assert findings(checks.op_builds, "cpu") == {}
+
+
+def test_tpu_chips_and_who_holds_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(checks, "tpu_chips", list)
+    (found,) = findings(checks.devices, "tpu-vm").values()
+    assert not found.ok and "--profile cpu-xla" in found.remedy
+    chip = tmp_path / "accel0"
+    chip.write_text("")
+    monkeypatch.setattr(checks, "tpu_chips", lambda: [chip])
+    assert all(entry.ok for entry in findings(checks.devices, "tpu-vm").values())
+    with chip.open() as held:
+        assert checks.holders([chip]) == [], "this process itself does not count"
+        process = subprocess.Popen(
+            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held.fileno()]
+        )
+        try:
+            found = findings(checks.devices, "tpu-vm")["TPU held by"]
+            assert found.found.startswith(f"process {process.pid} (")
+            assert found.remedy == f"end it first: kill {process.pid}"
+        finally:
+            process.communicate(b"")
+
+
+def test_torch_and_torch_xla_fit_each_other(monkeypatch):
+    versions = {"torch": "2.9.1+cu128", "torch_xla": "2.8.0", "libtpu": "0.0.21"}
+    monkeypatch.setattr(checks, "version", lambda name: versions[name])
+    monkeypatch.setattr(checks, "find_spec", lambda name: True)
+    monkeypatch.setattr(checks, "_xla_devices", lambda profile: checks.Finding("XLA devices", "8"))
+    found = findings(checks.xla_parts, "tpu-vm")
+    assert "must be the same version" in found["torch and torch-xla"].remedy
+    versions["torch_xla"] = "2.9.0"
+    assert all(entry.ok for entry in findings(checks.xla_parts, "tpu-vm").values())
+    assert findings(checks.xla_parts, "cpu") == {}
 
 
 def test_little_room(monkeypatch, tmp_path):

@@ -1,0 +1,187 @@
+"""What backend xla is made of that needs no XLA device: mesh, AdamW, prefetching, processes."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from s2s_scale.backends import make_backend
+from s2s_scale.backends.graph_adamw import GraphAdamW
+from s2s_scale.backends.mesh import divided_dimension, mesh_lengths
+from s2s_scale.backends.prefetch import BATCHES_AHEAD, ahead
+from s2s_scale.errors import UserError
+from s2s_scale.trainer.compilations import CompilationWatch, RecompilationError, batch_shape
+
+
+@pytest.mark.parametrize(
+    ("wanted", "devices", "lengths"),
+    [
+        ({"data": -1}, 8, (8, 1)),
+        ({"fsdp": -1}, 8, (1, 8)),
+        ({"data": 2, "fsdp": -1}, 8, (2, 4)),
+        ({"data": 4, "fsdp": 2}, 8, (4, 2)),
+        ({"data": -1}, 1, (1, 1)),
+    ],
+)
+def test_mesh_lengths(wanted, devices, lengths):
+    assert mesh_lengths(wanted, devices) == lengths
+
+
+@pytest.mark.parametrize(
+    ("wanted", "devices"),
+    [
+        ({"data": 3}, 8),
+        ({"data": -1, "fsdp": -1}, 4),
+        ({"rows": -1}, 4),
+        ({"data": 3, "fsdp": -1}, 8),
+    ],
+)
+def test_a_mesh_that_does_not_fit(wanted, devices):
+    with pytest.raises(UserError, match=f"for {devices} devices: expected the axes data and fsdp"):
+        mesh_lengths(wanted, devices)
+
+
+def test_the_longest_dimension_that_divides_is_divided():
+    assert divided_dimension((96, 16), 4) == 0
+    assert divided_dimension((16, 96), 4) == 1
+    assert divided_dimension((97, 16), 4) == 1
+    assert divided_dimension((97, 3), 4) is None
+    assert divided_dimension((2,), 4) is None
+    assert divided_dimension((), 4) is None
+    assert divided_dimension((96, 16), 1) is None
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_is_torchs(weight_decay):
+    torch.manual_seed(0)
+    ours = [torch.randn(5, 3, requires_grad=True), torch.randn(4, requires_grad=True)]
+    theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
+    options = {"weight_decay": weight_decay, "betas": (0.9, 0.98), "eps": 1e-6}
+    made = [GraphAdamW(ours, lr=1e-2, **options), torch.optim.AdamW(theirs, lr=1e-2, **options)]
+    for step in range(20):
+        for optimizer in made:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 * (step % 7)  # 0 at the first step, as in a warm-up
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in made:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    saved, expected = (optimizer.state_dict()["state"][0] for optimizer in made)
+    assert set(saved) == set(expected)
+    assert float(saved["step"]) == float(expected["step"]) == 20
+
+
+def test_items_come_in_order_from_a_thread_that_stops():
+    made = []
+
+    def items():
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    assert list(ahead(items())) == list(range(100))
+    made.clear()
+    part = ahead(items())
+    assert [next(part) for _ in range(3)] == [0, 1, 2]
+    part.close()
+    for thread in threading.enumerate():
+        if thread.name == "batches":
+            thread.join(5)
+            assert not thread.is_alive()
+    assert len(made) <= 3 + BATCHES_AHEAD + 1
+
+
+def test_an_error_in_the_thread_is_raised_where_items_are_read():
+    def items():
+        yield 1
+        raise UserError("row 7 is damaged")
+
+    reader = ahead(items())
+    assert next(reader) == 1
+    with pytest.raises(UserError, match="row 7 is damaged"):
+        next(reader)
+
+
+@pytest.mark.parametrize("mesh", [{"data": -1}, {}])
+def test_shares_of_hosts_and_of_devices(monkeypatch, mesh):
+    """With a mesh a share is a host's; without one, a device's."""
+    runtime = SimpleNamespace(
+        process_index=lambda: 1,
+        process_count=lambda: 2,
+        addressable_runtime_device_count=lambda: 4,
+        global_ordinal=lambda: 5,
+        world_size=lambda: 8,
+    )
+    package = SimpleNamespace(runtime=runtime)
+    monkeypatch.setitem(sys.modules, "torch_xla", package)
+    monkeypatch.setitem(sys.modules, "torch_xla.runtime", runtime)
+    backend = make_backend("xla", "tpu", mesh)
+    share = (backend.data_rank, backend.data_world_size, backend.rows_multiple)
+    assert share == ((1, 2, 4) if mesh else (5, 8, 1))
+    assert backend.static_shapes and backend.averaged_ranks == 1
+
+
+def test_settings_that_would_do_nothing_on_xla_devices_are_refused():
+    backend = make_backend("xla", "cpu", {"data": -1})
+    values = {"fp16": True, "torch_compile": True, "optim": "adamw_torch_fused", "bf16": True}
+    with pytest.raises(UserError) as caught:
+        backend.training_overrides(values, trains=True)
+    assert [problem.split("=")[0] for problem in caught.value.problems] == [
+        "fp16",
+        "torch_compile",
+        "optim",
+    ]
+    found = backend.training_overrides({"bf16": True, "use_cpu": True}, trains=True)
+    assert found["optim"] == "adamw_torch" and "bf16" not in found and "use_cpu" not in found
+
+
+class Counted:
+    """A backend that has compiled ``count`` graphs."""
+
+    count = 0
+
+    def compilations(self):
+        return self.count, 0.0
+
+
+def test_a_compilation_after_warm_up_is_reported_with_its_shape(caplog):
+    backend = Counted()
+    watch = CompilationWatch(backend, limit=None, strict=False)
+    for step in range(1, 6):
+        backend.count = 1
+        watch.ran("training", (8, 16, 24), step=step)
+    assert not caplog.records
+    backend.count = 2
+    watch.skip()  # a log
+    watch.ran("training", (8, 16, 24), step=6)
+    assert not caplog.records
+    backend.count = 3
+    watch.ran("training", (8, 16, 24), step=7)
+    (record,) = caplog.records
+    assert "step 7: training on rows x source x target = 8 x 16 x 24 was compiled" in record.message
+    assert "used 6 times" in record.message
+    assert watch.shapes("training") == [(8, 16, 24)]
+
+
+def test_strict_stops_at_the_limit():
+    backend = Counted()
+    watch = CompilationWatch(backend, limit=1, strict=True)
+    backend.count = 1
+    watch.ran("training", (8, 16, 24), step=1)
+    backend.count = 2
+    with pytest.raises(RecompilationError, match="at most 1 .--max_compilations.; keep shapes few"):
+        watch.ran("training", (8, 32, 24), step=2)
+
+
+def test_shape_of_a_batch():
+    batch = {"input_ids": torch.ones(3, 5), "labels": torch.ones(3, 7), "attention_mask": None}
+    assert batch_shape(batch) == (3, 5, 7)
+    assert batch_shape({"input_ids": torch.ones(3, 5)}) == (3, 5)
+    assert batch_shape({}) == ()
