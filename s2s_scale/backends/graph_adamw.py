@@ -14,47 +14,65 @@ class GraphAdamW(torch.optim.AdamW):
 
     torch hands learning rate and bias corrections over as Python numbers. torch-xla keeps one
     datum for equal numbers, so that where two happen to be equal (a rate of 0 makes the decay 1)
-    the whole step is another graph, which is compiled for itself.
+    the whole step is another graph, which is compiled for itself. The number of steps is counted
+    on the device, once for all parameters of a group, so that a step which is undone there is not
+    counted either.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            numbers: dict[float, Tensor] = {}
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter] or self._new_state(parameter)
-                state["step"] += 1
-                count = float(state["step"])
-                if count not in numbers:
-                    numbers[count] = _adam_numbers(group, count).to(parameter.device)
-                _adam_update(parameter, state, group, numbers[count])
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            count = self.count_of(parameters)
+            count += 1
+            numbers = _numbers(group, count)
+            for parameter in parameters:
+                _update(parameter, self.state[parameter], group, numbers)
 
-    def _new_state(self, parameter: Tensor) -> dict[str, Any]:
-        self.state[parameter] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-        return self.state[parameter]
+    def count_of(self, parameters: list[Tensor]) -> Tensor:
+        """The parameters' number of steps, an fp64 scalar on their device that all of them share.
+
+        Makes the state of those that have none.
+        """
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float64),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        shared: Tensor = self.state[parameters[0]]["step"].to(parameters[0].device, torch.float64)
+        for parameter in parameters:
+            self.state[parameter]["step"] = shared
+        return shared
 
 
-def _adam_numbers(group: Mapping[str, Any], count: float) -> Tensor:
-    """Decay factor, step size and the root of the second bias correction, fp32 [3]."""
+def _numbers(group: Mapping[str, Any], count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decay factor, step size and the root of the second bias correction, fp32 scalars.
+
+    Reckoned in fp64, as torch does in Python: 1 - 0.999 has five digits in fp32.
+    """
     (beta1, beta2), rate = group["betas"], group["lr"]
-    step_size = rate / (1 - beta1**count)
-    return torch.tensor([1 - rate * group["weight_decay"], step_size, (1 - beta2**count) ** 0.5])
+    data = torch.tensor([rate, 1 - rate * group["weight_decay"]], dtype=torch.float64)
+    rates = data.to(count.device)
+    step_size = rates[0] / (1 - beta1**count)
+    root = (1 - beta2**count).sqrt()
+    return rates[1].float(), step_size.float(), root.float()
 
 
-def _adam_update(
-    parameter: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], numbers: Tensor
+def _update(
+    parameter: Tensor,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    numbers: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Decoupled weight decay (Loshchilov and Hutter 2019), in torch's order of operations."""
-    beta1, beta2 = group["betas"]
+    (beta1, beta2), (decay, step_size, root) = group["betas"], numbers
     gradient = parameter.grad
     assert gradient is not None
     state["exp_avg"].lerp_(gradient, 1 - beta1)
     state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    spread = (state["exp_avg_sq"].sqrt() / numbers[2]).add_(group["eps"])
-    parameter.mul_(numbers[0]).sub_(numbers[1] * state["exp_avg"] / spread)
+    spread = (state["exp_avg_sq"].sqrt() / root).add_(group["eps"])
+    parameter.mul_(decay).sub_(step_size * state["exp_avg"] / spread)

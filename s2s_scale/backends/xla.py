@@ -291,7 +291,8 @@ class XlaBackend(LocalBackend):
 
     def forget_steps(self, optimizer: Any, count: int) -> None:
         for state in _innermost(optimizer).state.values():
-            if "step" in state:
+            on_device = isinstance(state.get("step"), Tensor)  # and undone there (GraphAdamW)
+            if "step" in state and not on_device:
                 state["step"] -= count
 
     def compilations(self) -> tuple[int, float]:
@@ -396,8 +397,9 @@ def _innermost(optimizer: Any) -> Any:
 
 
 def _state_tensors(optimizer: Any) -> list[Tensor]:
+    """The state's tensors, each once."""
     values = chain.from_iterable(state.values() for state in optimizer.state.values())
-    return [value for value in values if isinstance(value, Tensor)]
+    return list({id(value): value for value in values if isinstance(value, Tensor)}.values())
 
 
 def _make_state(optimizer: Any) -> None:
@@ -407,6 +409,9 @@ def _make_state(optimizer: Any) -> None:
     (torch.distributed.checkpoint does the same).
     """
     if optimizer.state:
+        if isinstance(optimizer, GraphAdamW):  # a checkpoint's counts come in CPU tensors
+            for group in optimizer.param_groups:
+                optimizer.count_of([p for p in group["params"] if p in optimizer.state])
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -453,7 +458,8 @@ def _fetch(tensor: Tensor) -> Tensor:
 
 def _on_cpu(state: Any) -> Any:
     if isinstance(state, Tensor):
-        return _fetch(state)
+        made = _fetch(state)
+        return made.float() if made.dtype == torch.float64 else made  # torch's counts are fp32
     return {k: _on_cpu(v) for k, v in state.items()} if isinstance(state, dict) else state
 
 

@@ -2,7 +2,8 @@
 
 Usage: python -m tests.support.xla_worker JOB.json. The job: ``backend`` ("xla:data", "xla:fsdp" or
 "local"), ``family``, ``longest`` row, ``rows``, ``arguments`` for training, ``resume`` (a
-checkpoint's folder) and ``evaluate`` (train, then evaluate). Writes ``result.json`` beside the job.
+checkpoint's folder), ``evaluate`` (train, then evaluate) and ``nan_at_step`` (the loss of that step
+is not finite). Writes ``result.json`` beside the job.
 """
 
 from __future__ import annotations
@@ -35,6 +36,20 @@ def run_job(job: dict[str, Any], folder: Path, *, devices: int = 4, limit: float
     )
     assert result.code == 0, result.output
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+class Poisoned(Seq2SeqTrainer):
+    """Our trainer, whose loss is not finite at one step."""
+
+    def __init__(self, *args: Any, nan_at_step: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.nan_at_step = nan_at_step
+
+    def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss, logits = super()._compute_loss(*args, **kwargs)
+        if self.is_in_train and self.state.global_step + 1 == self.nan_at_step:
+            loss = loss * float("nan")
+        return loss, logits
 
 
 def virtual_devices(count: int) -> dict[str, str]:
@@ -78,7 +93,8 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
     model = tiny_model(job.get("family", "t5"), d_model=32).train()
     rows = ragged_rows(model, job.get("rows", 200), longest=job.get("longest", 10))
     counter = Counter(backend)
-    trainer = Seq2SeqTrainer(
+    trainer = Poisoned(
+        nan_at_step=job.get("nan_at_step"),
         model=model,
         args=args,
         train_dataset=rows,
@@ -97,6 +113,8 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
         "compilations": backend.compilations()[0],
         "shapes": len(trainer._watch.shapes("training")),
         "evaluation_shapes": len(trainer._watch.shapes("evaluation")),
+        "nonfinite": trainer._guard.steps,
+        "final": [float(value.double().sum()) for value in backend.full_weights(model).values()],
         "metrics": {name: value for name, value in metrics.items() if name.endswith("loss")},
         **(_of_devices(trainer) if job["backend"].startswith("xla") else {}),
     }

@@ -60,6 +60,39 @@ def test_without_a_mesh_axis_for_them_weights_are_whole(tmp_path):
     assert held["weights"]["first"] == held["weights"]["whole"] > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        ({"optim": "adafactor"}, 1e-5),
+        ({"gradient_checkpointing": True}, 1e-5),
+        ({"bf16": True}, 2e-2),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options_give_what_they_give_on_a_cpu(tmp_path, options, bound):
+    """bf16 is held against fp32: it must be near, and not the same."""
+    arguments = {**ARGUMENTS, "num_buckets": 1, "max_steps": 4, **options}
+    found = run_job({"backend": "xla:fsdp", "arguments": arguments}, tmp_path / "xla")["loss"]
+    exact = {name: value for name, value in arguments.items() if name != "bf16"}
+    expected = run_job({"backend": "local", "arguments": exact}, tmp_path / "cpu")["loss"]
+    assert len(found) == 4
+    assert found == pytest.approx(expected, rel=bound)
+    if "bf16" in options:
+        assert found != pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_reported_at_the_next_log(tmp_path):
+    arguments = {**ARGUMENTS, "num_buckets": 1, "max_steps": 6, "logging_steps": 3}
+    job = {"arguments": arguments, "nan_at_step": 2}
+    results = {
+        name: run_job({**job, "backend": backend}, tmp_path / name)
+        for name, backend in (("xla", "xla:data"), ("cpu", "local"))
+    }
+    assert results["xla"]["nonfinite"] == results["cpu"]["nonfinite"] == [2]
+    assert results["xla"]["metrics"] == {}
+    assert results["xla"]["final"] == pytest.approx(results["cpu"]["final"], rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def saved_runs(tmp_path_factory):
     """Six steps under each backend, saved after three, and each one's rest under the other."""
