@@ -141,8 +141,8 @@ def held_per_device(trainer: Seq2SeqTrainer) -> dict[str, Any]:
         "moments": [
             value
             for state in optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor) and value.device.type == "xla"
+            for name, value in state.items()
+            if name != "step" and value.device.type == "xla"
         ],
     }
     devices = torch_xla.runtime.global_runtime_device_count()
