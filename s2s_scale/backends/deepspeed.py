@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from s2s_scale.backends.build_locks import extensions_folder, remove_abandoned_locks
 from s2s_scale.backends.local import LocalBackend, whole
 from s2s_scale.deepspeed_config import (
     contradictions,
@@ -57,6 +58,7 @@ class DeepSpeedBackend(LocalBackend):
         backend = "nccl" if self.device == "cuda" else "gloo"
         if not dist.is_initialized():
             dist.init_process_group(backend)
+        remove_abandoned_locks(extensions_folder())
         import deepspeed
 
         # Before a model is built: ZeRO 3 takes the number of ranks from DeepSpeed's own group.

@@ -16,6 +16,7 @@ from pathlib import Path
 from s2s_scale.deepspeed_config import offloads_optimizer, read_config
 from s2s_scale.errors import UserError
 from s2s_scale.hostfile import read_hostfile
+from s2s_scale.processes import holders
 from s2s_scale.profiles import (
     LauncherProfile,
     cuda_devices,
@@ -140,25 +141,6 @@ def _tpu() -> Iterator[Finding]:
         ", ".join(f"process {pid} ({name})" for pid, name in others) or "nobody",
         f"end it first: kill {others[0][0]}" if others else "",
     )
-
-
-def holders(files: Sequence[Path], proc: Path = Path("/proc")) -> list[tuple[int, str]]:
-    """(pid, name) of every process, this one left out, that has one of ``files`` open.
-
-    Only processes that this user may look into are seen.
-    """
-    wanted = {str(path) for path in files}
-    found = []
-    for folder in sorted(proc.glob("[0-9]*"), key=lambda path: int(path.name)):
-        if int(folder.name) == os.getpid():
-            continue
-        try:
-            held = {os.readlink(link) for link in (folder / "fd").iterdir()}
-        except OSError:  # it ended, or is another user's
-            continue
-        if held & wanted:
-            found.append((int(folder.name), (folder / "comm").read_text().strip()))
-    return found
 
 
 def xla_parts(patient: Patient) -> Iterator[Finding]:

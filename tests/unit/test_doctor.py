@@ -15,6 +15,7 @@ from s2s_scale.doctor import checks
 from s2s_scale.doctor.checks import Patient, examine
 from s2s_scale.doctor.compare import compare
 from s2s_scale.doctor.figures import Case, Figures, Job
+from s2s_scale.processes import holders
 from s2s_scale.profiles import missing_packages, resolve
 
 
@@ -79,7 +80,7 @@ def test_tpu_chips_and_who_holds_them(monkeypatch, tmp_path):
     monkeypatch.setattr(checks, "tpu_chips", lambda: [chip])
     assert all(entry.ok for entry in findings(checks.devices, "tpu-vm").values())
     with chip.open() as held:
-        assert checks.holders([chip]) == [], "this process itself does not count"
+        assert holders([chip]) == [], "this process itself does not count"
         process = subprocess.Popen(
             [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held.fileno()]
         )

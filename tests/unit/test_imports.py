@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "s2s_scale"
 LAYERS = (
     {"errors"},
     {"config", "settings", "linear_loss", "losses", "schedules", "optimizers"},
-    {"lines", "reports", "supervision", "watchdog"},
+    {"lines", "processes", "reports", "supervision", "watchdog"},
     {
         "deepspeed_config",
         "hostfile",
