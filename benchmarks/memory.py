@@ -43,6 +43,7 @@ SAFE_SHARE = 0.6
 STOCK_COPIES = {0.0: 3, 0.1: 5}
 """About how many tensors of N * V values transformers' side holds at once (to judge the above)."""
 MIB = 2**20
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
@@ -88,7 +89,9 @@ SIDES: dict[str, Loss] = {
 }
 
 
-def measure(side: str, *, tokens: int, vocabulary: int, smoothing: float, bf16: bool) -> None:
+def measure(
+    side: str, *, tokens: int, vocabulary: int, smoothing: float, bf16: bool, clock: str
+) -> None:
     """In a process of its own: print peak growth in bytes, seconds and the loss, as JSON."""
     generator = torch.Generator().manual_seed(0)
     rows = tokens // ROW
@@ -110,9 +113,9 @@ def measure(side: str, *, tokens: int, vocabulary: int, smoothing: float, bf16: 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     value = run(rows)
     peak = _memory("VmHWM") - before
-    started = time.perf_counter()
+    started = CLOCKS[clock]()
     run(rows)
-    seconds = time.perf_counter() - started
+    seconds = CLOCKS[clock]() - started
     print(json.dumps({"bytes": peak, "seconds": seconds, "loss": value}))
 
 
@@ -146,7 +149,7 @@ def fits(tokens: int, vocabulary: int, smoothing: float) -> bool:
 def case(tokens: int, vocabulary: int, options: argparse.Namespace) -> list[str]:
     """A row of the table."""
     words = {"vocabulary": str(vocabulary), "smoothing": str(options.smoothing)}
-    words["precision"] = options.precision
+    words |= {"precision": options.precision, "clock": options.clock}
     smaller = tokens
     while not fits(smaller, vocabulary, options.smoothing):
         smaller //= 2
@@ -201,6 +204,12 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, nargs="+", default=VOCABULARIES, help="V")
     parser.add_argument("--smoothing", type=float, default=0.1, choices=STOCK_COPIES)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=CLOCKS,
+        help="cpu: seconds of all threads together, where others use the machine as well",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="alternations (5)")
     parser.add_argument("--quick", action="store_true", help="one alternation, N = 2,048")
     options = parser.parse_args()
@@ -211,14 +220,15 @@ def main() -> None:
             vocabulary=options.vocabulary[0],
             smoothing=options.smoothing,
             bf16=options.precision == "bf16",
+            clock=options.clock,
         )
         return
     if options.quick:
         options.repeats, options.tokens = 1, TOKENS[:1]
     table = Table(
         title=f"loss part, D {WIDTH}, smoothing {options.smoothing:g}, {options.precision}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, median of "
-        f"{options.repeats}"
+        f"{torch.get_num_threads()} threads, {options.clock} time, torch {torch.__version__}, "
+        f"median of {options.repeats}"
     )
     heads = ("N", "V", "transformers MiB", "ours MiB", "ratio", "transformers s", "ours s", "ratio")
     for head in (*heads, "torch's own MiB / s"):

@@ -39,6 +39,10 @@ class Family:
     #: the module that turns hidden states into logits, and what the model adds to these (a buffer)
     output_projection: str = "lm_head"
     logits_bias: str | None = "final_logits_bias"
+    #: attention takes masks of queries and keys only when its modules are given them directly, and
+    #: position embeddings give pads a place of their own, before the first
+    masks_in_attention: bool = False
+    positions_skip_pads: bool = False
     #: the forward pass masks the decoder's future only when told ``use_cache=False``
     needs_use_cache_off: bool = False
     #: activations grow beyond fp16's largest number (65,504): training gives inf and NaN
@@ -66,6 +70,8 @@ FAMILIES: dict[str, Family] = {
             decoder_inputs="wrap_last_token",
             output_projection="model.decoder.output_projection",
             logits_bias=None,
+            masks_in_attention=True,
+            positions_skip_pads=True,
             needs_use_cache_off=True,
         ),
         Family("pegasus"),

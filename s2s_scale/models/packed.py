@@ -1,0 +1,149 @@
+"""Several pairs in one row on stock models: each attends to itself, and counts its own positions.
+
+A packed row holds pairs one after the other. ``segments`` say which pair each position belongs to:
+1, 2, … from left to right, in source and target alike, and 0 for pads. For the span of one call the
+modules that look at positions, and those that build attention masks, get values made from the
+segments; everything else is the model's own code, called as ever.
+
+Shapes: R packed rows, S source positions, T target positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from s2s_scale.errors import UserError
+from s2s_scale.models.families import FAMILIES
+
+
+def positions_within(segments: Tensor) -> Tensor:
+    """Each position's number in its segment, from 0, for ``segments`` [R, S]."""
+    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return places - places.masked_fill(~begins, 0).cummax(dim=1).values
+
+
+def same_segment(queries: Tensor, keys: Tensor, *, causal: bool = False) -> Tensor:
+    """Bool [R, 1, Q, K]: which ``keys`` [R, K] each of ``queries`` [R, Q] may look at."""
+    mask = queries.unsqueeze(2) == keys.unsqueeze(1)
+    if causal:
+        mask = mask.tril()
+    return mask.unsqueeze(1)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as numbers added to attention scores: 0 where it is true, else hugely negative.
+
+    Half of the lowest number, not infinity: a pad that may look at nothing would become NaN.
+    """
+    lowest = torch.finfo(dtype).min / 2
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
+
+
+class PackedModel:
+    """Runs a stock ``model`` on packed rows.
+
+    Raises:
+        UserError: the model's family is not in the table.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        family = FAMILIES.get(model.config.model_type)
+        if family is None:
+            raise UserError(
+                f"batching=packed: models of type '{model.config.model_type}' cannot be packed; "
+                f"expected one of {', '.join(sorted(FAMILIES))}; use --batching tokens"
+            )
+        self.model, self._family = model, family
+
+    @contextmanager
+    def packs(self, source: Tensor, target: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Context of one call of the model; gives keywords that this call needs beside token ids.
+
+        ``source`` [R, S] and ``target`` [R, T] are segments. The model gets no masks but these.
+        """
+        device = source.device.type
+        low = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if low else self.model.dtype
+        encoder = additive(same_segment(source, source), dtype)
+        decoder = additive(same_segment(target, target, causal=True), dtype)
+        cross = additive(same_segment(target, source), dtype)
+        with ExitStack() as replaced:
+            for side, segments in (("encoder", source), ("decoder", target)):
+                self._place(replaced, getattr(self._parts, side), segments)
+            if self._family.masks_in_attention:
+                self._mask_attention(replaced, encoder, decoder, cross)
+                yield {}
+            else:
+                replaced.enter_context(
+                    _replaced(self._parts.encoder, _with(attention_mask=encoder))
+                )
+                yield {"attention_mask": cross, "decoder_attention_mask": decoder}
+
+    @property
+    def _parts(self) -> Any:
+        """The module that holds ``encoder`` and ``decoder``."""
+        return self.model if hasattr(self.model, "encoder") else self.model.model
+
+    def _place(self, replaced: ExitStack, side: Any, segments: Tensor) -> None:
+        """Positions that begin anew with each pair; relative ones (T5) do that by themselves."""
+        module = getattr(side, "embed_positions", None)
+        if module is None:
+            return
+        positions = positions_within(segments)
+        if self._family.positions_skip_pads:
+            positions = (positions + 1).masked_fill(segments == 0, 0) + module.padding_idx
+
+        def embedded(original: Callable[..., Tensor], *_args: Any, **_options: Any) -> Tensor:
+            del original
+            offset = getattr(module, "offset", 0)
+            return nn.Embedding.forward(module, positions + offset)
+
+        replaced.enter_context(_replaced(module, embedded))
+
+    def _mask_attention(
+        self, replaced: ExitStack, encoder: Tensor, decoder: Tensor, cross: Tensor
+    ) -> None:
+        """Masks for attention modules that get no mask of both queries and keys otherwise."""
+        for layer in self._parts.encoder.layers:
+            masked = _with(attn_mask=encoder, key_padding_mask=None)
+            replaced.enter_context(_replaced(layer.self_attn, masked))
+        for layer in self._parts.decoder.layers:
+            for module, mask in ((layer.self_attn, decoder), (layer.encoder_attn, cross)):
+                masked = _with(attn_mask=mask, key_padding_mask=None)
+                replaced.enter_context(_replaced(module, masked))
+
+
+def _with(**fixed: Any) -> Callable[..., Any]:
+    """A call of the original with these keywords, whatever the caller gave for them."""
+
+    def call(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        return original(*args, **{**options, **fixed})
+
+    return call
+
+
+@contextmanager
+def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """``forward`` in the place of the module's own, which it gets as its first argument."""
+    before = vars(module).get("forward")
+    original = module.forward
+
+    def call(*args: Any, **options: Any) -> Any:
+        return forward(original, *args, **options)
+
+    module.forward = call
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
