@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -59,6 +60,7 @@ class DeepSpeedBackend(LocalBackend):
         if not dist.is_initialized():
             dist.init_process_group(backend)
         remove_abandoned_locks(extensions_folder())
+        _own_tools_first()
         import deepspeed
 
         # Before a model is built: ZeRO 3 takes the number of ranks from DeepSpeed's own group.
@@ -119,6 +121,18 @@ class DeepSpeedBackend(LocalBackend):
     def generation(self, model: nn.Module) -> Iterator[Mapping[str, Any]]:
         # Under ZeRO 3 every rank must run every forward pass, also those that have finished.
         yield {"synced_gpus": True} if zero_stage(self._config) == 3 else {}
+
+
+def _own_tools_first() -> None:
+    """Compile with the ninja that pip has put beside this Python, activated or not.
+
+    Another version does not know its commands again, and every op would be compiled anew whenever
+    a run finds another one first on PATH.
+    """
+    beside = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != beside:
+        os.environ["PATH"] = os.pathsep.join((beside, path))
 
 
 def _cpu_adam(groups: list[dict[str, Any]], options: Mapping[str, Any]) -> Optimizer:

@@ -1,0 +1,23 @@
+"""DeepSpeed compiles its ops with one and the same ninja, whatever the shell's PATH."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from s2s_scale.backends import deepspeed
+
+
+def test_the_ninja_beside_this_python_comes_first_and_once(tmp_path, monkeypatch):
+    other = tmp_path / "ninja"
+    other.write_text("#!/bin/sh\n", encoding="utf-8")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin")
+    assert shutil.which("ninja") == str(other)
+    for _ in range(2):
+        deepspeed._own_tools_first()
+    beside = Path(sys.executable).parent
+    assert os.environ["PATH"].split(os.pathsep) == [str(beside), str(tmp_path), "/usr/bin"]
+    assert shutil.which("ninja") == str(beside / "ninja")
