@@ -29,6 +29,8 @@ DEFAULT_TOKENS_PER_STEP = 32_768
 DEFAULT_GROUPS_PER_STEP = 4
 DEFAULT_BUCKETS = 8
 DEFAULT_HANG_SECONDS = 600.0
+CHECKPOINT_FORMATS = ("portable", "native")
+CHANGES = ("data", "tokenizer", "seed", "step_size", "loss", "optimizer", "schedule")
 METRICS = ("bleu", "chrf", "rouge", "exact_match")
 
 
@@ -307,4 +309,26 @@ class TrainingExtras:
     )
     overwrite_output_dir: bool = setting(
         False, "output", "Start afresh in an output folder that holds an earlier run."
+    )
+    checkpoint_format: str = setting(
+        "portable",
+        "output",
+        "'portable': any backend goes on from it, at any number of processes. 'native': the "
+        "backend's own format, read back by the same backend at the same number of processes.",
+        choices=CHECKPOINT_FORMATS,
+    )
+    accept_changes: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": Help(
+                "Go on from a checkpoint although these have changed since.", group="output"
+            ),
+            "choices": CHANGES,
+        },
+    )
+    save_in_background: bool = setting(
+        False,
+        "output",
+        "Write portable checkpoints while training goes on; it waits only until everything is "
+        "copied to host memory, which the copy then fills until it is written.",
     )

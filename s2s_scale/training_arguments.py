@@ -12,6 +12,8 @@ from transformers.training_args import OptimizerNames
 
 from s2s_scale.config import (
     BATCHING_MODES,
+    CHANGES,
+    CHECKPOINT_FORMATS,
     DEFAULT_GROUPS_PER_STEP,
     DEFAULT_TOKENS_PER_STEP,
     LINEAR_CROSS_ENTROPY,
@@ -71,6 +73,7 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
         self._resolve_optimizer(problems)
         self._resolve_batching(problems)
         self._check_ranges(problems)
+        self._check_checkpoints(problems)
         raise_problems(problems)
         super().__post_init__()
         if self.schedule_name == "constant" and self.warmup_steps:
@@ -222,6 +225,21 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
         for name, default in zip(("tokens_per_step", "groups_per_step"), defaults, strict=True):
             if getattr(self, name) is None:
                 setattr(self, name, default)
+
+    def _check_checkpoints(self, problems: list[str]) -> None:
+        if self.checkpoint_format not in CHECKPOINT_FORMATS:
+            names = CHECKPOINT_FORMATS
+            problems.append(str(unknown_name("checkpoint format", self.checkpoint_format, names)))
+        problems += [
+            str(unknown_name("change", name, CHANGES))
+            for name in self.accept_changes or ()
+            if name not in CHANGES
+        ]
+        if self.save_in_background and self.checkpoint_format == "native":
+            problems.append(
+                "save_in_background=True: has no effect with checkpoint_format=native; use "
+                "--checkpoint_format portable, or leave it out"
+            )
 
     def _check_ranges(self, problems: list[str]) -> None:
         for name in ("encoder_layerdrop", "decoder_layerdrop", "dropout", "attention_dropout"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,27 @@ from torch.optim import Optimizer
 
 T = TypeVar("T")
 Batch = Mapping[str, Any]
+
+
+class ParameterState(NamedTuple):
+    """What training knows of one parameter, whole and in host memory.
+
+    ``weight``: in fp32 where the optimizer updates it in fp32, else as the model holds it; None
+    where it is not at hand. ``moments``: the optimizer's state, name -> tensor or number; empty
+    for a frozen parameter and before the first step.
+    """
+
+    name: str
+    weight: Tensor | None
+    moments: Mapping[str, Tensor | int | float]
+
+
+class ReadState(Protocol):
+    """Reads the saved state of a parameter by its name; parts that are not wanted are not read."""
+
+    def __call__(
+        self, name: str, *, weight: bool = True, moments: bool = True
+    ) -> ParameterState: ...
 
 
 class Backend(abc.ABC):
@@ -201,6 +222,47 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def whole_state(self, optimizer: Any) -> AbstractContextManager[None]:
         """Context in which rank 0 can save ``optimizer.state_dict()``; every rank must enter it."""
+
+    @abc.abstractmethod
+    def whole_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape of the whole parameter, on every rank."""
+
+    @abc.abstractmethod
+    def state(self, model: nn.Module, optimizer: Any) -> Iterator[ParameterState]:
+        """The state of every parameter, one after the other, in the order of the model.
+
+        On rank 0; on the others each item has the name alone. Without an ``optimizer`` there are
+        weights alone. ``model`` is the trainer's, not what it was wrapped in. Tensors are valid
+        until training goes on. Every rank must read the stream to its end.
+        """
+
+    @abc.abstractmethod
+    def load_state(
+        self, model: nn.Module, optimizer: Any, read: ReadState, *, moments: bool = True
+    ) -> None:
+        """Put what ``read`` gives into ``model`` and ``optimizer``; any backend may have saved it.
+
+        Called on every rank after ``after_prepare``; each rank reads what it needs. With
+        ``moments=False`` only weights are loaded. Learning rates are left as they are.
+
+        Raises:
+            UserError: this backend cannot hold the saved state.
+        """
+
+    @abc.abstractmethod
+    def loss_scale(self, optimizer: Any, scaler: Any) -> dict[str, float] | None:
+        """``scale`` and ``good_steps`` (since it last changed) of fp16's loss scaler, if any.
+
+        ``scaler``: the trainer's gradient scaler, or None.
+        """
+
+    @abc.abstractmethod
+    def load_loss_scale(self, optimizer: Any, scaler: Any, values: Mapping[str, float]) -> None:
+        """Put back what ``loss_scale`` gave, under this or another backend."""
+
+    @abc.abstractmethod
+    def seed(self, value: int) -> None:
+        """Seed every random generator that a training step draws from; ``value`` is below 2**63."""
 
     @abc.abstractmethod
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:

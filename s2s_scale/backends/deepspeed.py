@@ -11,12 +11,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from s2s_scale.backends.base import ParameterState, ReadState
 from s2s_scale.backends.build_locks import extensions_folder, remove_abandoned_locks
-from s2s_scale.backends.local import LocalBackend, whole
+from s2s_scale.backends.local import LocalBackend, on_host, whole
+from s2s_scale.backends.zero_state import (
+    is_whole,
+    make_room,
+    read_scale,
+    state_by_parameter,
+    write_scale,
+    zero_optimizer,
+)
 from s2s_scale.deepspeed_config import (
     contradictions,
     offloads_optimizer,
@@ -104,18 +114,90 @@ class DeepSpeedBackend(LocalBackend):
             zero.defaults = zero.optimizer.defaults
 
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        return {
+            name: whole(weight)
+            for name, parameter in model.named_parameters()
+            if (weight := self._whole_weight(parameter)) is not None
+        }
+
+    def whole_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in model.named_parameters()
+        }
+
+    def _whole_weight(self, parameter: nn.Parameter) -> Tensor | None:
+        """The whole weight in fp32 where there is a master copy; on rank 0, else None."""
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
-        weights = {}
+        master = safe_get_full_fp32_param(parameter)
+        # A frozen parameter has no master copy, but under ZeRO 3 it is shared out too.
+        frozen = master is None and hasattr(parameter, "ds_id")
+        with GatheredParameters([parameter], enabled=frozen):
+            if self.data_rank > 0:
+                return None
+            if master is not None:
+                return master
+            return parameter.detach().clone() if frozen else parameter.detach()
+
+    def state(self, model: nn.Module, optimizer: Any) -> Iterator[ParameterState]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        flat_states = {} if optimizer is None else state_by_parameter(zero_optimizer(optimizer))
         for name, parameter in model.named_parameters():
-            master = safe_get_full_fp32_param(parameter)
-            # A frozen parameter has no master copy, but under ZeRO 3 it is shared out too.
-            frozen = master is None and hasattr(parameter, "ds_id")
-            with GatheredParameters([parameter], enabled=frozen):
-                if self.data_rank == 0:
-                    weights[name] = whole(parameter if master is None else master)
-        return weights
+            weight = self._whole_weight(parameter)
+            moments: dict[str, Any] = {}
+            for moment, value in flat_states.get(id(parameter), {}).items():
+                if is_whole(value):
+                    value = safe_get_full_optimizer_state(parameter, moment)
+                moments[moment] = value
+            if self.data_rank > 0:
+                yield ParameterState(name, None, {})
+            else:
+                moments = {moment: on_host(value) for moment, value in moments.items()}
+                yield ParameterState(name, on_host(weight), moments)
+
+    def load_state(
+        self, model: nn.Module, optimizer: Any, read: ReadState, *, moments: bool = True
+    ) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for name, parameter in model.named_parameters():
+            weight = read(name, moments=False).weight
+            if weight is not None:
+                self._set_weight(parameter, weight)
+        if not moments:
+            return
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        wanted = {
+            id(parameter): {
+                moment: None if is_whole(value) else value
+                for moment, value in read(name, weight=False).moments.items()
+            }
+            for name, parameter in trainable.items()
+        }
+        make_room(zero_optimizer(optimizer), wanted)
+        for name, parameter in trainable.items():
+            for moment, value in read(name, weight=False).moments.items():
+                if isinstance(value, Tensor) and is_whole(value):
+                    safe_set_full_optimizer_state(parameter, value.float(), moment)
+
+    def _set_weight(self, parameter: nn.Parameter, weight: Tensor) -> None:
+        """Set the weight that the model computes with and the optimizer's master copy."""
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(weight)
+        if parameter.requires_grad:
+            safe_set_full_fp32_param(parameter, weight.float())
+
+    def loss_scale(self, optimizer: Any, scaler: Any) -> dict[str, float] | None:
+        return read_scale(zero_optimizer(optimizer))
+
+    def load_loss_scale(self, optimizer: Any, scaler: Any, values: Mapping[str, float]) -> None:
+        write_scale(zero_optimizer(optimizer), values)
 
     @contextmanager
     def generation(self, model: nn.Module) -> Iterator[Mapping[str, Any]]:

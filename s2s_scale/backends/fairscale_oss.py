@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2s_scale.backends.local import LocalBackend
+from s2s_scale.backends.base import ParameterState, ReadState
+from s2s_scale.backends.local import LocalBackend, groups_by_parameter, on_host, placed
 
 if TYPE_CHECKING:
     from fairscale.optim import OSS
@@ -64,6 +65,34 @@ class FairScaleBackend(LocalBackend):
         finally:
             sharded.forget_whole_state()
 
+    def state(self, model: nn.Module, optimizer: Any) -> Iterator[ParameterState]:
+        sharded = sharded_optimizer(optimizer) if optimizer is not None else None
+        owners = sharded.owners() if sharded is not None else {}
+        for name, parameter in model.named_parameters():
+            owner = owners.get(id(parameter), RECIPIENT)
+            moments = {} if sharded is None else sharded.optim.state.get(parameter, {})
+            if owner != RECIPIENT:
+                moments = _pass_on(moments, owner, rank=self.data_rank, device=parameter.device)
+            if self.data_rank == RECIPIENT:
+                moments = {k: on_host(v) for k, v in moments.items() if v is not None}
+                yield ParameterState(name, on_host(parameter), moments)
+            else:
+                yield ParameterState(name, None, {})
+
+    def load_state(
+        self, model: nn.Module, optimizer: Any, read: ReadState, *, moments: bool = True
+    ) -> None:
+        own = sharded_optimizer(optimizer).optim if moments else None
+        groups = groups_by_parameter(own)
+        for name, parameter in model.named_parameters():
+            group = groups.get(id(parameter))
+            found = read(name, moments=group is not None)
+            if found.weight is not None:
+                with torch.no_grad():
+                    parameter.copy_(found.weight)
+            if own is not None and group is not None and found.moments:
+                own.state[parameter] = placed(found.moments, parameter, group, own)
+
 
 def sharded_optimizer(optimizer: Any) -> ShardedOptimizer:
     """The OSS optimizer inside what the trainer has wrapped it in."""
@@ -94,7 +123,7 @@ class ShardedOptimizer(OSS):
         another's share.
         """
         if not self._partition_parameters:
-            owner = self._owners()
+            owner = self.owners()
             self._partition_parameters: list[list[dict[str, Any]]] = [
                 [
                     {**group, "params": [p for p in group["params"] if owner[id(p)] == rank]}
@@ -104,7 +133,7 @@ class ShardedOptimizer(OSS):
             ]
         return self._partition_parameters
 
-    def _owners(self) -> dict[int, int]:
+    def owners(self) -> dict[int, int]:
         """id of a parameter -> the rank that updates it."""
         sizes = [0] * self.world_size
         owner: dict[int, int] = {}
@@ -212,6 +241,17 @@ def _on_host(shard: dict[str, Any]) -> dict[str, Any]:
 def _travels(value: Any) -> bool:
     """Whether a value is sent as a tensor of its own; step counters go with the description."""
     return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _pass_on(
+    moments: dict[str, Any], owner: int, *, rank: int, device: torch.device
+) -> dict[str, Any]:
+    """One parameter's state from its owner to the recipient, who gets it; others get nothing."""
+    if rank == owner:
+        _send({"state": {0: moments}}, RECIPIENT)
+    if rank == RECIPIENT:
+        return dict(_receive(owner, device)["state"][0])
+    return {}
 
 
 def _send(shard: dict[str, Any], recipient: int) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2s_scale.backends.base import Backend, Batch
+from s2s_scale.backends.base import Backend, Batch, ParameterState, ReadState
 
 T = TypeVar("T")
 
@@ -162,6 +164,49 @@ class LocalBackend(Backend):
     def whole_state(self, optimizer: Any) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def whole_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def state(self, model: nn.Module, optimizer: Any) -> Iterator[ParameterState]:
+        held = innermost(optimizer).state if optimizer is not None else {}
+        for name, parameter in model.named_parameters():
+            if self.data_rank > 0:
+                yield ParameterState(name, None, {})
+                continue
+            moments = {k: on_host(v) for k, v in held.get(parameter, {}).items() if v is not None}
+            yield ParameterState(name, on_host(parameter), moments)
+
+    def load_state(
+        self, model: nn.Module, optimizer: Any, read: ReadState, *, moments: bool = True
+    ) -> None:
+        inner = innermost(optimizer) if moments else None
+        groups = groups_by_parameter(inner)
+        for name, parameter in model.named_parameters():
+            group = groups.get(id(parameter))
+            found = read(name, moments=group is not None)
+            if found.weight is not None:
+                with torch.no_grad():
+                    parameter.copy_(found.weight)
+            if inner is not None and group is not None and found.moments:
+                inner.state[parameter] = placed(found.moments, parameter, group, inner)
+
+    def loss_scale(self, optimizer: Any, scaler: Any) -> dict[str, float] | None:
+        state = scaler.state_dict() if scaler is not None else {}
+        if not state:
+            return None
+        return {"scale": float(state["scale"]), "good_steps": int(state["_growth_tracker"])}
+
+    def load_loss_scale(self, optimizer: Any, scaler: Any, values: Mapping[str, float]) -> None:
+        if scaler is not None and scaler.is_enabled():
+            state = scaler.state_dict()
+            good = int(values["good_steps"])
+            scaler.load_state_dict({**state, "scale": values["scale"], "_growth_tracker": good})
+
+    def seed(self, value: int) -> None:
+        random.seed(value)
+        np.random.seed(value % 2**32)
+        torch.manual_seed(value)
+
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
         if self.data_rank > 0:
             return {}
@@ -177,6 +222,50 @@ class LocalBackend(Backend):
             # pause the two wait for each other for ever, about once in fifty runs.
             time.sleep(_LAST_COLLECTIVES_SECONDS)
             dist.destroy_process_group()
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer that holds the state, inside what the trainer has wrapped it in."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def groups_by_parameter(optimizer: Any) -> dict[int, dict[str, Any]]:
+    """id of a parameter -> the optimizer's group that it is in; empty without an optimizer."""
+    groups = optimizer.param_groups if optimizer is not None else []
+    return {id(parameter): group for group in groups for parameter in group["params"]}
+
+
+def on_host(value: Any) -> Any:
+    """A tensor in host memory, itself where it lies there; a number as it is."""
+    return value.detach().to("cpu") if isinstance(value, Tensor) else value
+
+
+def placed(
+    moments: Mapping[str, Any], parameter: Tensor, group: Mapping[str, Any], optimizer: Any
+) -> dict[str, Any]:
+    """A parameter's optimizer state where and as the optimizer keeps it.
+
+    torch's optimizers count steps in an fp32 tensor, on the parameter's device if they are fused or
+    capturable, else on the CPU; others in a Python number.
+    """
+    kinds = set(type(optimizer).__mro__) - set(Optimizer.__mro__)
+    torchs_own = any(kind.__module__.startswith("torch.optim.") for kind in kinds)
+    state: dict[str, Any] = {}
+    for name, value in moments.items():
+        if name == "step":
+            device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
+            state[name] = (
+                torch.tensor(float(value), dtype=torch.float32, device=device)
+                if torchs_own
+                else int(value)
+            )
+        elif isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
+            state[name] = value.to(device=parameter.device, dtype=parameter.dtype)
+        else:
+            state[name] = value.to(parameter.device) if isinstance(value, Tensor) else value
+    return state
 
 
 def whole(parameter: Tensor) -> Tensor:

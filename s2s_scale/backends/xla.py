@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2s_scale.backends.base import Batch
+from s2s_scale.backends.base import Batch, ParameterState, ReadState
 from s2s_scale.backends.graph_adamw import GraphAdamW
 from s2s_scale.backends.local import LocalBackend
 from s2s_scale.backends.mesh import AXES, divided_dimension, mesh_lengths
@@ -314,6 +314,32 @@ class XlaBackend(LocalBackend):
         self.flush()
         weights = {name: _fetch(value).float() for name, value in model.named_parameters()}
         return weights if self.data_rank == 0 else {}
+
+    def state(self, model: nn.Module, optimizer: Any) -> Iterator[ParameterState]:
+        self.flush()
+        held = _innermost(optimizer).state if optimizer is not None else {}
+        for name, parameter in model.named_parameters():
+            weight = _fetch(parameter)  # on every rank: parts may lie on several hosts
+            moments = {
+                moment: _fetch(value) if isinstance(value, Tensor) else value
+                for moment, value in held.get(parameter, {}).items()
+            }
+            main = self.data_rank == 0
+            yield ParameterState(name, weight if main else None, moments if main else {})
+
+    def load_state(
+        self, model: nn.Module, optimizer: Any, read: ReadState, *, moments: bool = True
+    ) -> None:
+        super().load_state(model, optimizer, read, moments=moments)
+        if self.mesh_shape:
+            self._divide(model.parameters())
+        self.flush()
+
+    def seed(self, value: int) -> None:
+        import torch_xla
+
+        super().seed(value)
+        torch_xla.manual_seed(value % 2**63)
 
     def weights_to_save(self, model: nn.Module) -> dict[str, Tensor] | None:
         self.flush()

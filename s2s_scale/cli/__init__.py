@@ -229,11 +229,18 @@ def _doctor(verb: Verb, words: list[str]) -> int:
     return doctor(build_settings(verb, words[1:]), words)
 
 
+def _checkpoint(verb: Verb, words: list[str]) -> int:
+    from s2s_scale.cli.checkpoints import checkpoint
+
+    return checkpoint(verb, words[1:])
+
+
 _ACTIONS: dict[str, Callable[[Verb, list[str]], int]] = {
     "train": _launched,
     "evaluate": _launched,
     "generate": _launched,
     "plan": _plan,
+    "checkpoint": _checkpoint,
     "doctor": _doctor,
     "new-model": _new_model,
     "demo": _demo,

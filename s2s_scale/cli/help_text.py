@@ -6,7 +6,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable
 
-from s2s_scale.cli.verbs import Verb, verbs
+from s2s_scale.cli.verbs import CHECKPOINT_ACTIONS, Verb, verbs
 from s2s_scale.settings.options import Option
 
 # Groups that come first, in this order; others follow as they occur in transformers' source.
@@ -62,7 +62,12 @@ def verb_help(verb: Verb, *, width: int | None = None) -> str:
     """The help of one verb, ``width`` columns wide (the terminal's, at most 100)."""
     columns = width or min(shutil.get_terminal_size().columns, 100)
     options = verb.options()
-    positional = {"FILE": " [FILE.yaml]", "NAME": " [NAME]"}.get(verb.positional or "", "")
+    shown = {
+        "FILE": " [FILE.yaml]",
+        "NAME": " [NAME]",
+        "FOLDER": f" {{{','.join(CHECKPOINT_ACTIONS)}}} FOLDER",
+    }
+    positional = shown.get(verb.positional or "", "")
     required = "".join(f" --{entry.name} {_metavar(entry)}" for entry in options if entry.required)
     flags = " [--flag value …]" if options else ""
     lines = textwrap.wrap(

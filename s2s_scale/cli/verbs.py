@@ -163,6 +163,11 @@ DEMO = (
     option("output_dir", "str", "runs/demo", "output", "Folder of the demo's data, model, report."),
     option("overwrite", "bool", False, "output", "Replace an earlier demo in the folder."),
 )
+CHECKPOINT_ACTIONS = ("list", "verify", "show", "convert")
+CHECKPOINT = (
+    option("to", "str", None, "convert", "Format to write.", choices=("portable", "native")),
+    option("output_dir", "str", None, "convert", "New folder for the converted checkpoint."),
+)
 
 # What an option of the dataclasses means to one verb.
 EVALUATE_TEXTS = {
@@ -191,7 +196,8 @@ Check = Callable[[Mapping[str, Any]], Iterable[str]]
 class Verb:
     """A verb: ``options()`` are all it accepts; ``own`` those that no dataclass holds.
 
-    ``positional`` is what stands alone on its command line: a settings FILE, a NAME, or nothing.
+    ``positional`` is what stands alone on its command line: a settings FILE, a NAME, a FOLDER,
+    or nothing.
     ``check`` gets given values and defaults in one mapping and returns its problems.
     """
 
@@ -412,6 +418,22 @@ def verbs() -> dict[str, Verb]:
             positional="FILE",
             examples=("s2s-scale plan --model models/new --data_dir data --batching sortish",),
             check=_check_plan,
+        ),
+        Verb(
+            "checkpoint",
+            "list, verify, show or convert checkpoints",
+            "Look at checkpoints. 'list' and 'verify' read every byte of each one in FOLDER and "
+            "compare it with the manifest; 'show' says where the run stood and with which "
+            "settings; 'convert' writes the other format.",
+            lambda: list(CHECKPOINT),
+            own=CHECKPOINT,
+            positional="FOLDER",
+            examples=(
+                "s2s-scale checkpoint verify runs/first",
+                "s2s-scale checkpoint show runs/first/checkpoint-500",
+                "s2s-scale checkpoint convert runs/first/checkpoint-500 --to native "
+                "--output_dir converted",
+            ),
         ),
         Verb(
             "doctor",

@@ -205,6 +205,7 @@ def build_trainer(
             backend=backend,
             text_evaluation_for=text_evaluation_for,
         )
+    trainer.settings_of_run = run.given
     trainer.add_callback(WatchdogCallback())
     if not args.disable_tqdm:
         trainer.remove_callback(transformers.ProgressCallback)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import datasets
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from s2s_scale.backends import Backend
 from s2s_scale.checkpoint import (
     STATE_FILE,
     check_writable,
@@ -17,10 +20,12 @@ from s2s_scale.checkpoint import (
     refuse_earlier_run,
     remove_earlier_run,
     resolve_resume,
+    tidy,
     writing,
 )
+from s2s_scale.checkpoint.lock import locked
 from s2s_scale.data.sources import Split, has_split, load_pairs
-from s2s_scale.errors import raise_problems, unknown_name
+from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.evaluation.metrics import TextMetrics
 from s2s_scale.planner import shape_rows
 from s2s_scale.report.results import Results, print_table, write_run_report
@@ -37,6 +42,7 @@ from s2s_scale.trainer import Seq2SeqTrainer
 from s2s_scale.trainer.nonfinite import NonFiniteLossError
 
 INTERRUPTED = 130
+T = TypeVar("T")
 
 
 def train(settings: Settings) -> int:
@@ -46,13 +52,16 @@ def train(settings: Settings) -> int:
         UserError: for whatever the user can mend. An earlier run is deleted only where that was
             asked for, and only once everything that can be checked has been.
     """
-    with open_backend(settings) as backend:
+    with open_backend(settings) as backend, ExitStack() as stack:
         run = read_settings(settings, backend, trains=True)
         args = run.training_args
-        resume = resolve_resume(args.resume_from_checkpoint, run.output_dir)
+        resume = on_main(
+            backend, lambda: resolve_resume(args.resume_from_checkpoint, run.output_dir, print_note)
+        )
         if resume is None and not args.overwrite_output_dir:
             refuse_earlier_run(run.output_dir)
         check_writable(run.output_dir)
+        stack.enter_context(one_run(backend, run.output_dir))
         _check_best_metric(run)
         pairs = {split: load_pairs(run.data_args, split) for split in _splits_of_training(run)}
         loaded = load_model(run)
@@ -60,15 +69,49 @@ def train(settings: Settings) -> int:
         trainer = build_trainer(run, loaded, backend, examples)
         if resume is None:
             trainer.add_callback(RemoveEarlierRun(run.output_dir))
+        stack.callback(trainer.wait_for_background_save)
+        on_main(backend, lambda: tidy(run.output_dir))
         try:
             return _train(run, trainer, examples, resume)
         except KeyboardInterrupt:
+            trainer.wait_for_background_save()
             print(
                 f"\ninterrupted at step {trainer.state.global_step}; "
                 f"{last_checkpoint_text(run.output_dir)}",
                 file=sys.stderr,
             )
             return INTERRUPTED
+
+
+def on_main(backend: Backend, find: Callable[[], T]) -> T:
+    """What rank 0 finds, on every rank; a ``UserError`` of its is raised on all of them."""
+    found: T | None = None
+    problems: tuple[str, ...] = ()
+    if backend.data_rank == 0:
+        try:
+            found = find()
+        except UserError as error:
+            problems = error.problems
+    found, problems = backend.gather_objects((found, problems))[0]
+    raise_problems(problems)
+    return cast("T", found)
+
+
+@contextmanager
+def one_run(backend: Backend, folder: Path) -> Iterator[None]:
+    """Rank 0 holds the output folder's lock; every rank must enter.
+
+    Raises:
+        UserError: another run writes to the folder; on every rank.
+    """
+    with ExitStack() as stack:
+        on_main(backend, lambda: stack.enter_context(locked(folder)))
+        yield
+
+
+def print_note(text: str) -> None:
+    """A line that is no error, on standard error."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 class RemoveEarlierRun(TrainerCallback):

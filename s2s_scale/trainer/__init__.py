@@ -2,16 +2,17 @@
 
 The class is one, in a chain of files by subject, each overriding transformers' hooks of that
 subject: ``base`` (construction) <- ``loss`` <- ``optimization`` <- ``batches`` <- ``evaluating``
-<- ``graphs`` <- ``saving``. Beside them stand the pieces that the hooks use: ``callbacks``,
-``compilations``, ``loaders``, ``meters`` and ``nonfinite``.
+<- ``graphs`` <- ``position`` <- ``saving`` <- ``resuming``. Beside them stand the pieces that the
+hooks use: ``callbacks``, ``compilations``, ``loaders``, ``meters``, ``nonfinite`` and
+``randomness``.
 """
 
 from __future__ import annotations
 
-from s2s_scale.trainer.saving import SavingTrainer
+from s2s_scale.trainer.resuming import ResumingTrainer
 
 
-class Seq2SeqTrainer(SavingTrainer):
+class Seq2SeqTrainer(ResumingTrainer):
     """Trains encoder-decoder models so that a step's loss depends on its rows and on nothing else.
 
     Args:

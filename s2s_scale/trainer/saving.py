@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
 
-from s2s_scale.checkpoint import STATE_FILE, Ranks, whole_files, whole_folder
-from s2s_scale.trainer.graphs import GraphTrainer
+from s2s_scale.checkpoint import (
+    STATE_FILE,
+    TRAINING_STATE,
+    Ranks,
+    SaveError,
+    rotate,
+    whole_files,
+    whole_folder,
+    write_manifest,
+)
+from s2s_scale.checkpoint.background import BackgroundSave, problems_of
+from s2s_scale.checkpoint.portable import SETTINGS, StateWriter, held, write_json, write_states
+from s2s_scale.trainer.position import PositionTrainer
 
 
-class SavingTrainer(GraphTrainer):
+class SavingTrainer(PositionTrainer):
     """Saves."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._background = BackgroundSave()
+        self._background_pending = False
+        self.save_seconds: list[float] = []
+        """How long training stood still for each checkpoint."""
 
     @property
     def _ranks(self) -> Ranks:
@@ -45,6 +65,7 @@ class SavingTrainer(GraphTrainer):
         Raises:
             SaveError: the files cannot be written; names the last good checkpoint.
         """
+        started = time.perf_counter()
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         run_dir = Path(self._get_output_dir(trial=trial))
@@ -52,25 +73,139 @@ class SavingTrainer(GraphTrainer):
         best = run_dir / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and (best == final or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
-        with self._not_training(), whole_folder(final, self._ranks) as folder:
-            super().save_model(str(folder), _internal_call=True)
-            if not self.args.save_only_model:
-                with self.backend.whole_state(self.optimizer):
-                    self._save_optimizer_and_scheduler(str(folder))
-                self._save_scaler(str(folder))
-                self._save_rng_state(str(folder))
+        self._collect_for_saving()
+        with self._not_training():
+            self.settle_background_save(wait=True)
+            if self.args.save_in_background:
+                self._save_in_background(final)
+            else:
+                self._save_now(final)
+        self.save_seconds.append(time.perf_counter() - started)
+        if self.args.push_to_hub:
+            self.settle_background_save(wait=True)
             if self._ranks.main:
-                self._save_callback_states()
-                self.state.save_to_json(str(folder / STATE_FILE))
+                self._push_from_checkpoint(str(final))
+
+    def _save_now(self, final: Path) -> None:
+        with whole_folder(final, self._ranks) as folder:
+            writer = None
+            if self.args.checkpoint_format == "native":
+                self._write_native(folder)
+            else:
+                writer = self._write_portable(folder)
+            if self._ranks.main:
+                self._describe(folder)
+                self._close(folder, self._training_state(), writer)
+        if self._ranks.main:
+            self._rotate(final.parent)
+
+    def _save_in_background(self, final: Path) -> None:
+        """Copy the state to host memory, and write it in a thread of rank 0."""
+        plain = self._plain_model()
+        states = held(self.backend.state(plain, self._saved_optimizer))
+        self._background_pending = True
         if not self._ranks.main:
             return
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-        )
+        scratch = TemporaryDirectory(prefix="s2s-scale-save-")
+        self._write_config(Path(scratch.name), plain)
+        self._describe(Path(scratch.name))
+        training = self._training_state()
+        writer = StateWriter(final, plain)
+        writer.hold_buffers()
+
+        def save() -> None:
+            with scratch, whole_folder(final) as folder:
+                shutil.copytree(scratch.name, folder, dirs_exist_ok=True)
+                writer.move_to(folder)
+                write_states(_given_away(states), writer)
+                self._close(folder, training, writer)
+            self._rotate(final.parent)
+
+        self._background.start(save)
+
+    def settle_background_save(self, *, wait: bool = False) -> None:
+        """Take note of a save in the background that has ended. Every rank must call it.
+
+        Raises:
+            SaveError: it failed; on every rank.
+        """
+        if not self._background_pending:
+            return
+        error = None
+        running = False
+        if self._ranks.main:
+            if wait:
+                self._background.wait()
+            running = self._background.running
+            error = None if running else self._background.result()
+        running, problems = self.backend.gather_objects((running, problems_of(error)))[0]
+        self._background_pending = running
+        if error is not None and not isinstance(error, SaveError):
+            raise error
+        if problems:
+            raise SaveError(*problems) from error
+
+    def wait_for_background_save(self) -> None:
+        """Wait until this process writes nothing any more; for the end of a run that failed."""
+        self._background.wait()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle_background_save(wait=True)
+        return super()._finalize_training(*args, **kwargs)
+
+    @property
+    def _saved_optimizer(self) -> Any:
+        """The optimizer, or None where only weights are saved."""
+        return None if self.args.save_only_model else self.optimizer
+
+    def _write_native(self, folder: Path) -> None:
+        """The files that transformers and the backend's library write themselves."""
+        super().save_model(str(folder), _internal_call=True)
+        if not self.args.save_only_model:
+            with self.backend.whole_state(self.optimizer):
+                self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+        self.backend.gather_objects(None)  # all ranks' files are there before they are counted
+
+    def _write_portable(self, folder: Path) -> StateWriter | None:
+        """Weights and optimizer state by parameter name. Every rank must call it."""
+        plain = self._plain_model()
+        writer = StateWriter(folder, plain) if self._ranks.main else None
+        write_states(self.backend.state(plain, self._saved_optimizer), writer)
+        if writer is not None:
+            self._write_config(folder, plain)
+        return writer
+
+    def _write_config(self, folder: Path, model: Any) -> None:
+        """Configuration and tokenizer, as ``save_pretrained`` writes them beside the weights."""
+        if hasattr(model, "config"):
+            model.config.dtype = str(model.dtype).removeprefix("torch.")
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(folder)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _describe(self, folder: Path) -> None:
+        """The trainer's state and the settings, which both formats have."""
+        self._save_callback_states()
+        self.state.save_to_json(str(folder / STATE_FILE))
+        write_json(folder / SETTINGS, self._settings_and_versions())
+
+    def _close(self, folder: Path, training: dict[str, Any], writer: StateWriter | None) -> None:
+        """Where training stands, and the manifest: the last files of a checkpoint."""
+        if training["optimizer"] is not None and writer is not None:
+            training["optimizer"]["numbers"] = writer.numbers
+        write_json(folder / TRAINING_STATE, training)
+        kind = "native" if writer is None else "portable"
+        entries = writer.entries if writer is not None else {}
+        write_manifest(folder, kind=kind, step=training["step"], known=entries)
+
+    def _rotate(self, run_dir: Path) -> None:
+        best = self.state.best_model_checkpoint
+        rotate(run_dir, limit=self.args.save_total_limit, best=best)
 
     def _save_callback_states(self) -> None:
         """Put the state of callbacks that export one into the trainer's state."""
@@ -83,3 +218,10 @@ class SavingTrainer(GraphTrainer):
                 states[name].append(exported)
             else:
                 states[name] = exported
+
+
+def _given_away(states: list[Any]) -> Any:
+    """The states one by one, each let go of once it is written."""
+    states.reverse()
+    while states:
+        yield states.pop()

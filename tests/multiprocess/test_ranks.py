@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from s2s_scale.checkpoint import verify
 from tests.support.ranks import run_ranks
 
 STEPS = 8
@@ -65,4 +66,4 @@ def test_ranks_give_the_numbers_of_one_process(tmp_path, family, smoothing, rank
         "labels"
     ]
     assert len(many["labels"]) == 11
-    assert (tmp_path / "many" / "run" / "checkpoint-8" / "rng_state_1.pth").exists()
+    verify(tmp_path / "many" / "run" / "checkpoint-8")

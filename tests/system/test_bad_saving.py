@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from s2s_scale.checkpoint import SaveError, whole_folder
+from s2s_scale.checkpoint import SaveError, verify, whole_folder
 from tests.support.command import (
     Outcome,
     finish,
@@ -33,6 +33,8 @@ from tests.support.command import (
 ROOT = Path(__file__).parents[2]
 NO_SPACE = "No space left on device"
 MIB = 1 << 20
+LONGER = ("--accept_changes", "schedule")
+"""A linear schedule over more steps is another schedule."""
 
 
 def words_of(model: Path, data: Path, output_dir: Path, *more: object) -> list[str]:
@@ -49,14 +51,14 @@ def check_whole(checkpoint: Path, like: Path) -> None:
     """``checkpoint`` holds every file that ``like`` holds, and its tensors can be read."""
     assert {p.name for p in checkpoint.iterdir()} == {p.name for p in like.iterdir()}
     AutoModelForSeq2SeqLM.from_pretrained(checkpoint)
-    torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    verify(checkpoint)
     step = int(checkpoint.name.rpartition("-")[2])
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == step
 
 
 def check_goes_on(here, model: Path, data: Path, folder: Path) -> None:
     """``latest`` continues in ``folder`` to step 4."""
-    resume = ("--resume_from_checkpoint", "latest", "--max_steps", 4)
+    resume = ("--resume_from_checkpoint", "latest", "--max_steps", 4, *LONGER)
     outcome = here(*words_of(model, data, folder, *resume))
     assert outcome.code == 0, outcome.err
     state = json.loads((folder / "trainer_state.json").read_text())
@@ -83,16 +85,17 @@ def sizes(earlier_run: Path) -> dict[str, int]:
     """Sizes in KiB at which the disk is full while a certain file is written."""
     saved = earlier_run / "checkpoint-2"
     whole = pages_kib(*saved.iterdir())
-    weights, optimizer = pages_kib(saved / "model.safetensors"), pages_kib(saved / "optimizer.pt")
-    small = whole - weights - optimizer
-    state, chance = (pages_kib(saved / name) for name in ("trainer_state.json", "rng_state.pth"))
+    weights = pages_kib(saved / "model.safetensors")
+    optimizer = pages_kib(saved / "optimizer.safetensors")
+    last = ("trainer_state.json", "training_state.json", "settings.json", "manifest.json")
+    after = [pages_kib(*(saved / name for name in last[place:])) for place in range(4)]
     final = pages_kib(*(earlier_run / p.name for p in saved.iterdir() if p.name not in (
-        "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")))  # fmt: skip
+        "optimizer.safetensors", *last)), earlier_run / "training_args.bin")  # fmt: skip
     return {
         "weights": whole + weights // 2,
-        "optimizer": whole + weights + small + optimizer // 2,
-        "random state": 2 * whole - state - chance,
-        "trainer state": 2 * whole - state,
+        "optimizer": whole + weights + optimizer // 2,
+        "trainer state": 2 * whole - after[0],
+        "manifest": 2 * whole - after[3],
         "final model": 2 * whole + weights // 2,
         "report": 2 * whole + final + 64,
     }
@@ -130,7 +133,7 @@ def outcome_of(results: Path, name: str) -> Outcome:
     return Outcome(**json.loads((results / f"{name}.json").read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("name", ["weights", "optimizer", "random state", "trainer state"])
+@pytest.mark.parametrize("name", ["weights", "optimizer", "trainer state", "manifest"])
 def test_the_disk_fills_while_a_checkpoint_is_saved(
     here, on_small_disks, model, data, earlier_run, name
 ):
@@ -221,15 +224,21 @@ def own_run(earlier_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("limit", "reason"), [(2 * MIB, os.strerror(27)), (5 * MIB, "torch could not write its file")]
+    ("limit", "kind", "reason"),
+    [
+        (2 * MIB, "portable", os.strerror(27)),
+        (5 * MIB, "portable", os.strerror(27)),
+        (5 * MIB, "native", "torch could not write its file"),
+    ],
 )
-def test_a_file_becomes_too_large(here, model, data, own_run, earlier_run, limit, reason):
+def test_a_file_becomes_too_large(here, model, data, own_run, earlier_run, limit, kind, reason):
     """2 MiB stop the weights, 5 MiB the optimizer's state."""
     saved = earlier_run / "checkpoint-2"
     assert (saved / "model.safetensors").stat().st_size < 5 * MIB
-    assert (saved / "optimizer.pt").stat().st_size > 5 * MIB
+    assert (saved / "optimizer.safetensors").stat().st_size > 5 * MIB
     before = snapshot(own_run)
-    words = words_of(model, data, own_run, "--resume_from_checkpoint", "latest", "--max_steps", 4)
+    more = ("--resume_from_checkpoint", "latest", "--max_steps", 4, "--checkpoint_format", kind)
+    words = words_of(model, data, own_run, *more, *LONGER)
     with file_size_limit(limit):
         outcome = here(*words)
     refused(

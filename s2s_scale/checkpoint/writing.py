@@ -1,4 +1,4 @@
-"""Checkpoint folders: found, written whole or not at all, and protected from a second run."""
+"""Folders that are written whole or not at all, by all ranks together."""
 
 from __future__ import annotations
 
@@ -13,28 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from s2s_scale.errors import UserError
-
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-STATE_FILE = "trainer_state.json"
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-RUN_FILES = (
-    STATE_FILE,
-    "all_results.json",
-    "train_results.json",
-    "val_results.json",
-    "test_results.json",
-    "val_generations.txt",
-    "test_generations.txt",
-    "report.html",
-    "report.png",
-)
-"""Files that training leaves in its output folder beside the checkpoints and the final model."""
+from s2s_scale.checkpoint.errors import SaveError
+from s2s_scale.checkpoint.folders import last_checkpoint_text
 
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "basic_ios", "iostream error")
 """Parts of the messages of torch's file writer: the first two name its source, the others are
@@ -57,128 +37,6 @@ SINGLE = Ranks(main=True, gather=lambda value: [value])
 """The only process there is."""
 
 
-class SaveError(UserError):
-    """Saving failed for a reason outside the program, such as a full disk or a read-only folder."""
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints in ``output_dir``, oldest step first.
-
-    A folder counts when it holds both the trainer's state and weights; half-written ones never
-    get their final name (see ``whole_folder``), so this only guards against damage from outside.
-    """
-    found = []
-    if output_dir.is_dir():
-        for folder in output_dir.iterdir():
-            match = CHECKPOINT_NAME.fullmatch(folder.name)
-            if match and (folder / STATE_FILE).is_file() and _has_weights(folder):
-                found.append((int(match.group(1)), folder))
-    return [folder for _, folder in sorted(found)]
-
-
-def last_checkpoint_text(output_dir: Path) -> str:
-    """How to go on from the newest checkpoint, as the end of an error message."""
-    saved = checkpoints(output_dir)
-    if not saved:
-        return "no checkpoint had been saved"
-    return (
-        f"the last good checkpoint is {saved[-1]}; "
-        "mend the cause, then go on with --resume_from_checkpoint latest"
-    )
-
-
-def resolve_resume(value: str | None, output_dir: Path) -> Path | None:
-    """The folder that ``--resume_from_checkpoint`` means: ``latest``, a path, or nothing.
-
-    Raises:
-        UserError: no such folder, or it is no checkpoint.
-    """
-    if value is None or value.lower() == "false":
-        return None
-    if value.lower() in ("latest", "true"):
-        saved = checkpoints(output_dir)
-        if not saved:
-            raise UserError(
-                f"resume_from_checkpoint={value}: no checkpoint found in {output_dir}; leave the "
-                "flag out to start from the beginning, or name a checkpoint folder"
-            )
-        return saved[-1]
-    folder = Path(value)
-    missing = [
-        what
-        for what, there in (
-            ("the folder itself", folder.is_dir()),
-            (STATE_FILE, (folder / STATE_FILE).is_file()),
-            ("weights (model.safetensors)", _has_weights(folder)),
-        )
-        if not there
-    ]
-    if missing:
-        raise UserError(
-            f"resume_from_checkpoint={value}: not a checkpoint, missing: {', '.join(missing)}; "
-            "give a checkpoint-N folder of an earlier run, or 'latest'"
-        )
-    return folder
-
-
-def earlier_run(output_dir: Path) -> list[str]:
-    """Names of what an earlier training run left in ``output_dir``; empty if there was none."""
-    if not output_dir.is_dir():
-        return []
-    names = [name for name in RUN_FILES if (output_dir / name).exists()]
-    names += [name for name in WEIGHT_FILES if (output_dir / name).exists()]
-    return [folder.name for folder in checkpoints(output_dir)] + names
-
-
-def refuse_earlier_run(output_dir: Path) -> None:
-    """Refuse to train into a folder that holds a run.
-
-    Raises:
-        UserError: the folder holds a run; names the flags that continue or replace it.
-    """
-    left = earlier_run(output_dir)
-    if left:
-        shown = ", ".join(left[:4]) + (", …" if len(left) > 4 else "")
-        raise UserError(
-            f"output_dir={output_dir}: holds an earlier run ({shown}); continue it with "
-            "--resume_from_checkpoint latest, start afresh with --overwrite_output_dir, "
-            "or give another folder"
-        )
-
-
-def remove_earlier_run(output_dir: Path) -> None:
-    """Delete an earlier run's checkpoints and result files; nothing else in the folder.
-
-    A mix of two runs would let ``latest`` mean the wrong one.
-    """
-    for name in earlier_run(output_dir):
-        path = output_dir / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def check_writable(output_dir: Path) -> None:
-    """Create ``output_dir`` and one small file in it, so that a bad folder is found at once.
-
-    Raises:
-        UserError: the folder cannot be made or written to, with the system's reason.
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir={output_dir}: is a file; give a folder")
-    probe = output_dir / f".write-test-{os.getpid()}"
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"output_dir={output_dir}: cannot be written to ({error.strerror}); give a folder that "
-            "you may write to, on a disk with free space"
-        ) from error
-
-
 @contextmanager
 def whole_folder(final: Path, ranks: Ranks = SINGLE) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``final`` when the block ends well, else vanishes.
@@ -192,9 +50,12 @@ def whole_folder(final: Path, ranks: Ranks = SINGLE) -> Iterator[Path]:
     partial = final.with_name(f".{final.name}.incomplete")
 
     def publish() -> None:
-        if final.exists():
-            shutil.rmtree(final)
+        replaced = final.with_name(f".{final.name}.replaced")
+        if final.exists():  # never gone before the new one is there
+            final.rename(replaced)
         partial.rename(final)
+        _flush_path(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     with _staged(final.name, final.parent, partial, publish, ranks):
         yield partial
@@ -331,12 +192,13 @@ def _flush(folder: Path) -> None:
     """fsync every file below ``folder`` and the folders themselves."""
     for root, _, files in os.walk(folder):
         for name in (*files, "."):
-            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _flush_path(Path(root) / name)
 
 
-def _has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in WEIGHT_FILES)
+def _flush_path(path: Path) -> None:
+    """fsync one file or folder; for a folder this makes renames inside it last."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,273 @@
+"""Portable checkpoints: weights and optimizer state by parameter name, whatever wrote them.
+
+``docs/checkpoints.md`` describes the files. Everything is safetensors or JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from s2s_scale.backends.base import ParameterState
+from s2s_scale.checkpoint.errors import DamagedCheckpoint
+from s2s_scale.checkpoint.keys import WeightKeys, reverted, weight_keys
+from s2s_scale.checkpoint.manifest import Entry
+from s2s_scale.checkpoint.tensors import SHARD_BYTES, TensorReader, TensorWriter
+from s2s_scale.errors import UserError
+
+WEIGHTS, MASTER, OPTIMIZER = "model", "master_weights", "optimizer"
+TRAINING_STATE = "training_state.json"
+SETTINGS = "settings.json"
+
+
+class StateWriter:
+    """Writes the stream of a backend's ``state`` into a folder, one shard at a time."""
+
+    def __init__(self, folder: Path, model: nn.Module, *, shard_bytes: int = SHARD_BYTES) -> None:
+        self.model = model
+        self.keys = weight_keys(model)
+        self.numbers: dict[str, dict[str, int | float]] = {}
+        self.entries: dict[str, Entry] = {}
+        self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        self._weights = TensorWriter(folder, WEIGHTS, shard_bytes=shard_bytes)
+        self._master = TensorWriter(folder, MASTER, shard_bytes=shard_bytes)
+        self._optimizer = TensorWriter(folder, OPTIMIZER, shard_bytes=shard_bytes)
+        self._to_convert: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] | None = None
+
+    def move_to(self, folder: Path) -> None:
+        """Write into another folder than was said; before anything is written."""
+        for writer in (self._weights, self._master, self._optimizer):
+            writer.folder = folder
+
+    def hold_buffers(self) -> None:
+        """Copy the model's buffers now, because it goes on training while this writes."""
+        state = self.model.state_dict()
+        self._buffers = {key: state[key].detach().cpu().clone() for key in self.keys.buffers}
+
+    def add(self, state: ParameterState) -> None:
+        """Take the state of one parameter."""
+        if state.weight is not None:
+            self._add_weight(state.name, state.weight)
+        for moment, value in sorted(state.moments.items()):
+            if isinstance(value, Tensor):
+                self._optimizer.add(f"{moment}/{state.name}", value)
+            else:
+                self.numbers.setdefault(moment, {})[state.name] = value
+
+    def _add_weight(self, name: str, weight: Tensor) -> None:
+        key = self.keys.of_parameter.get(name)
+        own = weight.to(self._dtypes[name])
+        if key is None and not self.model.get_parameter(name).requires_grad:
+            return
+        if key is None or self.keys.converts or weight.dtype != own.dtype:
+            self._master.add(name, weight)
+        if key is not None:
+            self._save_as(key, own)
+
+    def _save_as(self, key: str, tensor: Tensor) -> None:
+        if self.keys.converts:  # transformers converts all weights together
+            self._to_convert[key] = tensor
+        else:
+            self._weights.add(key, tensor)
+
+    def finish(self) -> None:
+        """Write buffers and what is still held; ``entries`` are then complete."""
+        buffers = self._buffers
+        if buffers is None:
+            buffers = self.model.state_dict() if self.keys.buffers else {}
+        for key in self.keys.buffers:
+            self._save_as(key, buffers[key].detach().cpu())
+        for key, tensor in reverted(self.model, self._to_convert).items():
+            self._weights.add(key, tensor)
+        for writer in (self._weights, self._master, self._optimizer):
+            self.entries |= writer.finish()
+
+
+def write_states(states: Iterable[ParameterState], writer: StateWriter | None) -> None:
+    """Write all ``states``; ranks without a ``writer`` only take part in gathering them.
+
+    The stream is read to its end even if writing fails: the other ranks are still sending.
+    """
+    failure: BaseException | None = None
+    for state in states:
+        if writer is None or failure is not None:
+            continue
+        try:
+            writer.add(state)
+        except Exception as error:  # noqa: BLE001  (raised below)
+            failure = error
+    try:
+        if failure is not None:
+            raise failure
+        if writer is not None:
+            writer.finish()
+    finally:
+        del failure
+
+
+def held(states: Iterable[ParameterState]) -> list[ParameterState]:
+    """Copies of all ``states`` that have a weight, in host memory: training may go on."""
+    return [
+        ParameterState(name, weight.clone(), {m: _copy(value) for m, value in moments.items()})
+        for name, weight, moments in states
+        if weight is not None
+    ]
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+class PortableCheckpoint:
+    """A portable checkpoint, read by parameter name; a context manager.
+
+    Attributes:
+        training: the content of ``training_state.json``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.training = read_json(folder / TRAINING_STATE)
+        self._weights = TensorReader(folder, WEIGHTS)
+        self._master = TensorReader(folder, MASTER)
+        self._optimizer = TensorReader(folder, OPTIMIZER)
+        self._numbers: Mapping[str, Mapping[str, Any]] = (self.training.get("optimizer") or {}).get(
+            "numbers", {}
+        )
+        self._moments: dict[str, list[str]] = {}
+        for key in self._optimizer:
+            moment, _, name = key.partition("/")
+            self._moments.setdefault(name, []).append(moment)
+
+    def __enter__(self) -> PortableCheckpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for reader in (self._weights, self._master, self._optimizer):
+            reader.__exit__(kind, error, trace)
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether optimizer state was saved."""
+        return self.training.get("optimizer") is not None
+
+    def reader_for(self, model: nn.Module) -> StateReader:
+        """Reads this checkpoint by the names of ``model``."""
+        return StateReader(self, weight_keys(model))
+
+
+class SavedState(Protocol):
+    """Saved state by parameter name, of a portable checkpoint or of transformers' own."""
+
+    def __call__(
+        self, name: str, *, weight: bool = True, moments: bool = True
+    ) -> ParameterState: ...
+
+    def shape(self, name: str) -> tuple[int, ...] | None: ...
+
+    def expects(self, name: str) -> bool: ...
+
+    def load_buffers(self, model: nn.Module) -> None: ...
+
+
+class StateReader:
+    """What a backend's ``load_state`` reads from; ``reader(name)`` is one parameter's state."""
+
+    def __init__(self, saved: PortableCheckpoint, keys: WeightKeys) -> None:
+        self._saved = saved
+        self._keys = keys
+
+    def __call__(self, name: str, *, weight: bool = True, moments: bool = True) -> ParameterState:
+        """State of a parameter; ``weight`` is None where the checkpoint holds none."""
+        saved = self._saved
+        found = self._find(name) if weight else None
+        state: dict[str, Tensor | int | float] = {}
+        if moments:
+            state = {m: saved._optimizer.get(f"{m}/{name}") for m in saved._moments.get(name, ())}
+            for moment, values in saved._numbers.items():
+                if name in values:
+                    state[moment] = values[name]
+        return ParameterState(name, found[0].get(found[1]) if found else None, state)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a parameter's weight; None where the checkpoint holds none."""
+        found = self._find(name)
+        return found[0].shape(found[1]) if found else None
+
+    def load_buffers(self, model: nn.Module) -> None:
+        """Copy saved buffers into ``model``."""
+        if self._keys.converts:
+            return
+        buffers = model.state_dict() if self._keys.buffers else {}
+        with torch.no_grad():
+            for key in self._keys.buffers:
+                if key in self._saved._weights:
+                    buffers[key].copy_(self._saved._weights.get(key))
+
+    def _find(self, name: str) -> tuple[TensorReader, str] | None:
+        key = self._keys.of_parameter.get(name)
+        if name in self._saved._master:
+            return self._saved._master, name
+        if key is not None and not self._keys.converts and key in self._saved._weights:
+            return self._saved._weights, key
+        return None
+
+    def expects(self, name: str) -> bool:
+        """Whether a checkpoint of this model holds the parameter."""
+        return name in self._keys.of_parameter
+
+
+def check_fits(folder: Path, reader: SavedState, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint of another model.
+
+    Args:
+        shapes: parameter -> whole shape in the model.
+
+    Raises:
+        UserError: names the first parameter that is missing or has another shape.
+    """
+    for name, expected in shapes.items():
+        found = reader.shape(name)
+        if found is None and not reader.expects(name):
+            continue
+        if found != expected:
+            what = "is missing" if found is None else f"has shape {list(found)}"
+            raise UserError(
+                f"{folder}: another architecture or vocabulary: {name} {what} in the checkpoint; "
+                f"expected {list(expected)}, as in the model; give the model that the run was "
+                "started from"
+            )
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write readable JSON."""
+    path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        DamagedCheckpoint: the file is missing or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(
+            f"{path}: cannot be read ({error}); use an older checkpoint"
+        ) from error
+    if not isinstance(content, dict):
+        raise DamagedCheckpoint(f"{path}: expected a JSON object; use an older checkpoint")
+    return content

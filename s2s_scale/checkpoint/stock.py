@@ -1,0 +1,166 @@
+"""Checkpoint folders of transformers' own trainer, read by parameter name.
+
+``optimizer.pt`` knows parameters by their place in the optimizer's groups; which name stands at
+which place follows from how the groups were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from s2s_scale.backends.base import ParameterState
+from s2s_scale.checkpoint.keys import weight_keys
+from s2s_scale.checkpoint.tensors import TensorReader
+from s2s_scale.errors import UserError
+from s2s_scale.optimizers import decay_parameter_names
+
+Shapes = Mapping[str, tuple[int, ...]]
+OPTIMIZER_FILE, SCHEDULE_FILE, SCALER_FILE = "optimizer.pt", "scheduler.pt", "scaler.pt"
+
+
+class StockCheckpoint:
+    """Weights and moments of a transformers checkpoint; ``checkpoint(name)`` is one parameter's.
+
+    Everything is read with ``weights_only``.
+
+    Args:
+        shapes: parameter of ``model`` -> whole shape.
+
+    Raises:
+        UserError: optimizer or schedule are missing, or belong to another model.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, shapes: Shapes) -> None:
+        self.folder = folder
+        for name in (OPTIMIZER_FILE, SCHEDULE_FILE):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"resume_from_checkpoint={folder}: has no {name}; start from its weights with "
+                    f"--model_name_or_path {folder}"
+                )
+        self.keys = weight_keys(model)
+        self.schedule = load_plain(folder / SCHEDULE_FILE)
+        scaler = folder / SCALER_FILE
+        self.scaler: Mapping[str, Any] = load_plain(scaler) if scaler.is_file() else {}
+        self._optimizer = load_plain(folder / OPTIMIZER_FILE)
+        self._weights = TensorReader(folder, "model")
+        binary = folder / "pytorch_model.bin"
+        self._binary = load_plain(binary) if not len(self._weights) and binary.is_file() else {}
+        names = names_by_place(folder / OPTIMIZER_FILE, self._optimizer, model, shapes)
+        self._place = {name: place for place, name in enumerate(names)}
+
+    def __call__(self, name: str, *, weight: bool = True, moments: bool = True) -> ParameterState:
+        """State of a parameter, as ``StateReader`` gives it."""
+        place = self._place.get(name)
+        state = self._optimizer["state"].get(place, {}) if moments else {}
+        kept = {moment: value for moment, value in state.items() if value is not None}
+        return ParameterState(name, self._weight(name) if weight else None, kept)
+
+    def expects(self, name: str) -> bool:
+        """Whether a checkpoint of this model holds the parameter."""
+        return name in self.keys.of_parameter
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a parameter's weight; None where the checkpoint holds none."""
+        key = self.keys.of_parameter.get(name)
+        if key in self._binary:
+            return tuple(self._binary[key].shape)
+        return self._weights.shape(key) if key is not None and key in self._weights else None
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """The loss scaler, as a backend's ``loss_scale`` gives it."""
+        if not self.scaler:
+            return None
+        good = int(self.scaler["_growth_tracker"])
+        return {"scale": float(self.scaler["scale"]), "good_steps": good}
+
+    def load_buffers(self, model: nn.Module) -> None:
+        """Copy saved buffers into ``model``."""
+        buffers = model.state_dict() if self.keys.buffers else {}
+        with torch.no_grad():
+            for key in self.keys.buffers:
+                saved = self.buffer(key)
+                if saved is not None:
+                    buffers[key].copy_(saved)
+
+    def buffer(self, key: str) -> Tensor | None:
+        """A saved buffer."""
+        if key in self._weights:
+            return self._weights.get(key)
+        return self._binary.get(key)
+
+    def _weight(self, name: str) -> Tensor | None:
+        key = self.keys.of_parameter.get(name)
+        return self.buffer(key) if key is not None else None
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """A torch file that holds tensors, numbers and containers, and nothing else.
+
+    Raises:
+        UserError: it cannot be read so.
+    """
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path}: cannot be read without running code from it ({reason}); expected tensors and "
+            "numbers; use another checkpoint"
+        ) from error
+
+
+def names_by_place(
+    file: Path, optimizer: Mapping[str, Any], model: nn.Module, shapes: Shapes
+) -> list[str]:
+    """The parameter at each place of a saved optimizer.
+
+    transformers decides by names which parameters decay, we by modules; where both ways fit the
+    saved groups they put the same parameter at each place, or shapes tell them apart.
+
+    Raises:
+        UserError: neither fits.
+    """
+    sizes = [len(group["params"]) for group in optimizer["param_groups"]]
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for candidate in _candidates(model, trainable):
+        names = [name for group in candidate for name in group]
+        if [len(group) for group in candidate] == sizes and _fits(names, optimizer, shapes):
+            return names
+    raise UserError(
+        f"{file}: holds groups of {' and '.join(map(str, sizes))} parameters; expected those of "
+        f"this model, which trains {len(trainable)}; give the model and the freeze flags that the "
+        "run was started with"
+    )
+
+
+def _candidates(model: nn.Module, trainable: list[str]) -> Iterator[list[list[str]]]:
+    """Groups that an optimizer over these parameters may have been made with."""
+    stock: Any = transformers.Trainer.get_decay_parameter_names
+    for decaying in (stock(SimpleNamespace(), model), decay_parameter_names(model)):
+        decayed = [name for name in trainable if name in set(decaying)]
+        groups = [decayed, [name for name in trainable if name not in set(decaying)]]
+        yield groups
+        yield [group for group in groups if group]
+    yield [trainable]  # ours, where nothing decays
+
+
+def _fits(names: list[str], optimizer: Mapping[str, Any], shapes: Shapes) -> bool:
+    """Whether each saved moment of a parameter's full shape has the shape of that parameter."""
+    for place, name in enumerate(names):
+        for moment, value in optimizer["state"].get(place, {}).items():
+            if moment.startswith("exp_avg") and isinstance(value, Tensor):
+                whole = {"exp_avg_sq_row": shapes[name][:-1]}.get(moment)
+                if moment == "exp_avg_sq_col":
+                    whole = shapes[name][:-2] + shapes[name][-1:]
+                if tuple(value.shape) != (shapes[name] if whole is None else whole):
+                    return False
+    return True

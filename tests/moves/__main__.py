@@ -1,0 +1,46 @@
+"""``python -m tests.moves``: every backend's checkpoint, continued under every backend.
+
+Prints the largest relative deviation of loss, gradient norm and final weights of steps 11 to 20
+from the run that was never interrupted. Exit code 1 where one is above 1e-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.moves.matrix import BOUND, Move, moves
+
+
+def main() -> int:
+    """Run the matrix and print it as Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m tests.moves", description=__doc__)
+    parser.parse_args()
+    found: list[Move] = []
+    with tempfile.TemporaryDirectory(prefix="s2s-scale-moves-") as scratch:
+        for move in moves(Path(scratch)):
+            print(f"{_side(move.source)} -> {_side(move.target)}: {_worst(move)}", file=sys.stderr)
+            found.append(move)
+    sources = list(dict.fromkeys(move.source for move in found))
+    targets = list(dict.fromkeys(move.target for move in found))
+    cells = {(move.source, move.target): _worst(move) for move in found}
+    rows = [["written by \\ read by", *map(_side, targets)], ["---"] * (len(targets) + 1)]
+    rows += [[_side(s), *(cells[s, t] for t in targets)] for s in sources]
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    good = all(move.good for move in found)
+    print(f"{len(found)} moves, all within {BOUND:g}: {'yes' if good else 'NO'}")
+    return 0 if good else 1
+
+
+def _side(side: tuple[str, int]) -> str:
+    return f"{side[0]} x {side[1]}"
+
+
+def _worst(move: Move) -> str:
+    return f"{max(move.loss, move.grad_norm, move.weights):.0e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""One rank of the tests of moves: several runs after each other, each from its own checkpoint.
+
+Usage: python -m tests.support.moves_worker JOB.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from transformers import TrainerCallback
+
+from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from s2s_scale.backends import Backend, make_backend
+from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.models.tiny import ragged_rows, tiny_model
+from tests.support.training import settings
+
+
+class Interrupted(Exception):
+    """Ends a run in the middle of an epoch, as a lost machine would."""
+
+
+class Rows(list[Any]):
+    """Rows that note which of them are read."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        super().__init__(rows)
+        self.read: list[int] = []
+
+    def __getitem__(self, row: Any) -> Any:
+        self.read.append(int(row))
+        return super().__getitem__(row)
+
+
+class Ledger(TrainerCallback):
+    """Rows of every step that was completed, on this rank; ends the run where it is told to."""
+
+    def __init__(self, rows: Rows, stop_at: int | None) -> None:
+        self.rows = rows
+        self.stop_at = stop_at
+        self.steps: dict[int, list[int]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps[state.global_step] = list(self.rows.read)
+        self.rows.read.clear()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.rows.read.clear()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.stop_at:
+            raise Interrupted
+
+
+def main(path: Path) -> None:
+    """Do the job's runs; rank 0 writes ``result.json`` beside the job."""
+    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    backend = make_backend(job["backend"])
+    backend.prepare_process()
+    try:
+        results = {}
+        for number, one in enumerate(job["runs"]):
+            AcceleratorState._reset_state()
+            results[one["name"]] = run(job, one, path.parent / f"{number}", backend)
+        if backend.data_rank == 0:
+            (path.parent / "result.json").write_text(json.dumps(results), encoding="utf-8")
+    finally:
+        backend.close()
+
+
+def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
+    """One run; its losses by step, its ledger, and where its final weights are."""
+    values = settings(Path(one.get("output") or folder), **job["arguments"], **one["arguments"])
+    values["per_device_train_batch_size"] = job["rows_per_step"] // backend.data_world_size
+    args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
+    model = tiny_model(job.get("family", "t5")).train()
+    rows = Rows(ragged_rows(model, job["rows"]))
+    ledger = Ledger(rows, one.get("stop_at"))
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=Seq2SeqCollator(model.config.pad_token_id),
+        backend=backend,
+        callbacks=[ledger],
+    )
+    with contextlib.suppress(Interrupted):
+        trainer.train(resume_from_checkpoint=one.get("resume"))
+    weights = backend.full_weights(trainer.model)
+    file = folder.with_suffix(".pt")
+    if backend.data_rank == 0:
+        torch.save(weights, file)
+    parts = backend.gather_objects(ledger.steps)
+    history = trainer.state.log_history
+    return {
+        "losses": {entry["step"]: entry["loss"] for entry in history if "loss" in entry},
+        "grad_norms": {entry["step"]: entry["grad_norm"] for entry in history if "loss" in entry},
+        "ledger": {s: sorted(row for part in parts for row in part[s]) for s in parts[0]},
+        "weights": str(file),
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
