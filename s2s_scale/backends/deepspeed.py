@@ -144,7 +144,11 @@ class DeepSpeedBackend(LocalBackend):
     def state(self, model: nn.Module, optimizer: Any) -> Iterator[ParameterState]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        flat_states = {} if optimizer is None else state_by_parameter(zero_optimizer(optimizer))
+        zero = zero_optimizer(optimizer)
+        if optimizer is not None and zero is None:
+            yield from super().state(model, optimizer)
+            return
+        flat_states = {} if zero is None else state_by_parameter(zero)
         for name, parameter in model.named_parameters():
             weight = self._whole_weight(parameter)
             moments: dict[str, Any] = {}
@@ -163,12 +167,15 @@ class DeepSpeedBackend(LocalBackend):
     ) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        zero = zero_optimizer(optimizer)
+        if zero is None:
+            return super().load_state(model, optimizer, read, moments=moments)
         for name, parameter in model.named_parameters():
             weight = read(name, moments=False).weight
             if weight is not None:
                 self._set_weight(parameter, weight)
         if not moments:
-            return
+            return None
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         wanted = {
             id(parameter): {
@@ -177,11 +184,12 @@ class DeepSpeedBackend(LocalBackend):
             }
             for name, parameter in trainable.items()
         }
-        make_room(zero_optimizer(optimizer), wanted)
+        make_room(zero, wanted)
         for name, parameter in trainable.items():
             for moment, value in read(name, weight=False).moments.items():
                 if isinstance(value, Tensor) and is_whole(value):
                     safe_set_full_optimizer_state(parameter, value.float(), moment)
+        return None
 
     def _set_weight(self, parameter: nn.Parameter, weight: Tensor) -> None:
         """Set the weight that the model computes with and the optimizer's master copy."""
@@ -194,10 +202,13 @@ class DeepSpeedBackend(LocalBackend):
             safe_set_full_fp32_param(parameter, weight.float())
 
     def loss_scale(self, optimizer: Any, scaler: Any) -> dict[str, float] | None:
-        return read_scale(zero_optimizer(optimizer))
+        zero = zero_optimizer(optimizer)
+        return None if zero is None else read_scale(zero)
 
     def load_loss_scale(self, optimizer: Any, scaler: Any, values: Mapping[str, float]) -> None:
-        write_scale(zero_optimizer(optimizer), values)
+        zero = zero_optimizer(optimizer)
+        if zero is not None:
+            write_scale(zero, values)
 
     @contextmanager
     def generation(self, model: nn.Module) -> Iterator[Mapping[str, Any]]:

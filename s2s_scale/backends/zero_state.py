@@ -12,18 +12,33 @@ from s2s_scale.errors import UserError
 
 
 def zero_optimizer(optimizer: Any) -> Any:
-    """DeepSpeed's optimizer, inside the trainer's wrapper and around the one that we made."""
+    """ZeRO's optimizer, inside the trainer's wrapper and around the one that we made.
+
+    None where the optimizer is a plain one: without ZeRO, in fp32.
+    """
     while not hasattr(optimizer, "loss_scaler"):
-        optimizer = optimizer.optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
+        if optimizer is None:
+            return None
     return optimizer
 
 
 def flat_parts(zero: Any) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
-    """This rank's flat fp32 pieces, as the optimizer knows them, with the parameters in each."""
+    """This rank's flat fp32 pieces, as the optimizer knows them, with the parameters in each.
+
+    Raises:
+        UserError: it is none of ZeRO 1, 2 and 3.
+    """
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
         yield from zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
-    else:
+    elif hasattr(zero, "single_partition_of_fp32_groups"):
         yield from zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
+    else:
+        raise UserError(
+            f"checkpoint_format=portable: the state of DeepSpeed's {type(zero).__name__} cannot be "
+            "read by parameter; expected ZeRO 1, 2 or 3; use one of them, or --checkpoint_format "
+            "native"
+        )
 
 
 def state_by_parameter(zero: Any) -> dict[int, dict[str, Any]]:

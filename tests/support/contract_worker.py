@@ -90,6 +90,7 @@ def optimizer(backend: Backend) -> None:
     plain.step()
     backend.flush()
     same_weights(model, reference)
+    moved_state(backend, built, model, plain)
     dropped_updates(backend, built, model)
     same_weights(model, reference)
     with backend.whole_state(built):
@@ -111,6 +112,55 @@ def optimizer(backend: Backend) -> None:
         source = torch.tensor([[7, 8, 2]], device=device_of(backend))
         texts = model.generate(source, max_new_tokens=3, **keywords)
     assert texts.shape[0] == 1
+
+
+def moved_state(backend: Backend, built: Any, model: torch.nn.Module, plain: Any) -> None:
+    """The state comes whole and by name on rank 0, and goes into another model and optimizer."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert backend.whole_shapes(model) == shapes
+    found = [
+        state._replace(
+            weight=None if state.weight is None else state.weight.clone(),
+            moments={k: torch.as_tensor(v).clone() for k, v in state.moments.items()},
+        )
+        for state in backend.state(model, built)
+    ]
+    assert [state.name for state in found] == list(shapes)
+    if backend.data_rank > 0:
+        assert all(state.weight is None and not state.moments for state in found)
+    saved = {state.name: state for state in backend.gather_objects(found)[0]}
+    expected = [plain.state[p] for group in plain.param_groups for p in group["params"]]
+    for state, reference in zip(saved.values(), expected, strict=True):
+        assert state.moments.keys() == {"exp_avg", "exp_avg_sq", "step"}
+        for moment, value in state.moments.items():
+            assert value.device.type == "cpu"
+            torch.testing.assert_close(value, torch.as_tensor(reference[moment]))
+    weights_alone = list(backend.state(model, None))
+    assert all(not state.moments for state in weights_alone) and len(weights_alone) == len(saved)
+
+    def read(name: str, *, weight: bool = True, moments: bool = True) -> Any:
+        state = saved[name]
+        return state._replace(
+            weight=state.weight if weight else None, moments=state.moments if moments else {}
+        )
+
+    other = tiny_model("bart", seed=5)
+    backend.place_model(other)
+    groups = [{"params": list(other.parameters()), "weight_decay": 0.1}]
+    second = backend.build_optimizer(torch.optim.AdamW, groups, {"lr": 1e-2})
+    backend.after_prepare(second)
+    backend.load_state(other, second, read)
+    again = list(backend.state(other, second))
+    if backend.data_rank == 0:
+        for state in again:
+            assert torch.equal(state.weight, saved[state.name].weight), state.name
+            for moment, value in saved[state.name].moments.items():
+                assert torch.equal(torch.as_tensor(state.moments[moment]), value), moment
+    draws = []
+    for seed in (3, 2**62, 3):
+        backend.seed(seed)
+        draws.append(torch.rand(4, device=device_of(backend)).cpu())
+    assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
 
 
 def same_weights(model: torch.nn.Module, reference: torch.nn.Module) -> None:

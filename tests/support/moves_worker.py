@@ -76,7 +76,8 @@ def main(path: Path) -> None:
 
 def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
     """One run; its losses by step, its ledger, and where its final weights are."""
-    values = settings(Path(one.get("output") or folder), **job["arguments"], **one["arguments"])
+    arguments = {**job["arguments"], **one["arguments"]}
+    values = settings(Path(one.get("output") or folder), **arguments)
     values["per_device_train_batch_size"] = job["rows_per_step"] // backend.data_world_size
     args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
     model = tiny_model(job.get("family", "t5")).train()
