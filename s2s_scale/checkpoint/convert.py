@@ -76,7 +76,10 @@ def _to_native(source: Path, folder: Path) -> None:
 def _to_portable(source: Path, folder: Path) -> None:
     model = bare_model(source)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    saved = StockCheckpoint(source, model, shapes)
+    known = (source / TRAINING_STATE).is_file()
+    frozen = read_json(source / TRAINING_STATE)["frozen"] if known else ()
+    trainable = [name for name in shapes if name not in frozen] if known else None
+    saved = StockCheckpoint(source, model, shapes, trainable=trainable)
     _copy_beside(source, folder, without=("*.bin", "model*.safetensors*"))
     buffers = {key: saved.buffer(key) for key in saved.keys.buffers}
     for key, value in buffers.items():
@@ -133,8 +136,10 @@ def _optimizer_dict(saved: PortableCheckpoint, model: nn.Module) -> dict[str, An
     """``optimizer.state_dict()`` as the run's optimizer would give it in one process."""
     settings = (saved.training.get("run") or {}).get("optimizer") or {}
     read = saved.reader_for(model)
+    frozen = saved.training.get("frozen")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(bool(read(name, weight=False).moments))
+        trained = bool(read(name, weight=False).moments) if frozen is None else name not in frozen
+        parameter.requires_grad_(trained)
     groups = parameter_groups(model, float(settings.get("weight_decay") or 0.0))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     adafactor = saved.training["optimizer"]["class"] == "adafactor"
@@ -158,7 +163,9 @@ def _optimizer_dict(saved: PortableCheckpoint, model: nn.Module) -> dict[str, An
         group |= {"lr": rate, "initial_lr": base}
     order = [names[id(parameter)] for group in groups for parameter in group["params"]]
     state["state"] = {
-        place: dict(read(name, weight=False).moments) for place, name in enumerate(order)
+        place: dict(moments)
+        for place, name in enumerate(order)
+        if (moments := read(name, weight=False).moments)
     }
     return dict(state)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def differences(saved: Identity, now: Identity) -> list[tuple[str, str, Any, Any
 
     Settings that only one of the two knows (another version wrote it) are not compared.
     """
+    now = json.loads(json.dumps(now, default=str))  # as the other one was written
     return [
         (change, name, saved[change][name], value)
         for change, values in now.items()

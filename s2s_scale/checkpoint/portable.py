@@ -54,17 +54,17 @@ class StateWriter:
     def add(self, state: ParameterState) -> None:
         """Take the state of one parameter."""
         if state.weight is not None:
-            self._add_weight(state.name, state.weight)
+            self._add_weight(state.name, state.weight, trained=bool(state.moments))
         for moment, value in sorted(state.moments.items()):
             if isinstance(value, Tensor):
                 self._optimizer.add(f"{moment}/{state.name}", value)
             else:
                 self.numbers.setdefault(moment, {})[state.name] = value
 
-    def _add_weight(self, name: str, weight: Tensor) -> None:
+    def _add_weight(self, name: str, weight: Tensor, *, trained: bool) -> None:
         key = self.keys.of_parameter.get(name)
         own = weight.to(self._dtypes[name])
-        if key is None and not self.model.get_parameter(name).requires_grad:
+        if key is None and not trained:  # computed anew when a model is made
             return
         if key is None or self.keys.converts or weight.dtype != own.dtype:
             self._master.add(name, weight)

@@ -6,7 +6,7 @@ which place follows from how the groups were made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,12 +32,21 @@ class StockCheckpoint:
 
     Args:
         shapes: parameter of ``model`` -> whole shape.
+        trainable: names of what the optimizer was made over, in the order of the model; by default
+            what is not frozen in ``model``.
 
     Raises:
         UserError: optimizer or schedule are missing, or belong to another model.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, shapes: Shapes) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        shapes: Shapes,
+        *,
+        trainable: Sequence[str] | None = None,
+    ) -> None:
         self.folder = folder
         for name in (OPTIMIZER_FILE, SCHEDULE_FILE):
             if not (folder / name).is_file():
@@ -53,7 +62,11 @@ class StockCheckpoint:
         self._weights = TensorReader(folder, "model")
         binary = folder / "pytorch_model.bin"
         self._binary = load_plain(binary) if not len(self._weights) and binary.is_file() else {}
-        names = names_by_place(folder / OPTIMIZER_FILE, self._optimizer, model, shapes)
+        if trainable is None:
+            trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        names = names_by_place(
+            folder / OPTIMIZER_FILE, self._optimizer, model, shapes=shapes, trainable=trainable
+        )
         self._place = {name: place for place, name in enumerate(names)}
 
     def __call__(self, name: str, *, weight: bool = True, moments: bool = True) -> ParameterState:
@@ -119,7 +132,12 @@ def load_plain(path: Path) -> dict[str, Any]:
 
 
 def names_by_place(
-    file: Path, optimizer: Mapping[str, Any], model: nn.Module, shapes: Shapes
+    file: Path,
+    optimizer: Mapping[str, Any],
+    model: nn.Module,
+    *,
+    shapes: Shapes,
+    trainable: Sequence[str],
 ) -> list[str]:
     """The parameter at each place of a saved optimizer.
 
@@ -130,7 +148,6 @@ def names_by_place(
         UserError: neither fits.
     """
     sizes = [len(group["params"]) for group in optimizer["param_groups"]]
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for candidate in _candidates(model, trainable):
         names = [name for group in candidate for name in group]
         if [len(group) for group in candidate] == sizes and _fits(names, optimizer, shapes):
@@ -142,7 +159,7 @@ def names_by_place(
     )
 
 
-def _candidates(model: nn.Module, trainable: list[str]) -> Iterator[list[list[str]]]:
+def _candidates(model: nn.Module, trainable: Sequence[str]) -> Iterator[list[list[str]]]:
     """Groups that an optimizer over these parameters may have been made with."""
     stock: Any = transformers.Trainer.get_decay_parameter_names
     for decaying in (stock(SimpleNamespace(), model), decay_parameter_names(model)):
@@ -150,7 +167,7 @@ def _candidates(model: nn.Module, trainable: list[str]) -> Iterator[list[list[st
         groups = [decayed, [name for name in trainable if name not in set(decaying)]]
         yield groups
         yield [group for group in groups if group]
-    yield [trainable]  # ours, where nothing decays
+    yield [list(trainable)]  # ours, where nothing decays
 
 
 def _fits(names: list[str], optimizer: Mapping[str, Any], shapes: Shapes) -> bool:

@@ -115,7 +115,7 @@ def _staged(
         _flush(partial)
         publish()
 
-    settle(_failure_of(make) if ranks.main else None)
+    settle(failure_of(make) if ranks.main else None)
     failure = None
     try:
         yield
@@ -125,10 +125,11 @@ def _staged(
         settle(failure)
     finally:
         del failure
-    settle(_failure_of(finish) if ranks.main else None)
+    settle(failure_of(finish) if ranks.main else None)
 
 
-def _failure_of(step: Callable[[], None]) -> BaseException | None:
+def failure_of(step: Callable[[], None]) -> BaseException | None:
+    """The error of ``step``, or None; for errors that are raised later, where all ranks hear."""
     try:
         step()
     except BaseException as error:  # noqa: BLE001  (handed to settle, which raises it again)

@@ -55,9 +55,7 @@ def _found(folder: Path) -> list[Path]:
         return inside
     if is_ours(folder) or ((folder / STATE_FILE).is_file() and (folder / "config.json").is_file()):
         return [folder]
-    raise UserError(
-        f"{folder}: no checkpoint found; expected a checkpoint-N folder or one with them"
-    )
+    raise UserError(f"{folder}: not a checkpoint and none in it; expected a checkpoint-N folder")
 
 
 def _one(folder: Path) -> Path:

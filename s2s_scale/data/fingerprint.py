@@ -19,7 +19,8 @@ def rows_fingerprint(dataset: Any) -> str:
     over it and their number are taken.
     """
     digest = xxhash.xxh3_128(str(len(dataset)).encode())
-    if hasattr(dataset, "select_columns") and hasattr(dataset, "with_format"):
+    arrow = hasattr(dataset, "select_columns") and hasattr(dataset, "with_format")
+    if arrow and set(COLUMNS) & set(dataset.column_names):
         _add_columns(digest, dataset)
         return str(digest.hexdigest())
     for row in np.unique(np.linspace(0, len(dataset) - 1, SAMPLED_ROWS).astype(int)).tolist():

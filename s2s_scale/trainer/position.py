@@ -50,6 +50,7 @@ class PositionTrainer(GraphTrainer):
             "schedule": self.lr_scheduler.state_dict(),
             "optimizer": None if args.save_only_model else optimizer,
             "loss_scale": self._found_loss_scale,
+            "frozen": [n for n, p in self._plain_model().named_parameters() if not p.requires_grad],
             "random": {
                 "seed": args.seed,
                 "rule": "each step is seeded by (seed, step, data rank)",
@@ -59,11 +60,16 @@ class PositionTrainer(GraphTrainer):
                 "overflow_steps": self._step_callback.overflow_steps,
             },
             "run": self._identity(),
-            "shape": {
-                "processes": self.backend.data_world_size,
-                "rows_per_device": self._train_batch_size,
-                "accumulation": args.gradient_accumulation_steps,
-            },
+            "shape": self._shape(),
+        }
+
+    def _shape(self) -> dict[str, Any]:
+        """How the run is spread out; it may be another one when the run goes on."""
+        return {
+            "backend": type(self.backend).__name__,
+            "processes": self.backend.data_world_size,
+            "rows_per_device": self._train_batch_size,
+            "accumulation": self.args.gradient_accumulation_steps,
         }
 
     def _settings_and_versions(self) -> dict[str, Any]:

@@ -84,13 +84,14 @@ class ResumingTrainer(SavingTrainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
+        self._data_identity()  # read here, so that no save has to wait for it
         if resume_from_checkpoint is None:
             return super()._prepare_for_training(max_steps, train_dataloader, None)
         # The saved state brought the old run's intervals along.
         self.state.compute_steps(self.args, max_steps)
         folder = Path(resume_from_checkpoint)
         if not is_portable(folder) and not is_stock(folder):
-            self._check_run(folder, read_json(folder / TRAINING_STATE)["run"])
+            self._check_native(folder)
             return super()._prepare_for_training(max_steps, train_dataloader, str(folder))
         with self._open(folder) as saved:
             check_fits(folder, saved.state, self.backend.whole_shapes(self._plain_model()))
@@ -98,6 +99,21 @@ class ResumingTrainer(SavingTrainer):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
             self._load_saved(saved)
         return prepared
+
+    def _check_native(self, folder: Path) -> None:
+        """A backend's own format is read back by the same backend and number of processes."""
+        if not (folder / TRAINING_STATE).is_file():  # older than the file
+            return
+        training = read_json(folder / TRAINING_STATE)
+        now = self._shape()
+        for name in ("backend", "processes"):
+            if training["shape"][name] != now[name]:
+                raise UserError(
+                    f"resume_from_checkpoint={folder}: is in the native format, written with "
+                    f"{name}={training['shape'][name]}; expected {now[name]}, as now; go on as it "
+                    "was written, or convert it with s2s-scale checkpoint convert"
+                )
+        self._check_run(folder, training["run"])
 
     @contextmanager
     def _open(self, folder: Path) -> Iterator[Saved]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +24,7 @@ from s2s_scale.checkpoint import (
 )
 from s2s_scale.checkpoint.background import BackgroundSave, problems_of
 from s2s_scale.checkpoint.portable import SETTINGS, StateWriter, held, write_json, write_states
+from s2s_scale.checkpoint.writing import failure_of
 from s2s_scale.trainer.position import PositionTrainer
 
 
@@ -107,14 +109,15 @@ class SavingTrainer(PositionTrainer):
         if not self._ranks.main:
             return
         scratch = TemporaryDirectory(prefix="s2s-scale-save-")
-        self._write_config(Path(scratch.name), plain)
-        self._describe(Path(scratch.name))
+        failure = failure_of(partial(self._write_small_files, Path(scratch.name), plain))
         training = self._training_state()
         writer = StateWriter(final, plain)
         writer.hold_buffers()
 
         def save() -> None:
             with scratch, whole_folder(final) as folder:
+                if failure is not None:  # told where all ranks hear of it
+                    raise failure
                 shutil.copytree(scratch.name, folder, dirs_exist_ok=True)
                 writer.move_to(folder)
                 write_states(_given_away(states), writer)
@@ -122,6 +125,10 @@ class SavingTrainer(PositionTrainer):
             self._rotate(final.parent)
 
         self._background.start(save)
+
+    def _write_small_files(self, folder: Path, plain: Any) -> None:
+        self._write_config(folder, plain)
+        self._describe(folder)
 
     def settle_background_save(self, *, wait: bool = False) -> None:
         """Take note of a save in the background that has ended. Every rank must call it.

@@ -1,4 +1,4 @@
-"""One rank of the tests of moves: several runs after each other, each from its own checkpoint.
+"""One rank of the tests of moves: several runs after each other, each under its own backend.
 
 Usage: python -m tests.support.moves_worker JOB.json
 """
@@ -6,7 +6,9 @@ Usage: python -m tests.support.moves_worker JOB.json
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,10 +48,6 @@ class Ledger(TrainerCallback):
         self.stop_at = stop_at
         self.steps: dict[int, list[int]] = {}
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.steps[state.global_step] = list(self.rows.read)
-        self.rows.read.clear()
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.rows.read.clear()
 
@@ -57,21 +55,33 @@ class Ledger(TrainerCallback):
         if state.global_step == self.stop_at:
             raise Interrupted
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps[state.global_step] = list(self.rows.read)
+        self.rows.read.clear()
+
 
 def main(path: Path) -> None:
     """Do the job's runs; rank 0 writes ``result.json`` beside the job."""
     job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    backend = make_backend(job["backend"])
-    backend.prepare_process()
+    results = {}
+    backends: list[Backend] = []
     try:
-        results = {}
         for number, one in enumerate(job["runs"]):
-            AcceleratorState._reset_state()
-            results[one["name"]] = run(job, one, path.parent / f"{number}", backend)
-        if backend.data_rank == 0:
+            backends.append(make_backend(one["backend"]))
+            backends[-1].prepare_process()
+            results[one["name"]] = run(job, one, path.parent / f"{number}", backends[-1])
+            _forget()
+        if backends[0].data_rank == 0:
             (path.parent / "result.json").write_text(json.dumps(results), encoding="utf-8")
     finally:
-        backend.close()
+        backends[-1].close()
+
+
+def _forget() -> None:
+    """What a run leaves in this process that would make the next one another kind of run."""
+    AcceleratorState._reset_state()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    gc.collect()
 
 
 def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
@@ -98,10 +108,10 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
     if backend.data_rank == 0:
         torch.save(weights, file)
     parts = backend.gather_objects(ledger.steps)
-    history = trainer.state.log_history
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "losses": {entry["step"]: entry["loss"] for entry in history if "loss" in entry},
-        "grad_norms": {entry["step"]: entry["grad_norm"] for entry in history if "loss" in entry},
+        "losses": {entry["step"]: entry["loss"] for entry in history},
+        "grad_norms": {entry["step"]: entry["grad_norm"] for entry in history},
         "ledger": {s: sorted(row for part in parts for row in part[s]) for s in parts[0]},
         "weights": str(file),
     }

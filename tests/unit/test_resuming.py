@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s2s_scale.checkpoint.convert import convert
-from s2s_scale.checkpoint.portable import PortableCheckpoint, read_json
+from s2s_scale.checkpoint.portable import PortableCheckpoint, read_json, write_json
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.randomness import step_seed
 from tests.support.training import fresh, history, our_trainer, ragged_rows, stock_trainer
@@ -318,4 +318,19 @@ def test_conversion_refuses_what_it_cannot_do(run, tmp_path):
 def test_training_state_says_where_the_run_stands(run):
     state = read_json(run / "checkpoint-7" / "training_state.json")
     assert state["step"] == 7 and state["plan"]["epoch"] == 1 and state["plan"]["step"] == 2
-    assert state["shape"] == {"processes": 1, "rows_per_device": 4, "accumulation": 1}
+    assert state["shape"] == {
+        "backend": "LocalBackend",
+        "processes": 1,
+        "rows_per_device": 4,
+        "accumulation": 1,
+    }
+
+
+def test_the_native_format_is_for_the_same_shape(tmp_path):
+    trained(tmp_path / "run", checkpoint_format="native")
+    folder = tmp_path / "run" / "checkpoint-7"
+    state = read_json(folder / "training_state.json")
+    state["shape"]["processes"] = 2
+    write_json(folder / "training_state.json", state)
+    with pytest.raises(UserError, match="written with processes=2; expected 1, as now"):
+        trained(tmp_path / "again", resume=folder)
