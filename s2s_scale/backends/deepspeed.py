@@ -21,6 +21,7 @@ from s2s_scale.backends.build_locks import extensions_folder, remove_abandoned_l
 from s2s_scale.backends.local import LocalBackend, on_host, whole
 from s2s_scale.backends.zero_state import (
     is_whole,
+    link_state,
     make_room,
     read_scale,
     state_by_parameter,
@@ -148,6 +149,8 @@ class DeepSpeedBackend(LocalBackend):
         if optimizer is not None and zero is None:
             yield from super().state(model, optimizer)
             return
+        if zero is not None:
+            link_state(zero)
         flat_states = {} if zero is None else state_by_parameter(zero)
         for name, parameter in model.named_parameters():
             weight = self._whole_weight(parameter)

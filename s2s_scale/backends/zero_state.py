@@ -71,6 +71,15 @@ def make_room(zero: Any, moments: Mapping[int, Mapping[str, Any]]) -> None:
             else:
                 state[name] = _common_number(zero.optimizer, name, values)
         zero.optimizer.state[flat] = state
+    link_state(zero)
+
+
+def link_state(zero: Any) -> None:
+    """Tie each parameter to its part of the optimizer's state, in ZeRO 1 and 2.
+
+    DeepSpeed does that after the first group's first step, when the others have no state yet, and
+    never again: what it can read by parameter is then the first group alone.
+    """
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
