@@ -49,13 +49,15 @@ def _run(disk: Path, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lock(disk: Path, sign: Path, over: threading.Event) -> None:
-    """Turn the disk read-only once ``sign`` is there; the system refuses while a file is open."""
-    remount = ["mount", "-o", "remount,ro", str(disk)]
+    """Turn the disk read-only once ``sign`` is there.
+
+    Its own mount stays writable for files that are open, as the run's lock is all the time: it is
+    covered by a second one that is not.
+    """
     while not over.is_set():
-        if (
-            sign.exists()
-            and not subprocess.run(remount, capture_output=True, check=False).returncode
-        ):
+        if sign.exists():
+            subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
+            subprocess.run(["mount", "-o", "remount,ro,bind", str(disk)], check=True)
             return
         time.sleep(0.01)
 
