@@ -46,9 +46,10 @@ def stock(job: Job, folder: Path, *, rank: int, world_size: int) -> None:
         model = tiny_model(case.family).train()
         with TemporaryDirectory() as scratch:
             values = _arguments(job, case, world_size, scratch) | {"max_steps": 1}
+            for name in ("batching", "num_buckets", "linear_cross_entropy"):  # ours alone
+                del values[name]
             smoothing = values.pop("label_smoothing")
             schedule = values.pop("lr_scheduler")
-            del values["linear_cross_entropy"]  # transformers has only logits
             trainer = stock_trainer(
                 model,
                 Path(values.pop("output_dir")),
