@@ -30,7 +30,7 @@ from s2s_scale.losses import IGNORE_INDEX, TokenLoss, count_tokens
 
 _CHUNK_VALUES = {"cpu": 2**23}
 _ACCELERATOR_CHUNK_VALUES = 2**26
-"""Logits held at once: what caches and memory allocators of the device like best (measured)."""
+"""Logits held at once. The CPU's number is measured; that of accelerators is not."""
 _LEAST_TRAINING_CHUNK = 128
 """Fewer positions than this would add up the gradient of a large W too many times. It is as large
 as W, so that these logits stay small beside it."""
