@@ -320,10 +320,7 @@ class XlaBackend(LocalBackend):
         held = _innermost(optimizer).state if optimizer is not None else {}
         for name, parameter in model.named_parameters():
             weight = _fetch(parameter)  # on every rank: parts may lie on several hosts
-            moments = {
-                moment: _fetch(value) if isinstance(value, Tensor) else value
-                for moment, value in held.get(parameter, {}).items()
-            }
+            moments = {moment: _on_cpu(value) for moment, value in held.get(parameter, {}).items()}
             main = self.data_rank == 0
             yield ParameterState(name, weight if main else None, moments if main else {})
 
