@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2s_scale.backends.base import ParameterState, ReadState
-from s2s_scale.backends.local import LocalBackend, groups_by_parameter, on_host, placed
+from s2s_scale.backends.base import ParameterState
+from s2s_scale.backends.local import LocalBackend, on_host
 
 if TYPE_CHECKING:
     from fairscale.optim import OSS
@@ -79,19 +79,8 @@ class FairScaleBackend(LocalBackend):
             else:
                 yield ParameterState(name, None, {})
 
-    def load_state(
-        self, model: nn.Module, optimizer: Any, read: ReadState, *, moments: bool = True
-    ) -> None:
-        own = sharded_optimizer(optimizer).optim if moments else None
-        groups = groups_by_parameter(own)
-        for name, parameter in model.named_parameters():
-            group = groups.get(id(parameter))
-            found = read(name, moments=group is not None)
-            if found.weight is not None:
-                with torch.no_grad():
-                    parameter.copy_(found.weight)
-            if own is not None and group is not None and found.moments:
-                own.state[parameter] = placed(found.moments, parameter, group, own)
+    def _state_holder(self, optimizer: Any) -> Any:
+        return sharded_optimizer(optimizer).optim
 
 
 def sharded_optimizer(optimizer: Any) -> ShardedOptimizer:

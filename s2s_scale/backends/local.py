@@ -176,10 +176,14 @@ class LocalBackend(Backend):
             moments = {k: on_host(v) for k, v in held.get(parameter, {}).items() if v is not None}
             yield ParameterState(name, on_host(parameter), moments)
 
+    def _state_holder(self, optimizer: Any) -> Any:
+        """The optimizer that holds the state of this rank's parameters."""
+        return innermost(optimizer)
+
     def load_state(
         self, model: nn.Module, optimizer: Any, read: ReadState, *, moments: bool = True
     ) -> None:
-        inner = innermost(optimizer) if moments else None
+        inner = self._state_holder(optimizer) if moments else None
         groups = groups_by_parameter(inner)
         for name, parameter in model.named_parameters():
             group = groups.get(id(parameter))

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from s2s_scale.backends.base import Batch, ParameterState, ReadState
 from s2s_scale.backends.graph_adamw import GraphAdamW
-from s2s_scale.backends.local import LocalBackend
+from s2s_scale.backends.local import LocalBackend, innermost
 from s2s_scale.backends.mesh import AXES, divided_dimension, mesh_lengths
 from s2s_scale.backends.prefetch import ahead
 from s2s_scale.errors import UserError, raise_problems
@@ -150,7 +150,7 @@ class XlaBackend(LocalBackend):
     def gather_rows(self, rows: Tensor, padding: int) -> Tensor:
         if self.mesh_shape or self.data_world_size == 1:
             return rows  # they are the whole batch's already
-        widest = int(self.gather_max(rows.shape[1]))
+        widest = max(self.gather_objects(rows.shape[1]))
         padded = nn.functional.pad(rows, (0, widest - rows.shape[1]), value=padding)
         return _model().all_gather(padded, dim=0)
 
@@ -164,10 +164,6 @@ class XlaBackend(LocalBackend):
             mark_sharding(rows, self._mesh, tuple([None] * rows.dim()))
         self.flush()
         return rows.cpu()
-
-    def gather_max(self, value: int) -> int:
-        """The largest of the ranks' values. Every rank must call it."""
-        return max(self.gather_objects(value))
 
     def gather_objects(self, value: T) -> list[T]:
         if self.mesh_shape or self.data_world_size == 1:
@@ -236,12 +232,12 @@ class XlaBackend(LocalBackend):
         torch_xla.manual_seed(torch.initial_seed())
         self._accumulates = accumulation > 1
         _checkpoint_for_xla(model)
-        _make_state(_innermost(optimizer))
+        _make_state(innermost(optimizer))
         if self.mesh_shape:
-            tensors = _state_tensors(_innermost(optimizer))
+            tensors = _state_tensors(innermost(optimizer))
             self._divide(t for t in tensors if t.device.type == "xla")
         # As after every step: XLA then reuses the same buffers in the first step as in the others.
-        inner = _innermost(optimizer)
+        inner = innermost(optimizer)
         self.drop_update_where(inner, torch.zeros((), dtype=torch.bool, device=torch_xla.device()))
         inner.step()
         self._fill_gradients(model)
@@ -275,7 +271,7 @@ class XlaBackend(LocalBackend):
 
     def drop_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
         bad = self.total(bad.float()) > 0
-        inner = _innermost(optimizer)
+        inner = innermost(optimizer)
         held = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
         held += [tensor for tensor in _state_tensors(inner) if tensor.device.type == "xla"]
         before = [tensor.detach().clone() for tensor in held]
@@ -290,7 +286,7 @@ class XlaBackend(LocalBackend):
         return bad
 
     def forget_steps(self, optimizer: Any, count: int) -> None:
-        for state in _innermost(optimizer).state.values():
+        for state in innermost(optimizer).state.values():
             on_device = isinstance(state.get("step"), Tensor)  # and undone there (GraphAdamW)
             if "step" in state and not on_device:
                 state["step"] -= count
@@ -317,7 +313,7 @@ class XlaBackend(LocalBackend):
 
     def state(self, model: nn.Module, optimizer: Any) -> Iterator[ParameterState]:
         self.flush()
-        held = _innermost(optimizer).state if optimizer is not None else {}
+        held = innermost(optimizer).state if optimizer is not None else {}
         for name, parameter in model.named_parameters():
             weight = _fetch(parameter)  # on every rank: parts may lie on several hosts
             moments = {moment: _on_cpu(value) for moment, value in held.get(parameter, {}).items()}
@@ -410,13 +406,6 @@ def _to_device(tensors: list[Tensor], device: torch.device, sharding: Any) -> li
         for n, tensor in zip(places, moved, strict=True):
             placed[n] = tensor
     return placed
-
-
-def _innermost(optimizer: Any) -> Any:
-    """The torch optimizer inside what accelerate has wrapped it in."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _state_tensors(optimizer: Any) -> list[Tensor]:
