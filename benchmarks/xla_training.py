@@ -2,6 +2,10 @@
 
 Compilations, wall time and real tokens per second of ``--steps`` (200) steps on the same rows, each
 trainer in a process of its own, on one virtual device on the CPU unless PJRT_DEVICE says otherwise.
+
+A process that compiles anew for every shape may die of it: XLA's CPU client maps memory for each
+graph, and Linux allows 65,530 maps (``sysctl vm.max_map_count``). Then the figures are those of the
+steps that it came to, and the ratios are per step.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +27,14 @@ from rich.table import Table
 
 ROWS, ROWS_PER_STEP, LONGEST = 2000, 16, 60
 WAYS = ("s2s-scale", "transformers")
+COLUMNS = {
+    "steps": "",
+    "compilations": "",
+    "compile_seconds": "seconds compiling",
+    "seconds": "seconds in all",
+    "rate": "real tokens per second",
+}
+DIGITS = {"compile_seconds": 1, "seconds": 1}
 ARGUMENTS: dict[str, Any] = {
     "optim": "adamw_torch",
     "report_to": [],
@@ -47,8 +60,8 @@ def rows_of(last_word: int, first_word: int, end: int) -> list[dict[str, list[in
     return made
 
 
-def measure(way: str, steps: int) -> dict[str, float]:
-    """The figures of one way; call it once per process, before anything is compiled."""
+def measure(way: str, steps: int) -> None:
+    """Print one way's figures after each step, as JSON; call it once per process, at its start."""
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     os.environ.setdefault("CPU_NUM_DEVICES", "1")
     os.environ["XLA_PERSISTENT_CACHE_PATH"] = ""
@@ -96,15 +109,34 @@ def measure(way: str, steps: int) -> dict[str, float]:
                 data_collator=with_decoder_inputs,
             )
         started = time.perf_counter()
+        trainer.add_callback(
+            _after_each_step(lambda step: _print_figures(step, started, tokens, backend))
+        )
         trainer.train()
-        seconds = time.perf_counter() - started
+
+
+def _after_each_step(act: Callable[[int], None]) -> Any:
+    from transformers import TrainerCallback
+
+    class AfterEachStep(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            act(state.global_step)
+
+    return AfterEachStep()
+
+
+def _print_figures(step: int, started: float, tokens: int, backend: Any) -> None:
+    """``tokens``: real ones of all rows, of which a step has its share on average."""
+    seconds = time.perf_counter() - started
     compilations, compile_seconds = backend.compilations()
-    return {
+    figures = {
+        "steps": step,
         "compilations": compilations,
         "compile_seconds": compile_seconds,
         "seconds": seconds,
-        "rate": steps * ROWS_PER_STEP * tokens / ROWS / seconds,
+        "rate": step * ROWS_PER_STEP * tokens / ROWS / seconds,
     }
+    print(json.dumps(figures), flush=True)
 
 
 def main() -> None:
@@ -114,29 +146,39 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS)
     options = parser.parse_args()
     if options.way:
-        print(json.dumps(measure(options.way, options.steps)))
+        measure(options.way, options.steps)
         return
     rows = f"about {ROWS_PER_STEP} rows of 2 to {LONGEST + 1} tokens"
     title = f"2-layer T5, {options.steps} steps of {rows}"
     table = Table(title=title, title_justify="left")
     table.add_column("trainer")
-    for name in ("compilations", "seconds compiling", "seconds in all", "real tokens per second"):
-        table.add_column(name, justify="right")
-    found = {}
-    for way in WAYS:
-        words = [sys.executable, "-m", "benchmarks.xla_training", "--steps", str(options.steps)]
-        done = subprocess.run([*words, "--way", way], capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{way}:\n{done.stderr}")
-        found[way] = json.loads(done.stdout.splitlines()[-1])
-        cells = ("{compilations:.0f}", "{compile_seconds:.1f}", "{seconds:.1f}", "{rate:,.0f}")
-        table.add_row(way, *(cell.format(**found[way]) for cell in cells))
-    ours, theirs = (found[way] for way in WAYS)
-    ratios = [theirs[n] / ours[n] for n in ("compilations", "compile_seconds", "seconds")]
-    table.add_row(
-        "ratio", *(f"{ratio:.1f}x" for ratio in ratios), f"{ours['rate'] / theirs['rate']:.1f}x"
-    )
+    for name, unit in COLUMNS.items():
+        table.add_column(unit or name, justify="right")
+    found = {way: figures_of(way, options.steps) for way in WAYS}
+    for way, figures in found.items():
+        table.add_row(way, *(f"{figures[name]:,.{DIGITS.get(name, 0)}f}" for name in COLUMNS))
+    ours, theirs = (per_step(figures) for figures in found.values())
+    ratios = [f"{theirs[n] / ours[n]:.1f}x" for n in ("compilations", "compile_seconds", "seconds")]
+    table.add_row("ratio, per step", "", *ratios, f"{ours['rate'] / theirs['rate']:.1f}x")
     Console(width=120).print(table)
+
+
+def figures_of(way: str, steps: int) -> dict[str, float]:
+    """One trainer's figures from a process of its own, up to the last step that it came to."""
+    words = [sys.executable, "-m", "benchmarks.xla_training", "--steps", str(steps), "--way", way]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"steps"')]
+    if not lines:
+        sys.exit(f"{way}:\n{done.stderr}")
+    if done.returncode:
+        print(f"{way} died after {len(lines)} steps: {done.stderr.strip().splitlines()[-1]}")
+    return dict(json.loads(lines[-1]))
+
+
+def per_step(figures: dict[str, float]) -> dict[str, float]:
+    """Counts and seconds divided by the steps; the rate as it is."""
+    steps = figures["steps"]
+    return {name: n if name == "rate" else n / steps for name, n in figures.items()}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 
-from tests.parity.matrix import CONFIGS
+from s2s_scale.profiles import resolve
+from tests.parity.matrix import CONFIGS, MESHES
 from tests.support.ranks import run_ranks
 
 BOUND = 1e-5
@@ -28,8 +30,11 @@ SHARED_OUT = ("cpu-ddp", "cpu-oss", "cpu-zero1", "cpu-zero2", "cpu-zero3")
 SOURCES = (("cpu", 1), *((name, 2) for name in SHARED_OUT))
 TARGETS = (*SOURCES, *((name, ranks) for ranks in (3, 4) for name in SHARED_OUT))
 
+XLA_SOURCES = tuple((name, 4) for name in MESHES)
+XLA_TARGETS = (*XLA_SOURCES, *((name, devices) for devices in (1, 2, 3) for name in MESHES))
+
 Side = tuple[str, int]
-"""Profile and number of ranks."""
+"""Profile and number of ranks; of devices, for those on XLA."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +54,43 @@ class Move:
 
 
 def moves(
-    folder: Path, *, sources: Iterable[Side] = SOURCES, targets: Iterable[Side] = TARGETS
+    folder: Path,
+    *,
+    sources: Iterable[Side] = SOURCES,
+    targets: Iterable[Side] = TARGETS,
+    xla_python: str = sys.executable,
 ) -> Iterator[Move]:
     """Write a checkpoint under each source, go on from each under each target.
 
     Everything at one number of ranks is done by the same processes, one run after the other.
+    ``xla_python``: an interpreter that has torch-xla, which wants a torch of its own.
     """
     saved, whole = {}, None
-    for ranks, sides in _by_ranks(sources).items():
+    for (axis, ranks), sides in _together(sources).items():
         runs = [
             _run(side, str(side), {"save_steps": SAVED_AT}, output=_output(folder, side))
             for side in sides
         ]
-        found = launch(folder / f"write-{ranks}", ranks, runs)
+        place = folder / f"write-{axis}{ranks}"
+        found = launch(place, ranks, runs, xla_python=xla_python if axis else None)
         whole = whole or found[str(sides[0])]
         saved |= {side: f"{_output(folder, side)}/checkpoint-{SAVED_AT}" for side in sides}
     assert whole is not None, "no source is given"
-    for ranks, sides in _by_ranks(targets).items():
+    for (axis, ranks), sides in _together(targets).items():
         pairs = [(source, target) for target in sides for source in saved]
         no_saving = {"save_strategy": "no"}
         runs = [_run(t, f"{s} {t}", no_saving, resume=saved[s]) for s, t in pairs]
-        found = launch(folder / f"read-{ranks}", ranks, runs)
+        place = folder / f"read-{axis}{ranks}"
+        found = launch(place, ranks, runs, xla_python=xla_python if axis else None)
         for source, target in pairs:
             yield compare(source, target, found[f"{source} {target}"], whole)
 
 
-def _by_ranks(sides: Iterable[Side]) -> dict[int, list[Side]]:
-    found: dict[int, list[Side]] = {}
+def _together(sides: Iterable[Side]) -> dict[tuple[str, int], list[Side]]:
+    """The sides that the same processes can do: by mesh axis ("" without XLA) and ranks."""
+    found: dict[tuple[str, int], list[Side]] = {}
     for side in sides:
-        found.setdefault(side[1], []).append(side)
+        found.setdefault((MESHES.get(side[0], ""), side[1]), []).append(side)
     return found
 
 
@@ -86,16 +99,28 @@ def _output(folder: Path, side: Side) -> str:
 
 
 def _run(side: Side, name: str, arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
-    backend, config = BACKENDS[side[0]]
+    if side[0] in MESHES:
+        backend, config = f"xla:{MESHES[side[0]]}", None
+        arguments = {**arguments, "num_buckets": 1}
+    else:
+        backend, config = BACKENDS[side[0]]
     if config:
         arguments = {**arguments, "deepspeed": str(CONFIGS / f"{config}.json")}
     return {"name": name, "backend": backend, "arguments": arguments, **more}
 
 
 def launch(
-    folder: Path, ranks: int, runs: list[dict[str, Any]], **arguments: Any
+    folder: Path,
+    ranks: int,
+    runs: list[dict[str, Any]],
+    *,
+    xla_python: str | None = None,
+    **arguments: Any,
 ) -> dict[str, Any]:
-    """Do the runs one after the other on so many ranks; their results by name."""
+    """Do the runs one after the other on so many ranks; their results by name.
+
+    With ``xla_python`` in one process, on so many virtual devices.
+    """
     folder.mkdir(parents=True)
     common = {
         "max_steps": STEPS,
@@ -113,7 +138,16 @@ def launch(
     path = folder / "job.json"
     path.write_text(json.dumps({**job, "arguments": {**common, **arguments}}), encoding="utf-8")
     worker = ["-m", "tests.support.moves_worker", str(path)]
-    for rank, result in enumerate(run_ranks(worker, ranks=ranks, folder=folder, limit=1200)):
+    environment = {**resolve("cpu-xla").environment, "CPU_NUM_DEVICES": str(ranks)}
+    results = run_ranks(
+        worker,
+        ranks=1 if xla_python else ranks,
+        folder=folder,
+        limit=2400,
+        environment=environment if xla_python else None,
+        python=xla_python or sys.executable,
+    )
+    for rank, result in enumerate(results):
         assert result.code == 0, f"rank {rank}:\n{result.output}"
     return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
 

@@ -67,7 +67,8 @@ def main(path: Path) -> None:
     backends: list[Backend] = []
     try:
         for number, one in enumerate(job["runs"]):
-            backends.append(make_backend(one["backend"]))
+            kind, _, axis = one["backend"].partition(":")
+            backends.append(make_backend(kind, "cpu", {axis: -1} if axis else None))
             backends[-1].prepare_process()
             results[one["name"]] = run(job, one, path.parent / f"{number}", backends[-1])
             _forget()
@@ -88,7 +89,8 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
     """One run; its losses by step, its ledger, and where its final weights are."""
     arguments = {**job["arguments"], **one["arguments"]}
     values = settings(Path(one.get("output") or folder), **arguments)
-    values["per_device_train_batch_size"] = job["rows_per_step"] // backend.data_world_size
+    devices = backend.data_world_size * backend.rows_multiple
+    values["per_device_train_batch_size"] = job["rows_per_step"] // devices
     args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
     model = tiny_model(job.get("family", "t5")).train()
     rows = Rows(ragged_rows(model, job["rows"]))

@@ -36,6 +36,7 @@ def run_ranks(
     folder: Path,
     limit: float = LIMIT_SECONDS,
     environment: dict[str, str] | None = None,
+    python: str = sys.executable,
 ) -> list[RankResult]:
     """``python ARGUMENTS`` once per rank, with the variables that a launcher sets, and more.
 
@@ -62,7 +63,7 @@ def run_ranks(
         with log.open("wb") as out:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, *arguments],
+                    [python, *arguments],
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     env=variables,
