@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ from torch import Tensor
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
+from benchmarks.resident import MIB, growth_since, memory, start_peak
 from s2s_scale.linear_loss import linear_cross_entropy
 from s2s_scale.losses import IGNORE_INDEX
 
@@ -42,7 +42,6 @@ SAFE_SHARE = 0.6
 """transformers' side runs only where it needs less than this share of the free memory."""
 STOCK_COPIES = {0.0: 3, 0.1: 5}
 """About how many tensors of N * V values transformers' side holds at once (to judge the above)."""
-MIB = 2**20
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -109,21 +108,13 @@ def measure(
         return value
 
     run(1)
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    before = start_peak()
     value = run(rows)
-    peak = _memory("VmHWM") - before
+    peak = growth_since(before)
     started = CLOCKS[clock]()
     run(rows)
     seconds = CLOCKS[clock]() - started
     print(json.dumps({"bytes": peak, "seconds": seconds, "loss": value}))
-
-
-def _memory(name: str) -> int:
-    """Bytes of a line such as VmHWM of this process, or MemAvailable of the machine."""
-    path = "/proc/meminfo" if name.startswith("Mem") else "/proc/self/status"
-    lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
 def in_fresh_process(side: str, options: dict[str, str]) -> dict[str, float]:
@@ -143,7 +134,7 @@ def in_fresh_process(side: str, options: dict[str, str]) -> dict[str, float]:
 def fits(tokens: int, vocabulary: int, smoothing: float) -> bool:
     """Whether transformers' side can run here without pushing anything out of memory."""
     need = STOCK_COPIES[smoothing] * tokens * vocabulary * 4
-    return need < SAFE_SHARE * _memory("MemAvailable")
+    return need < SAFE_SHARE * memory("MemAvailable")
 
 
 def case(tokens: int, vocabulary: int, options: argparse.Namespace) -> list[str]:

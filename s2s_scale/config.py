@@ -317,6 +317,12 @@ class TrainingExtras:
         "backend's own format, read back by the same backend at the same number of processes.",
         choices=CHECKPOINT_FORMATS,
     )
+    checkpoint_shard_mib: int = setting(
+        1024,
+        "output",
+        "Size of a portable checkpoint's files, in MiB, from which on there are several. The "
+        "writing process holds one file's tensors at a time beside its own share of the model.",
+    )
     accept_changes: list[str] = field(
         default_factory=list,
         metadata={

@@ -111,7 +111,7 @@ class SavingTrainer(PositionTrainer):
         scratch = TemporaryDirectory(prefix="s2s-scale-save-")
         failure = failure_of(partial(self._write_small_files, Path(scratch.name), plain))
         training = self._training_state()
-        writer = StateWriter(final, plain)
+        writer = self._state_writer(final, plain)
         writer.hold_buffers()
 
         def save() -> None:
@@ -178,11 +178,14 @@ class SavingTrainer(PositionTrainer):
     def _write_portable(self, folder: Path) -> StateWriter | None:
         """Weights and optimizer state by parameter name. Every rank must call it."""
         plain = self._plain_model()
-        writer = StateWriter(folder, plain) if self._ranks.main else None
+        writer = self._state_writer(folder, plain) if self._ranks.main else None
         write_states(self.backend.state(plain, self._saved_optimizer), writer)
         if writer is not None:
             self._write_config(folder, plain)
         return writer
+
+    def _state_writer(self, folder: Path, model: nn.Module) -> StateWriter:
+        return StateWriter(folder, model, shard_bytes=self.args.checkpoint_shard_mib << 20)
 
     def _write_config(self, folder: Path, model: Any) -> None:
         """Configuration and tokenizer, as ``save_pretrained`` writes them beside the weights."""

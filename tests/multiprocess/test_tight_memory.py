@@ -1,0 +1,57 @@
+"""Saving where no rank can hold the optimizer's whole state: the address space is limited."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.resident import MIB
+from s2s_scale.checkpoint import verify
+from s2s_scale.checkpoint.portable import PortableCheckpoint
+from tests.parity.matrix import CONFIGS
+from tests.support.ranks import run_ranks
+from tests.support.tight_worker import wide_model
+
+D_FF = 4_096
+"""64 MiB of weights, 128 MiB of moments, of which each of two ranks holds half."""
+SLACK_MIB = 40
+RUNS = [
+    {"name": "oss", "backend": "fairscale_oss", "arguments": {}},
+    {
+        "name": "zero2",
+        "backend": "deepspeed",
+        "arguments": {"deepspeed": str(CONFIGS / "zero2.json")},
+    },
+    {
+        "name": "zero3",
+        "backend": "deepspeed",
+        "arguments": {"deepspeed": str(CONFIGS / "zero3.json")},
+    },
+]
+
+
+@pytest.mark.slow
+def test_a_sharded_state_is_saved_by_ranks_that_could_not_hold_it(tmp_path):
+    job = {"d_ff": D_FF, "slack_mib": SLACK_MIB, "runs": RUNS}
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    ranks = run_ranks(
+        ["-m", "tests.support.tight_worker", str(path)],
+        ranks=2,
+        folder=tmp_path,
+        # Arenas of other threads would take 64 MiB of address space each, used or not.
+        environment={"MALLOC_ARENA_MAX": "1"},
+    )
+    for rank, result in enumerate(ranks):
+        assert result.code == 0, f"rank {rank}:\n{result.output}"
+    found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    names = dict(wide_model(64).named_parameters())
+    for one in RUNS:
+        sizes = found[one["name"]]
+        assert sizes["moments"] / 2 > 1.5 * SLACK_MIB * MIB
+        assert not sizes["collected"], "the other half of the moments fits into no rank"
+        folder = tmp_path / one["name"] / "checkpoint-1"
+        assert verify(folder).step == 1
+        with PortableCheckpoint(folder) as saved:
+            assert {name for name in names if name in saved._moments} == set(names)

@@ -1,0 +1,114 @@
+"""One rank of a save in an address space that cannot hold the optimizer's whole state.
+
+Usage: python -m tests.support.tight_worker JOB.json. Each run trains one step, lets the address
+space grow by ``slack`` bytes at most, and saves; ``collect`` first tries to hold the whole state on
+every rank at once, which must not fit. Rank 0 writes ``result.json`` beside the job.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState
+
+from benchmarks.resident import MIB, memory
+from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from s2s_scale.backends import Backend, make_backend
+from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.models.tiny import ragged_rows
+from tests.support.training import settings
+
+
+def main(path: Path) -> None:
+    """Do the job's runs one after the other."""
+    job = json.loads(path.read_text(encoding="utf-8"))
+    backend = None
+    results = {}
+    try:
+        for one in job["runs"]:
+            AcceleratorState._reset_state()
+            backend = make_backend(one["backend"])
+            backend.prepare_process()
+            results[one["name"]] = run(job, one, path.parent / one["name"], backend)
+            gc.collect()
+        assert backend is not None
+        if backend.data_rank == 0:
+            (path.parent / "result.json").write_text(json.dumps(results), encoding="utf-8")
+    finally:
+        if backend is not None:
+            backend.close()
+
+
+def wide_model(d_ff: int) -> Any:
+    """A T5 nearly all of whose weights are in 32 equal matrices, which any sharing divides."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=64,
+            d_model=128,
+            d_kv=16,
+            num_heads=2,
+            d_ff=d_ff,
+            num_layers=8,
+            decoder_start_token_id=0,
+            dropout_rate=0.0,
+        )
+    )
+
+
+def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
+    """Train a step and save within bounds; sizes, and whether the whole state would have fitted."""
+    values = settings(
+        folder,
+        max_steps=1,
+        per_device_train_batch_size=4,
+        checkpoint_shard_mib=8,
+        **one["arguments"],
+    )
+    args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
+    model = wide_model(job["d_ff"])
+    moments = 8 * sum(parameter.numel() for parameter in model.parameters())
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=args,
+        train_dataset=ragged_rows(model, 16),
+        data_collator=Seq2SeqCollator(model.config.pad_token_id),
+        backend=backend,
+    )
+    trainer.train()
+    with address_space(memory("VmSize") + job["slack_mib"] * MIB):
+        collected = fits_at_once(moments)
+        trainer._save_checkpoint(trainer.model, trial=None)
+    return {"moments": moments, "slack": job["slack_mib"] * MIB, "collected": collected}
+
+
+def fits_at_once(count: int) -> bool:
+    """Whether this process could hold so many more bytes."""
+    try:
+        bytearray(count // 2)  # the half that another rank has
+    except MemoryError:
+        return False
+    return True
+
+
+@contextmanager
+def address_space(limit: int) -> Iterator[None]:
+    """Let this process have so many bytes of address space for the block."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
