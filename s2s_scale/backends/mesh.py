@@ -34,3 +34,8 @@ def divided_dimension(shape: tuple[int, ...], parts: int) -> int | None:
     """The longest dimension that divides evenly into ``parts``; None where none does."""
     fitting = [n for n, length in enumerate(shape) if length % parts == 0 and length >= parts]
     return max(fitting, key=lambda n: shape[n]) if fitting and parts > 1 else None
+
+
+def rows_dimension(shape: tuple[int, ...], rows: int | None) -> int:
+    """Which of a hidden state's first two dimensions counts the batch's ``rows``; 0 in doubt."""
+    return 1 if rows is not None and shape[0] != rows == shape[1] else 0

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from s2s_scale.backends.base import Batch, ParameterState, ReadState
 from s2s_scale.backends.graph_adamw import GraphAdamW
 from s2s_scale.backends.local import LocalBackend, innermost
-from s2s_scale.backends.mesh import AXES, divided_dimension, mesh_lengths
+from s2s_scale.backends.mesh import AXES, divided_dimension, mesh_lengths, rows_dimension
 from s2s_scale.backends.prefetch import ahead
 from s2s_scale.errors import UserError, raise_problems
 
@@ -50,6 +50,7 @@ class XlaBackend(LocalBackend):
         super().__init__(device, mesh)
         self._bf16 = False
         self._accumulates = False
+        self._rows: int | None = None  # of the batch that the model is called with
 
     def problems(self) -> Sequence[str]:
         if not find_spec("torch_xla"):
@@ -358,23 +359,35 @@ class XlaBackend(LocalBackend):
             mark_sharding(tensor, self._mesh, tuple(axes))
 
     def _keep_activations_divided(self, model: nn.Module) -> None:
-        """Divided weights must not make XLA divide hidden states [B, T, d] by their width.
+        """Divided weights must not make XLA divide hidden states by their width.
 
-        A layer's output is divided by rows; so XLA gathers weights, as ZeRO 3 does.
+        A layer's output, [B, T, d] or with its first two the other way round (FSMT), is divided by
+        rows; so XLA gathers weights, as ZeRO 3 does.
         """
         if mesh_lengths(self.mesh_shape, _runtime().global_runtime_device_count())[1] == 1:
             return
+        model.register_forward_pre_hook(self._note_rows, with_kwargs=True)
+        model.register_forward_hook(self._forget_rows)
         for module in model.modules():
             if isinstance(module, nn.ModuleList):
                 for layer in module:
                     layer.register_forward_hook(self._divide_output)
+
+    def _note_rows(self, model: nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
+        tensors = [value for value in (*inputs, *keywords.values()) if isinstance(value, Tensor)]
+        self._rows = tensors[0].shape[0] if tensors else None
+
+    def _forget_rows(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        self._rows = None
 
     def _divide_output(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         from torch_xla.distributed.spmd import mark_sharding
 
         hidden = output[0] if isinstance(output, tuple) else output
         if isinstance(hidden, Tensor) and hidden.dim() == 3:
-            mark_sharding(hidden, self._mesh, (AXES, None, None))
+            axes: list[Any] = [None, None, None]
+            axes[rows_dimension(tuple(hidden.shape), self._rows)] = AXES
+            mark_sharding(hidden, self._mesh, tuple(axes))
 
 
 def _runtime() -> Any:

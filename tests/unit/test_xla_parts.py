@@ -11,7 +11,7 @@ import torch
 
 from s2s_scale.backends import make_backend
 from s2s_scale.backends.graph_adamw import GraphAdamW
-from s2s_scale.backends.mesh import divided_dimension, mesh_lengths
+from s2s_scale.backends.mesh import divided_dimension, mesh_lengths, rows_dimension
 from s2s_scale.backends.prefetch import BATCHES_AHEAD, ahead
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.compilations import CompilationWatch, RecompilationError, batch_shape
@@ -53,6 +53,13 @@ def test_the_longest_dimension_that_divides_is_divided():
     assert divided_dimension((2,), 4) is None
     assert divided_dimension((), 4) is None
     assert divided_dimension((96, 16), 1) is None
+
+
+def test_hidden_states_are_divided_by_rows_whatever_their_order():
+    assert rows_dimension((8, 20, 16), 8) == 0
+    assert rows_dimension((20, 8, 16), 8) == 1
+    assert rows_dimension((8, 8, 16), 8) == 0
+    assert rows_dimension((1, 8, 16), None) == 0
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
