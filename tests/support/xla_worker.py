@@ -1,9 +1,9 @@
-"""One run of our trainer on virtual XLA devices, or on the CPU: what tests/xla looks at.
+"""Runs of our trainer on virtual XLA devices, or on the CPU: what tests/xla looks at.
 
-Usage: python -m tests.support.xla_worker JOB.json. The job: ``backend`` ("xla:data", "xla:fsdp" or
-"local"), ``family``, ``longest`` row, ``rows``, ``arguments`` for training, ``resume`` (a
-checkpoint's folder), ``evaluate`` (train, then evaluate) and ``nan_at_step`` (the loss of that step
-is not finite). Writes ``result.json`` beside the job.
+Usage: python -m tests.support.xla_worker FOLDER…, each with a ``job.json``: ``backend``
+("xla:data", "xla:fsdp" or "local"; the same in all), ``family``, ``longest`` row, ``rows``,
+``arguments`` for training, ``resume`` (a checkpoint's folder), ``evaluate`` (train, then evaluate)
+and ``nan_at_step`` (the loss of that step is not finite). Writes ``result.json`` beside each job.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
@@ -24,17 +25,27 @@ from tests.support.ranks import run_ranks
 from tests.support.training import history, ragged_rows, settings
 
 
-def run_job(job: dict[str, Any], folder: Path, *, devices: int = 4, limit: float = 400) -> Any:
-    """Run a job in a process of its own, on so many virtual devices; what it wrote."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "job.json"
-    path.write_text(json.dumps(job), encoding="utf-8")
-    words = ["-m", "tests.support.xla_worker", str(path)]
+def run_job(job: dict[str, Any], folder: Path, *, devices: int = 4) -> Any:
+    """Run one job in a process of its own, on so many virtual devices; what it wrote."""
+    return run_jobs({"job": job}, folder, devices=devices)["job"]
+
+
+def run_jobs(
+    jobs: dict[str, dict[str, Any]], folder: Path, *, devices: int = 4, limit: float = 400
+) -> dict[str, Any]:
+    """Run jobs of one backend in one process, one after the other; what they wrote, by name."""
+    for name, job in jobs.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    words = ["-m", "tests.support.xla_worker", *(str(folder / name) for name in jobs)]
     (result,) = run_ranks(
         words, ranks=1, folder=folder, limit=limit, environment=virtual_devices(devices)
     )
     assert result.code == 0, result.output
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return {
+        name: json.loads((folder / name / "result.json").read_text(encoding="utf-8"))
+        for name in jobs
+    }
 
 
 class Poisoned(Seq2SeqTrainer):
@@ -70,15 +81,18 @@ class Counter(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
 
 
-def main(path: Path) -> None:
-    """Do the job."""
-    job = json.loads(path.read_text(encoding="utf-8"))
-    kind, _, axis = job["backend"].partition(":")
+def main(folders: list[Path]) -> None:
+    """Do the jobs."""
+    jobs = [json.loads((folder / "job.json").read_text(encoding="utf-8")) for folder in folders]
+    kind, _, axis = jobs[0]["backend"].partition(":")
     backend = make_backend(kind, "cpu", {axis: -1} if axis else None)
     backend.prepare_process()
     try:
-        result = run(job, path.parent, backend)
-        (path.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        for job, folder in zip(jobs, folders, strict=True):
+            assert job["backend"] == jobs[0]["backend"]
+            AcceleratorState._reset_state()  # accelerate keeps its settings for the whole process
+            result = run(job, folder, backend)
+            (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     finally:
         backend.close()
 
@@ -165,4 +179,4 @@ def held_per_device(trainer: Seq2SeqTrainer) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main([Path(word) for word in sys.argv[1:]])

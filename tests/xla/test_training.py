@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors import safe_open
 
 from s2s_scale.trainer.compilations import SETUP_COMPILATIONS
 from tests.support.families import tiny_model
-from tests.support.xla_worker import run_job
+from tests.support.xla_worker import run_job, run_jobs
 
 pytest.importorskip("torch_xla", reason="torch-xla has an environment of its own: make test-xla")
 
@@ -42,9 +44,55 @@ def test_200_steps_of_random_lengths_compile_each_shape_once(tmp_path):
     assert result["counts"][-1] == result["counts"][90]
 
 
-def test_weights_and_moments_are_divided(tmp_path, capsys):
-    arguments = {**ARGUMENTS, "max_steps": 2}
-    held = run_job({"backend": "xla:fsdp", "arguments": arguments}, tmp_path)["held"]
+OPTIONS = {
+    "adafactor": ({"optim": "adafactor"}, 1e-5),
+    "gradient_checkpointing": ({"gradient_checkpointing": True}, 1e-5),
+    "bf16": ({"bf16": True}, 2e-2),
+}
+"""Settings, and how near their losses must be to those of fp32 on the CPU."""
+SAVED = {
+    **ARGUMENTS,
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "lr_scheduler": "linear",
+    "warmup_steps": 2,
+}
+
+
+def jobs_of(backend: str) -> dict[str, dict[str, Any]]:
+    """What is run under a backend; one process does all, since starting one takes longest."""
+    nan = {**ARGUMENTS, "num_buckets": 1, "max_steps": 6, "logging_steps": 3}
+    jobs = {
+        "saved": {"arguments": SAVED, "evaluate": True},
+        "nan": {"arguments": nan, "nan_at_step": 2},
+    }
+    for name, (options, _) in OPTIONS.items():
+        values = {**ARGUMENTS, "num_buckets": 1, "max_steps": 4, **options}
+        if backend == "local":
+            values.pop("bf16", None)
+        jobs[name] = {"arguments": values}
+    return {name: {**job, "backend": backend} for name, job in jobs.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder, and every job's result under "cpu" and "xla"; "saved" goes on under the other."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def resumed(backend: str, saved_by: str) -> dict[str, Any]:
+        checkpoint = folder / saved_by / "saved" / "run" / "checkpoint-3"
+        return {**jobs_of(backend)["saved"], "resume": str(checkpoint)}
+
+    results = {"cpu": run_jobs(jobs_of("local"), folder / "cpu")}
+    jobs = {**jobs_of("xla:fsdp"), "resumed": resumed("xla:fsdp", "cpu")}
+    results["xla"] = run_jobs(jobs, folder / "xla")
+    results["cpu"]["resumed"] = run_job(resumed("local", "xla"), folder / "resumed")
+    return folder, results
+
+
+def test_weights_and_moments_are_divided(runs, capsys):
+    held = runs[1]["xla"]["saved"]["held"]
     assert len(held["specs"]) > 50
     for name in ("weights", "moments"):
         sizes = held[name]
@@ -54,86 +102,41 @@ def test_weights_and_moments_are_divided(tmp_path, capsys):
     assert held["moments"]["whole"] == 2 * held["weights"]["whole"]
 
 
-def test_without_a_mesh_axis_for_them_weights_are_whole(tmp_path):
-    arguments = {**ARGUMENTS, "max_steps": 1}
-    held = run_job({"backend": "xla:data", "arguments": arguments}, tmp_path)["held"]
-    assert held["weights"]["first"] == held["weights"]["whole"] > 0
-
-
-@pytest.mark.parametrize(
-    ("options", "bound"),
-    [
-        ({"optim": "adafactor"}, 1e-5),
-        ({"gradient_checkpointing": True}, 1e-5),
-        ({"bf16": True}, 2e-2),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_options_give_what_they_give_on_a_cpu(tmp_path, options, bound):
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_give_what_they_give_on_a_cpu(runs, name):
     """bf16 is held against fp32: it must be near, and not the same."""
-    arguments = {**ARGUMENTS, "num_buckets": 1, "max_steps": 4, **options}
-    found = run_job({"backend": "xla:fsdp", "arguments": arguments}, tmp_path / "xla")["loss"]
-    exact = {name: value for name, value in arguments.items() if name != "bf16"}
-    expected = run_job({"backend": "local", "arguments": exact}, tmp_path / "cpu")["loss"]
+    found, expected = (runs[1][side][name]["loss"] for side in ("xla", "cpu"))
     assert len(found) == 4
-    assert found == pytest.approx(expected, rel=bound)
-    if "bf16" in options:
+    assert found == pytest.approx(expected, rel=OPTIONS[name][1])
+    if name == "bf16":
         assert found != pytest.approx(expected, rel=1e-5)
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_reported_at_the_next_log(tmp_path):
-    arguments = {**ARGUMENTS, "num_buckets": 1, "max_steps": 6, "logging_steps": 3}
-    job = {"arguments": arguments, "nan_at_step": 2}
-    results = {
-        name: run_job({**job, "backend": backend}, tmp_path / name)
-        for name, backend in (("xla", "xla:data"), ("cpu", "local"))
-    }
-    assert results["xla"]["nonfinite"] == results["cpu"]["nonfinite"] == [2]
-    assert results["xla"]["metrics"] == {}
-    assert results["xla"]["final"] == pytest.approx(results["cpu"]["final"], rel=1e-5)
-
-
-@pytest.fixture(scope="module")
-def saved_runs(tmp_path_factory):
-    """Six steps under each backend, saved after three, and each one's rest under the other."""
-    folder = tmp_path_factory.mktemp("saved")
-    arguments = {
-        **ARGUMENTS,
-        "max_steps": 6,
-        "save_strategy": "steps",
-        "save_steps": 3,
-        "lr_scheduler": "linear",
-        "warmup_steps": 2,
-    }
-    jobs = {
-        name: {"backend": backend, "arguments": arguments, "evaluate": True}
-        for name, backend in (("cpu", "local"), ("xla", "xla:fsdp"))
-    }
-    results = {name: run_job(job, folder / name) for name, job in jobs.items()}
-    for name, other in (("cpu", "xla"), ("xla", "cpu")):
-        resumed = {**jobs[name], "resume": str(folder / other / "run" / "checkpoint-3")}
-        results[f"{other} -> {name}"] = run_job(resumed, folder / f"{other}-{name}")
-    return folder, results
+def test_a_step_that_is_not_finite_is_left_out_and_reported_at_the_next_log(runs):
+    cpu, xla = (runs[1][side]["nan"] for side in ("cpu", "xla"))
+    assert xla["nonfinite"] == cpu["nonfinite"] == [2]
+    assert xla["metrics"] == {}
+    assert xla["final"] == pytest.approx(cpu["final"], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_under_the_other_backend(saved_runs):
-    _, results = saved_runs
-    expected = results["cpu"]["loss"]
-    assert len(expected) == 6
-    assert results["xla"]["loss"] == pytest.approx(expected, rel=1e-5)
-    for way in ("xla -> cpu", "cpu -> xla"):
-        assert results[way]["loss"][-3:] == pytest.approx(expected[3:], rel=1e-5)
-    loss = results["cpu"]["metrics"]["eval_loss"]
-    assert results["xla"]["metrics"]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+def test_a_checkpoint_goes_on_under_the_other_backend(runs):
+    cpu, xla = (runs[1][side]["saved"] for side in ("cpu", "xla"))
+    assert len(cpu["loss"]) == 6
+    assert xla["loss"] == pytest.approx(cpu["loss"], rel=1e-5)
+    for side in ("cpu", "xla"):
+        resumed = runs[1][side]["resumed"]["loss"]
+        assert resumed[-3:] == pytest.approx(cpu["loss"][3:], rel=1e-5)
+    loss = cpu["metrics"]["eval_loss"]
+    assert xla["metrics"]["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_saved_models_are_those_of_the_other_backend(saved_runs):
-    folder, _ = saved_runs
+def test_saved_models_are_those_of_the_other_backend(runs):
+    saved = {side: runs[0] / side / "saved" / "run" for side in ("cpu", "xla")}
     with (
-        safe_open(folder / "cpu" / "run" / "model.safetensors", "pt") as cpu,
-        safe_open(folder / "xla" / "run" / "model.safetensors", "pt") as xla,
+        safe_open(saved["cpu"] / "model.safetensors", "pt") as cpu,
+        safe_open(saved["xla"] / "model.safetensors", "pt") as xla,
     ):
         names = set(cpu.keys())
         assert names == set(xla.keys()) and len(names) > 20
@@ -141,7 +144,7 @@ def test_saved_models_are_those_of_the_other_backend(saved_runs):
             torch.testing.assert_close(
                 cpu.get_tensor(name), xla.get_tensor(name), atol=1e-5, rtol=0
             )
-    loaded = type(tiny_model("t5")).from_pretrained(folder / "xla" / "run")
+    loaded = type(tiny_model("t5")).from_pretrained(saved["xla"])
     assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
 
 
@@ -151,6 +154,8 @@ def test_compiled_graphs_are_kept(tmp_path, monkeypatch):
     job = {"backend": "xla:data", "arguments": arguments}
     monkeypatch.setenv("XLA_PERSISTENT_CACHE_PATH", str(tmp_path / "graphs"))
     first = run_job(job, tmp_path / "first")
+    # Without a mesh axis for weights each device holds them whole.
+    assert first["held"]["weights"]["first"] == first["held"]["weights"]["whole"] > 0
     kept = {path.name for path in (tmp_path / "graphs").iterdir()}
     assert len(kept) == first["compilations"] == first["cache"]["PersistentCacheMiss"] >= 3
     again = run_job(job, tmp_path / "again")
