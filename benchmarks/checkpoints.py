@@ -11,10 +11,7 @@ Runs alternate; medians are shown.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,17 +19,30 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.resident import MIB, growth_since, start_peak
+from benchmarks.fresh import MIB, Spread, growth_since, in_fresh_process, machine, start_peak
+from benchmarks.reporting import Report, as_table, write
 
 SIDES = ("transformers", "s2s-scale", "s2s-scale, in background", "disk")
 SIZES: dict[str, Any] = {"d_model": 512, "d_ff": 2048, "num_heads": 8, "d_kv": 64, "num_layers": 6}
 VOCABULARY, QUICK_VOCABULARY = 32_128, 1_024
+HEADS = (
+    "",
+    "training stands still, s",
+    "ratio",
+    "complete after, s",
+    "peak grows by, MiB",
+    "of the weights",
+)
 
 
-def measure(side: str, *, vocabulary: int, folder: str) -> dict[str, float]:
-    """Figures of one save; in a process of its own."""
+def measure(case: tuple[str, int]) -> dict[str, float]:
+    """Figures of one save by a side, of a model with so many words; in a process of its own."""
+    with TemporaryDirectory(prefix="s2s-scale-save-") as folder:
+        return _measure(*case, Path(folder))
+
+
+def _measure(side: str, vocabulary: int, folder: Path) -> dict[str, float]:
     from transformers import T5Config, T5ForConditionalGeneration
 
     from s2s_scale.models.tiny import ragged_rows
@@ -41,13 +51,9 @@ def measure(side: str, *, vocabulary: int, folder: str) -> dict[str, float]:
     model = T5ForConditionalGeneration(config)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     if side == "disk":
-        return {
-            "weights": weights,
-            "still": _copy(3 * weights, Path(folder)),
-            "whole": 0,
-            "peak": 0,
-        }
-    trainer = _trainer(side, model, ragged_rows(model, 8), Path(folder))
+        seconds = _copy(3 * weights, folder)
+        return {"weights": weights, "still": seconds, "whole": seconds, "peak": 0}
+    trainer = _trainer(side, model, ragged_rows(model, 8), folder)
     trainer.train()
     start, started = start_peak(), time.perf_counter()
     trainer._save_checkpoint(trainer.model, trial=None)
@@ -55,7 +61,7 @@ def measure(side: str, *, vocabulary: int, folder: str) -> dict[str, float]:
     if side != SIDES[0]:
         trainer.settle_background_save(wait=True)
     whole = time.perf_counter() - started
-    assert (Path(folder) / "checkpoint-1" / "model.safetensors").is_file()
+    assert (folder / "checkpoint-1" / "model.safetensors").is_file()
     return {"weights": weights, "still": still, "whole": whole, "peak": growth_since(start)}
 
 
@@ -80,64 +86,47 @@ def _copy(count: int, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def in_fresh_process(side: str, vocabulary: int) -> dict[str, float]:
-    """What ``measure`` gives in a process of its own, in a folder of its own."""
-    with TemporaryDirectory(prefix="s2s-scale-save-") as folder:
-        words = ["--measure", side, "--vocabulary", str(vocabulary), "--folder", folder]
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.checkpoints", *words],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        raise SystemExit(f"{side}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
 def main() -> None:
-    """Print the table, or measure one save."""
+    """Print the table, and put it into a folder if one is named."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoints", description=__doc__)
-    parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--repeats", type=int, default=5, help="alternations (5)")
     parser.add_argument("--quick", action="store_true", help="one alternation of a smaller model")
+    parser.add_argument("--output", type=Path, help="file without ending, for .json and .md")
     options = parser.parse_args()
-    if options.measure:
-        figures = measure(options.measure, vocabulary=options.vocabulary, folder=options.folder)
-        print(json.dumps(figures))
-        return
     if options.quick:
         options.repeats, options.vocabulary = 1, QUICK_VOCABULARY
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(options.repeats):
         for side in SIDES:
-            found[side].append(in_fresh_process(side, options.vocabulary))
-    middle = {
-        side: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+            found[side].append(in_fresh_process(measure, (side, options.vocabulary)))
+    report = _report(found, options.repeats)
+    Console(width=None if sys.stdout.isatty() else 140).print(as_table(report))
+    if options.output:
+        write(report, options.output, picture=False)
+
+
+def _report(found: dict[str, list[dict[str, float]]], repeats: int) -> Report:
+    entries = [
+        {"side": side, **{name: Spread.of([run[name] for run in runs]) for name in runs[0]}}
         for side, runs in found.items()
-    }
-    weights = middle[SIDES[0]]["weights"]
-    size = f"{weights / MIB:,.0f} MiB of weights, {2 * weights / MIB:,.0f} MiB of moments"
-    table = Table(title=f"T5, {size}; median of {options.repeats}")
-    heads = ("training stands still, s", "ratio", "complete after, s", "peak grows by, MiB")
-    for head in ("", *heads, "of the weights"):
-        table.add_column(head, justify="right" if head else "left")
-    for side, one in middle.items():
-        table.add_row(side, *_cells(one, middle[SIDES[0]]["still"]))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def _cells(one: dict[str, float], stock: float) -> list[str]:
-    cells = [f"{one['still']:.2f}", f"{one['still'] / stock:.2f}"]
-    if one["whole"]:
-        cells += [
-            f"{one['whole']:.2f}",
-            f"{one['peak'] / MIB:,.0f}",
-            f"{one['peak'] / one['weights']:.2f}",
+    ]
+    stock = entries[0]
+    weights = stock["weights"].median
+    rows = [
+        [
+            one["side"],
+            one["still"].text("{:.2f}"),
+            f"{one['still'].median / stock['still'].median:.2f}",
+            one["whole"].text("{:.2f}"),
+            f"{one['peak'].median / MIB:,.0f}",
+            f"{one['peak'].median / weights:.2f}",
         ]
-    return cells
+        for one in entries
+    ]
+    size = f"{weights / MIB:,.0f} MiB of weights and {2 * weights / MIB:,.0f} MiB of moments"
+    title = f"Saving a T5 with {size}: median of {repeats} (least-most)"
+    return Report(title, HEADS, rows, entries, machine())
 
 
 if __name__ == "__main__":

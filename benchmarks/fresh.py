@@ -31,6 +31,17 @@ def process_memory(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
+def start_peak() -> int:
+    """Let this process's peak (VmHWM) start anew; bytes that are resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return process_memory("VmRSS")
+
+
+def growth_since(start: int) -> int:
+    """Bytes by which the peak has exceeded ``start``, which ``start_peak`` gave."""
+    return process_memory("VmHWM") - start
+
+
 class Spread(NamedTuple):
     """Median of some measurements, with the smallest and the largest."""
 

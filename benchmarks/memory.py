@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
-from benchmarks.resident import MIB, growth_since, memory, start_peak
+from benchmarks.fresh import MIB, growth_since, process_memory, start_peak
 from s2s_scale.linear_loss import linear_cross_entropy
 from s2s_scale.losses import IGNORE_INDEX
 
@@ -134,7 +134,7 @@ def in_fresh_process(side: str, options: dict[str, str]) -> dict[str, float]:
 def fits(tokens: int, vocabulary: int, smoothing: float) -> bool:
     """Whether transformers' side can run here without pushing anything out of memory."""
     need = STOCK_COPIES[smoothing] * tokens * vocabulary * 4
-    return need < SAFE_SHARE * memory("MemAvailable")
+    return need < SAFE_SHARE * process_memory("MemAvailable")
 
 
 def case(tokens: int, vocabulary: int, options: argparse.Namespace) -> list[str]:

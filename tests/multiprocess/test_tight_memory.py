@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.resident import MIB
+from benchmarks.fresh import MIB
 from s2s_scale.checkpoint import verify
 from s2s_scale.checkpoint.portable import PortableCheckpoint
 from tests.parity.matrix import CONFIGS

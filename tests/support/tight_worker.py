@@ -18,7 +18,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from benchmarks.resident import MIB, memory
+from benchmarks.fresh import MIB, process_memory
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collate import Seq2SeqCollator
@@ -84,7 +84,7 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
         backend=backend,
     )
     trainer.train()
-    with address_space(memory("VmSize") + job["slack_mib"] * MIB):
+    with address_space(process_memory("VmSize") + job["slack_mib"] * MIB):
         collected = fits_at_once(moments)
         trainer._save_checkpoint(trainer.model, trial=None)
     return {"moments": moments, "slack": job["slack_mib"] * MIB, "collected": collected}
