@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from s2s_scale.data.lengths import Lengths
+from s2s_scale.data.packed_sampler import PackedSampler
 from s2s_scale.data.samplers import EpochSampler, PlanSampler, TokenSampler
 from s2s_scale.data.shapes import (
     choose_shapes,
@@ -33,7 +34,7 @@ from tests.support.lengths import long_tailed, share_of_pads_at_random
 SIZES = (100_000, 1_000_000, 10_000_000)
 RANKS = 8
 TOKENS_PER_STEP = 131_072
-MODES = ("fixed", "sortish", "tokens", "tokens, 8 shapes")
+MODES = ("fixed", "sortish", "tokens", "tokens, 8 shapes", "packed", "packed, 1 shape")
 ROWS = 200_000
 
 
@@ -42,6 +43,13 @@ def sampler_of(mode: str, lengths: Lengths, world_size: int = RANKS) -> EpochSam
     if mode in ("fixed", "sortish"):
         rows = max(1, TOKENS_PER_STEP // (56 * world_size))
         return PlanSampler(lengths, rows_per_device=rows, world_size=world_size, mode=mode)  # type: ignore[arg-type]
+    if mode.startswith("packed"):
+        return PackedSampler(
+            lengths,
+            tokens_per_step=TOKENS_PER_STEP,
+            world_size=world_size,
+            one_shape="shape" in mode,
+        )
     return TokenSampler(
         lengths,
         tokens_per_step=TOKENS_PER_STEP,
@@ -140,11 +148,12 @@ def _loads_of(sampler: EpochSampler, lengths: Lengths) -> list[str]:
     for batches in steps[:-1]:  # a plan by rows leaves a short one at the end
         load = np.zeros(RANKS)
         for batch in batches:
-            padded += sum(batch.padded_tokens(lengths))
+            shapes = batch.shapes(lengths)
+            padded += sum(rows * (source + target) for rows, source, target in shapes)
             for rank, rows in enumerate(batch.parts):
-                widths = np.array(batch.widths or [side[rows].max() for side in lengths])
-                load[rank] += (batch.rows or len(rows)) * row_cost(widths)
                 real += sum(int(side[rows].sum()) for side in lengths)
+                count, *widths = shapes[rank]
+                load[rank] += count * row_cost(np.array(widths))
         spreads.append(load.max() / load.mean() - 1)
     return [
         f"{1 - real / padded:.1%}",

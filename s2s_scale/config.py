@@ -13,7 +13,7 @@ from typing import Any
 
 from s2s_scale.errors import raise_problems, unknown_name
 
-BATCHING_MODES = ("fixed", "sortish", "tokens")
+BATCHING_MODES = ("fixed", "sortish", "tokens", "packed")
 LONG_ROWS = ("truncate", "error")
 LOSS_REDUCTIONS = ("mean", "sum")
 LINEAR_CROSS_ENTROPY = ("auto", "on", "off")
@@ -27,6 +27,8 @@ SCHEDULES = (
 )
 DEFAULT_TOKENS_PER_STEP = 32_768
 DEFAULT_GROUPS_PER_STEP = 4
+DEFAULT_TOKENS_PER_ROW = 1024
+DEFAULT_PACKED_TOKENS = 8192
 DEFAULT_BUCKETS = 8
 DEFAULT_HANG_SECONDS = 600.0
 CHECKPOINT_FORMATS = ("portable", "native")
@@ -260,15 +262,16 @@ class TrainingExtras:
         "batching",
         "Which rows share a batch. 'fixed': random. 'sortish': random chunks of 50 batches, sorted "
         "by length inside, longest first. 'tokens': groups of like length; a step has "
-        "--tokens_per_step and some groups of every length. Default: 'fixed'; 'tokens' where the "
-        "device wants few shapes and no batch size was given.",
+        "--tokens_per_step and some groups of every length. 'packed': --tokens_per_step in rows "
+        "that hold several pairs each, which see nothing of each other. Default: 'fixed'; 'tokens' "
+        "where the device wants few shapes and no batch size was given.",
         choices=BATCHING_MODES,
     )
     tokens_per_step: int | None = setting(
         None,
         "batching",
         "Source and target tokens of a step over all devices, pads not counted, with --batching "
-        f"tokens. Default: {DEFAULT_TOKENS_PER_STEP}.",
+        f"tokens or packed. Default: {DEFAULT_TOKENS_PER_STEP}.",
     )
     groups_per_step: int | None = setting(
         None,
@@ -279,8 +282,16 @@ class TrainingExtras:
     max_tokens_per_device: int | None = setting(
         None,
         "batching",
-        "With --batching tokens: source and target tokens, pads included, of a device's "
-        "micro-batch; never exceeded. Default: no bound, a micro-batch for each group.",
+        "With --batching tokens or packed: source and target tokens, pads included, of a device's "
+        "micro-batch; never exceeded. Default: with tokens no bound, a micro-batch for each group; "
+        f"with packed {DEFAULT_PACKED_TOKENS}, or a row.",
+    )
+    tokens_per_row: int | None = setting(
+        None,
+        "batching",
+        "About how many source and target tokens a row of --batching packed has. Default: "
+        f"{DEFAULT_TOKENS_PER_ROW}, less where a step would have fewer than 8 rows, but always "
+        "room for the longest pair.",
     )
     num_buckets: int | None = setting(
         None,

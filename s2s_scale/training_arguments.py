@@ -30,7 +30,11 @@ _HF_DEFAULTS = {
     if f.default is not dataclasses.MISSING
 }
 
-TOKEN_OPTIONS = ("tokens_per_step", "groups_per_step", "max_tokens_per_device")
+TOKEN_OPTIONS = {
+    "tokens": ("tokens_per_step", "groups_per_step", "max_tokens_per_device"),
+    "packed": ("tokens_per_step", "tokens_per_row", "max_tokens_per_device"),
+}
+"""Modes whose steps have a budget of tokens, and the options of each."""
 _HF_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 LENGTH_SORTED_STRATEGY = "group_by_length"
 
@@ -192,7 +196,8 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             problems.append(str(unknown_name("batching", self.batching, BATCHING_MODES)))
         strategy = getattr(self, "train_sampling_strategy", "random")
         sizes = {name: getattr(self, name) for name in _HF_SIZES if getattr(self, name) is not None}
-        token_options = {n: getattr(self, n) for n in TOKEN_OPTIONS if getattr(self, n) is not None}
+        names = dict.fromkeys(name for options in TOKEN_OPTIONS.values() for name in options)
+        token_options = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
         wants_sorted = self.sortish_sampler or strategy == LENGTH_SORTED_STRATEGY
         if wants_sorted and self.batching not in (None, "sortish"):
             old = "sortish_sampler" if self.sortish_sampler else "train_sampling_strategy"
@@ -200,14 +205,17 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
         chosen = self.batching is not None or wants_sorted or strategy != "random"
         self._batches_given = bool(chosen or sizes or token_options or self.auto_find_batch_size)
         if self.batching is None:
-            by_default = "tokens" if token_options else "fixed"
+            by_tokens = "packed" if "tokens_per_row" in token_options else "tokens"
+            by_default = by_tokens if token_options else "fixed"
             self.batching = "sortish" if wants_sorted else by_default
         fits = strategy == "random" or (strategy == LENGTH_SORTED_STRATEGY and wants_sorted)
-        if self.batching in ("sortish", "tokens") and not fits:
+        if self.batching in ("sortish", *TOKEN_OPTIONS) and not fits:
             problems.append(_twins("train_sampling_strategy", strategy, "batching", self.batching))
-        if self.batching == "tokens":
+        if self.batching in TOKEN_OPTIONS:
             unused = sizes | ({"auto_find_batch_size": True} if self.auto_find_batch_size else {})
-            remedy = "use --tokens_per_step and --max_tokens_per_device instead"
+            own = TOKEN_OPTIONS[self.batching]
+            unused |= {name: value for name, value in token_options.items() if name not in own}
+            remedy = f"use {' and '.join(f'--{name}' for name in own)} instead"
             self._fill_in_token_options()
         else:
             unused, remedy = token_options, "use --batching tokens, or leave it out"
@@ -221,10 +229,10 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
         self.sortish_sampler = self.batching == "sortish"
 
     def _fill_in_token_options(self) -> None:
-        defaults = (DEFAULT_TOKENS_PER_STEP, DEFAULT_GROUPS_PER_STEP)
-        for name, default in zip(("tokens_per_step", "groups_per_step"), defaults, strict=True):
-            if getattr(self, name) is None:
-                setattr(self, name, default)
+        if self.tokens_per_step is None:
+            self.tokens_per_step = DEFAULT_TOKENS_PER_STEP
+        if self.batching == "tokens" and self.groups_per_step is None:
+            self.groups_per_step = DEFAULT_GROUPS_PER_STEP
 
     def _check_checkpoints(self, problems: list[str]) -> None:
         if self.checkpoint_format not in CHECKPOINT_FORMATS:
@@ -273,6 +281,7 @@ _LEAST = {
     "tokens_per_step": 1,
     "groups_per_step": 1,
     "max_tokens_per_device": 1,
+    "tokens_per_row": 1,
     "num_buckets": 1,
     "generation_max_length": 1,
     "generation_num_beams": 1,

@@ -72,7 +72,8 @@ EVALUATION_NAMES = (
 GENERATE_TRAINING_NAMES = ("bf16_full_eval", "fp16_full_eval", "use_cpu", "seed")
 PLAN_NAMES = (
     "per_device_train_batch_size gradient_accumulation_steps seed data_seed batching "
-    "tokens_per_step groups_per_step max_tokens_per_device num_buckets sortish_sampler "
+    "tokens_per_step groups_per_step tokens_per_row max_tokens_per_device num_buckets "
+    "sortish_sampler "
     "train_sampling_strategy dataloader_drop_last"
 ).split()
 DATA_SOURCES = "data_dir train_file dataset_name".split()

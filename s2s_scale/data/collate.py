@@ -83,7 +83,7 @@ class Seq2SeqCollator:
         else:
             mask = places >= width - lengths[:, None]
         array = np.full((len(values), width), pad, dtype=np.int64)
-        array[mask] = _flat(values, int(lengths.sum()))
+        array[mask] = flat_ids(values, int(lengths.sum()))
         return array, mask
 
 
@@ -140,7 +140,8 @@ class PadToWidths:
         return torch.nn.functional.pad(tensor, sides, value=self.pads.get(name, 0))
 
 
-def _flat(values: Sequence[Any], count: int) -> npt.NDArray[np.int64]:
+def flat_ids(values: Sequence[Any], count: int) -> npt.NDArray[np.int64]:
+    """Lists, arrays or 1-D tensors of token ids, ``count`` ids in all, in one row."""
     if all(isinstance(value, list) for value in values):
         return np.fromiter(itertools.chain.from_iterable(values), dtype=np.int64, count=count)
     return np.concatenate([np.asarray(value, dtype=np.int64) for value in values])

@@ -39,6 +39,10 @@ class ShapedRows(list[int]):
         super().__init__(rows)
         self.widths = widths
 
+    def with_examples(self, examples: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The rows themselves, with what this list knows of the batch."""
+        return examples if self.widths is None else ShapedExamples(examples, self.widths)
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -60,14 +64,18 @@ class MicroBatch:
         missing = max(1, self.rows or 1) - len(ids)
         return ShapedRows(ids + [~last] * missing, self.widths)
 
-    def padded_tokens(self, lengths: Lengths) -> list[int]:
-        """Source and target tokens of each rank's part after padding."""
+    def shapes(self, lengths: Lengths) -> list[tuple[int, int, int]]:
+        """Rows, source width and target width of each rank's part after padding."""
         found = []
         for part in self.parts:
             rows = part if len(part) else np.array([self.spare])
-            widths = self.widths or tuple(int(side[rows].max()) for side in lengths)
-            found.append((self.rows or len(rows)) * sum(widths))
+            source, target = self.widths or (int(side[rows].max()) for side in lengths)
+            found.append((self.rows or len(rows), source, target))
         return found
+
+    def padded_tokens(self, lengths: Lengths) -> list[int]:
+        """Source and target tokens of each rank's part after padding."""
+        return [rows * (source + target) for rows, source, target in self.shapes(lengths)]
 
 
 class EpochSampler(Sampler[int]):
@@ -343,7 +351,7 @@ class PlanBatchSampler(Sampler[list[int]]):
 class ShapedExamples(list[Mapping[str, Any]]):
     """The rows of a micro-batch, and the widths that it is padded to (see ``PadToWidths``)."""
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], widths: Widths) -> None:
+    def __init__(self, rows: Iterable[Mapping[str, Any]], widths: Widths | None = None) -> None:
         super().__init__(rows)
         self.widths = widths
 
@@ -367,13 +375,12 @@ class MarkedRows(Dataset[Mapping[str, Any]]):
         """Rows of a batch; one read where the data set offers it, as ``datasets`` does."""
         real = [row if row >= 0 else ~row for row in rows]
         fetch = getattr(self.dataset, "__getitems__", None)
-        found = fetch(real) if fetch is not None else [self.dataset[row] for row in real]
+        found = fetch(real) if fetch and real else [self.dataset[row] for row in real]
         examples = [
             value if row >= 0 else _without_loss(value)
             for row, value in zip(rows, found, strict=True)
         ]
-        widths = getattr(rows, "widths", None)
-        return examples if widths is None else ShapedExamples(examples, widths)
+        return rows.with_examples(examples) if isinstance(rows, ShapedRows) else examples
 
     @property
     def column_names(self) -> list[str]:

@@ -193,14 +193,19 @@ def decoder_inputs_from_labels(model: Any, labels: torch.Tensor, pad_token_id: i
         last = clean.ne(pad_token_id).sum(dim=1, keepdim=True).sub(1).clamp(min=0)
         shifted[:, :1] = clean.gather(1, last)
         return shifted
-    start = model.config.decoder_start_token_id
+    shifted[:, 0] = start_token(model.config)
+    return shifted
+
+
+def start_token(config: PreTrainedConfig) -> int:
+    """The decoder's first token in families that have one; ``UserError`` where it is not set."""
+    start = config.decoder_start_token_id
     if start is None:
         raise UserError(
             f"the model's config has no decoder_start_token_id, which models of type "
-            f"'{family.model_type}' need in training; set it in config.json"
+            f"'{config.model_type}' need in training; set it in config.json"
         )
-    shifted[:, 0] = start
-    return shifted
+    return int(start)
 
 
 def _by_the_model(model: Any, labels: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from s2s_scale.data.packed_collate import DecoderStart
 from s2s_scale.errors import UserError
-from s2s_scale.models.families import FAMILIES
+from s2s_scale.models.families import FAMILIES, start_token
+
+ATTENTION = ("eager", "sdpa")
+
+
+MASKED = -3e4
+"""Added to scores that must not count: softmax makes it 0. Finite in every type, fp16 included: a
+pad that may look at nothing would become NaN with infinity."""
 
 
 def positions_within(segments: Tensor) -> Tensor:
@@ -39,29 +47,50 @@ def same_segment(queries: Tensor, keys: Tensor, *, causal: bool = False) -> Tens
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as numbers added to attention scores: 0 where it is true, else hugely negative.
+    """The mask as numbers added to attention scores: 0 where it is true, else ``MASKED``."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, MASKED)
 
-    Half of the lowest number, not infinity: a pad that may look at nothing would become NaN.
+
+def packing_problem(model: Any) -> str | None:
+    """Why ``model`` cannot run on packed rows; None where it can.
+
+    The rule: a model of a family in the table, with transformers' own forward method, whose
+    attention takes a mask of queries and keys.
     """
-    lowest = torch.finfo(dtype).min / 2
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
+    if not isinstance(model, PreTrainedModel):
+        return f"{type(model).__name__} is no transformers model"
+    if model.config.model_type not in FAMILIES:
+        names = ", ".join(sorted(FAMILIES))
+        return f"models of type '{model.config.model_type}' are not among those that can: {names}"
+    if not type(model).forward.__module__.startswith("transformers.models."):
+        return f"{type(model).__name__} has a forward method of its own"
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attention not in (None, *ATTENTION):
+        return f"attention '{attention}' takes no masks of pairs, expected {' or '.join(ATTENTION)}"
+    return None
+
+
+def decoder_start(config: PreTrainedConfig) -> DecoderStart:
+    """What each pair's decoder inputs begin with. Raises ``UserError`` where the config lacks it"""
+    if FAMILIES[config.model_type].decoder_inputs == "wrap_last_token":
+        return DecoderStart(None)
+    return DecoderStart(start_token(config))
 
 
 class PackedModel:
     """Runs a stock ``model`` on packed rows.
 
     Raises:
-        UserError: the model's family is not in the table.
+        UserError: the model is not one of those that can.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        family = FAMILIES.get(model.config.model_type)
-        if family is None:
+        problem = packing_problem(model)
+        if problem is not None:
             raise UserError(
-                f"batching=packed: models of type '{model.config.model_type}' cannot be packed; "
-                f"expected one of {', '.join(sorted(FAMILIES))}; use --batching tokens"
+                f"batching=packed: cannot take effect, since {problem}; use --batching tokens"
             )
-        self.model, self._family = model, family
+        self.model, self._family = model, FAMILIES[model.config.model_type]
 
     @contextmanager
     def packs(self, source: Tensor, target: Tensor) -> Iterator[dict[str, Tensor]]:

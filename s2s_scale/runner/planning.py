@@ -29,11 +29,10 @@ def plan(settings: Settings) -> int:
         num_buckets=args.num_buckets,
     )
     sampler.set_epoch(own["epoch"])
-    mode = "tokens" if args.batching == "tokens" else args.plan_mode
     print_plan(
         sampler,
         row_lengths(examples),
         first_steps=own["first_steps"],
-        title=f"epoch {own['epoch']}, batching {mode}, seed {sampler.seed}",
+        title=f"epoch {own['epoch']}, batching {args.plan_mode}, seed {sampler.seed}",
     )
     return 0

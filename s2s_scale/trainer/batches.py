@@ -7,13 +7,17 @@ from functools import partial
 from typing import Any
 
 import datasets
+import transformers
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers.trainer_utils import has_length, seed_worker
 
 from s2s_scale.config import DEFAULT_BUCKETS
-from s2s_scale.data.collate import Collate, PadToWidths
+from s2s_scale.data.collate import Collate, PadToWidths, Seq2SeqCollator
+from s2s_scale.data.packed_collate import PackedCollator
+from s2s_scale.data.packed_sampler import PackedSampler
 from s2s_scale.data.samplers import EpochSampler, MarkedRows, PlanBatchSampler, TokenSampler
 from s2s_scale.errors import UserError
+from s2s_scale.models.packed import decoder_start
 from s2s_scale.planner import PlanSummary, summarise
 from s2s_scale.trainer.loaders import EvaluationLoader, TrainingLoader, loader_options
 from s2s_scale.trainer.optimization import OptimizationTrainer
@@ -79,7 +83,7 @@ class BatchTrainer(OptimizationTrainer):
     def get_total_train_batch_size(self, args: Any) -> int:
         """Rows of a step on all devices; with a budget of tokens, their mean."""
         sampler = self._step_callback.sampler
-        if isinstance(sampler, TokenSampler) and sampler.steps:
+        if isinstance(sampler, (TokenSampler, PackedSampler)) and sampler.steps:
             return max(1, round(len(sampler.lengths[0]) / sampler.steps))
         rows: int = super().get_total_train_batch_size(args)
         return rows
@@ -99,7 +103,7 @@ class BatchTrainer(OptimizationTrainer):
         return TrainingLoader(
             MarkedRows(dataset),
             PlanBatchSampler(sampler),
-            self._padded(collate),
+            self._packing() if isinstance(sampler, PackedSampler) else self._padded(collate),
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.backend.data_rank),
             **loader_options(self.args),
         )
@@ -110,6 +114,19 @@ class BatchTrainer(OptimizationTrainer):
         if isinstance(dataset, datasets.Dataset):
             return self._remove_unused_columns(dataset, description=use), collate
         return dataset, self._get_collator_with_removed_columns(self.data_collator, use)
+
+    def _packing(self) -> Collate:
+        """What lays pairs out in packed rows, in the place of the collator that pads them."""
+        known = (Seq2SeqCollator, transformers.DataCollatorForSeq2Seq)
+        stock = (transformers.default_data_collator, transformers.DataCollatorWithPadding)
+        given = self.data_collator
+        if not isinstance(given, (*known, stock[1])) and given is not stock[0]:
+            raise UserError(
+                f"data_collator={type(given).__name__}: would not be called with batching=packed, "
+                "which lays token ids out itself; expected Seq2SeqCollator or transformers' "
+                "DataCollatorForSeq2Seq; use --batching tokens"
+            )
+        return PackedCollator(self._padding_id(), start=decoder_start(self.config))
 
     def _padded(self, collate: Collate) -> Collate:
         """The collator, with batches padded to the shape that was planned for them, if one was."""

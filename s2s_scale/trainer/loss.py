@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from s2s_scale.data.collate import count_pads
+from s2s_scale.data.packed_collate import SEGMENTS
 from s2s_scale.errors import UserError
 from s2s_scale.losses import TokenLoss, count_tokens, cross_entropy, mask_pads, of_model_mean
 from s2s_scale.models import LossHead, decoder_inputs_from_labels, loss_head_problem
+from s2s_scale.models.packed import PackedModel, packing_problem
 from s2s_scale.trainer.base import TrainerBase
 
 
@@ -30,7 +32,13 @@ class LossTrainer(TrainerBase):
     """Whether logits are wanted beside the loss; only ``compute_loss`` can know that not."""
     _loss_head: LossHead | None = None
 
+    _packed_model: PackedModel | None = None
+
     def _check_loss(self) -> None:
+        if self.args.batching == "packed" and (reason := self._no_packing_reason()):
+            raise UserError(
+                f"batching=packed: cannot take effect, since {reason}; use --batching tokens"
+            )
         if self.args.linear_cross_entropy == "on" and (reason := self._logits_reason()):
             raise UserError(
                 f"linear_cross_entropy=on: cannot take effect, since {reason}; expected auto or "
@@ -50,6 +58,16 @@ class LossTrainer(TrainerBase):
         if self.args.n_gpu > 1:
             return "DataParallel copies the model to several devices within the process"
         return loss_head_problem(self._plain_model())
+
+    def _no_packing_reason(self) -> str | None:
+        """Why pairs cannot share rows here; None where they can."""
+        if self.compute_loss_func is not None:
+            return "compute_loss_func takes outputs of one pair a row"
+        if self.args.torch_compile:
+            return "torch_compile would compile each step anew: masks are put in for one call"
+        if self.args.n_gpu > 1:
+            return "DataParallel copies the model to several devices within the process"
+        return packing_problem(self._plain_model())
 
     def _plain_model(self) -> Any:
         """The model within all wrappers; autocast around its forward stays."""
@@ -92,17 +110,30 @@ class LossTrainer(TrainerBase):
         self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor
     ) -> tuple[TokenLoss, Tensor | None]:
         """Sums over one batch's targets, and the logits [B, T, V] if they were built."""
-        model_inputs = self._with_decoder_inputs(inputs, labels)
-        if self._loss_mode == "model":
-            loss, logits = model(**model_inputs, labels=labels, use_cache=False)[:2]
-            return of_model_mean(loss, labels), logits
-        targets, head = self._targets(labels), self._head()
-        if head is not None:
-            with head.ends_in_loss(targets):
-                return head.read(model(**model_inputs, use_cache=False)[0], targets), None
-        logits = model(**model_inputs, use_cache=False)[0]
-        smoothing = self.args.label_smoothing or 0.0
-        return cross_entropy(logits, targets, smoothing=smoothing), logits
+        with self._masked(self._with_decoder_inputs(inputs, labels)) as model_inputs:
+            if self._loss_mode == "model":
+                loss, logits = model(**model_inputs, labels=labels, use_cache=False)[:2]
+                return of_model_mean(loss, labels), logits
+            targets, head = self._targets(labels), self._head()
+            if head is not None:
+                with head.ends_in_loss(targets):
+                    return head.read(model(**model_inputs, use_cache=False)[0], targets), None
+            logits = model(**model_inputs, use_cache=False)[0]
+            smoothing = self.args.label_smoothing or 0.0
+            return cross_entropy(logits, targets, smoothing=smoothing), logits
+
+    @contextmanager
+    def _masked(self, inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """The inputs as the model takes them; for packed rows with the masks of their pairs."""
+        if SEGMENTS[0] not in inputs:
+            yield inputs
+            return
+        if self._packed_model is None or self._packed_model.model is not self._plain_model():
+            self._packed_model = PackedModel(self._plain_model())
+        left_out = {*SEGMENTS, "attention_mask"}
+        plain = {name: value for name, value in inputs.items() if name not in left_out}
+        with self._packed_model.packs(*(inputs[name] for name in SEGMENTS)) as masks:
+            yield {**plain, **masks}
 
     def _compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor

@@ -15,6 +15,7 @@ from s2s_scale.data.cache import hash_tokenizer
 from s2s_scale.data.fingerprint import rows_fingerprint
 from s2s_scale.data.samplers import EpochSampler, PlanSampler
 from s2s_scale.trainer.graphs import GraphTrainer
+from s2s_scale.training_arguments import TOKEN_OPTIONS
 
 _VERSIONED = ("torch", "transformers", "accelerate", "safetensors", "deepspeed", "fairscale")
 _OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -127,7 +128,8 @@ class PositionTrainer(GraphTrainer):
         if isinstance(sampler, PlanSampler):
             size: dict[str, Any] = {"rows per optimizer step": sampler.rows_per_step}
         else:
-            names = ("tokens_per_step", "groups_per_step")
+            per_device = "max_tokens_per_device"  # free to change: it moves no pair to another step
+            names = (name for name in TOKEN_OPTIONS[args.plan_mode] if name != per_device)
             size = {name: getattr(args, name) for name in names}
         return {
             **size,

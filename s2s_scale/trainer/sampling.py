@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from s2s_scale.data.batching import row_lengths
+from s2s_scale.data.packed_sampler import PackedSampler
 from s2s_scale.data.samplers import EpochSampler, PlanSampler, TokenSampler
-from s2s_scale.training_arguments import Seq2SeqTrainingArguments
+from s2s_scale.training_arguments import TOKEN_OPTIONS, Seq2SeqTrainingArguments
 
 
 def make_sampler(
@@ -33,19 +34,22 @@ def make_sampler(
         "world_size": world_size,
         "seed": args.plan_seed,
         "drop_last": args.dataloader_drop_last,
-        "num_buckets": num_buckets,
     }
-    if args.batching == "tokens":
+    if args.batching in TOKEN_OPTIONS:
         per_device = args.max_tokens_per_device
-        assert args.tokens_per_step is not None and args.groups_per_step is not None
-        return TokenSampler(
+        shared["max_tokens"] = None if per_device is None else per_device * rows_multiple
+        shared |= {"tokens_per_step": args.tokens_per_step, "rows_multiple": rows_multiple}
+    if args.batching == "packed":
+        return PackedSampler(
             row_lengths(dataset),
-            tokens_per_step=args.tokens_per_step,
-            groups_per_step=args.groups_per_step,
-            max_tokens=None if per_device is None else per_device * rows_multiple,
-            rows_multiple=rows_multiple,
+            tokens_per_row=args.tokens_per_row,
+            one_shape=num_buckets is not None,
             **shared,
         )
+    shared["num_buckets"] = num_buckets
+    if args.batching == "tokens":
+        assert args.groups_per_step is not None
+        return TokenSampler(row_lengths(dataset), groups_per_step=args.groups_per_step, **shared)
     needs_lengths = args.plan_mode == "sortish" or num_buckets is not None
     return PlanSampler(
         row_lengths(dataset) if needs_lengths else None,

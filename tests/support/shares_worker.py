@@ -20,7 +20,7 @@ from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collate import Seq2SeqCollator
 from tests.support.families import tiny_model
 from tests.support.ranks import run_ranks
-from tests.support.training import history, ragged_rows, settings
+from tests.support.training import Unpacked, history, ragged_rows, settings
 
 
 def main(path: Path) -> None:
@@ -55,7 +55,8 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
     watcher = Watcher(backend, replicas=job.get("replicas", True))
     if job.get("fp16_anywhere"):
         allow_fp16()
-    trainer = Seq2SeqTrainer(
+    kind = Unpacked if job.get("unpacked") else Seq2SeqTrainer
+    trainer = kind(
         model=model,
         args=args,
         train_dataset=ragged_rows(model, 31),
@@ -67,6 +68,7 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=job.get("resume"))
     whole = backend.full_weights(model)
     return {
+        "logits": first_logits(trainer) if job.get("logits") else [],
         "loss": history(trainer, "loss"),
         "grad_norm": history(trainer, "grad_norm"),
         "learning_rate": history(trainer, "learning_rate"),
@@ -87,7 +89,8 @@ def run_all(
     """Do these runs on so many ranks of this machine; name -> result.
 
     A run has ``backend`` and ``arguments`` (training arguments), and maybe ``family``, ``resume``
-    (a checkpoint), ``replicas`` (False: the ranks' weights are not compared) and ``fp16_anywhere``.
+    (a checkpoint), ``replicas`` (False: the ranks' weights are not compared), ``fp16_anywhere``,
+    ``unpacked`` (the packed plan's steps without packing) and ``logits`` (of a batch, at the end).
     Its output folder is ``folder / name``.
     """
     folder.mkdir(parents=True)
@@ -97,6 +100,15 @@ def run_all(
     for rank, result in enumerate(run_ranks(worker, ranks=ranks, folder=folder, limit=300)):
         assert result.code == 0, f"rank {rank}:\n{result.output}"
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def first_logits(trainer: Seq2SeqTrainer) -> list[float]:
+    """Logits at this rank's targets of its first micro-batch, pair after pair."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        _, outputs = trainer.compute_loss(trainer.model_wrapped, batch, return_outputs=True)
+    found: list[float] = outputs.logits[batch["labels"] != -100].flatten().tolist()
+    return found
 
 
 class Watcher(TrainerCallback):

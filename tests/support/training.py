@@ -15,7 +15,15 @@ from s2s_scale.models import decoder_inputs_from_labels
 from s2s_scale.models.tiny import ragged_rows
 from tests.support.families import tiny_model
 
-__all__ = ["fresh", "history", "our_trainer", "ragged_rows", "settings", "stock_trainer"]
+__all__ = [
+    "Unpacked",
+    "fresh",
+    "history",
+    "our_trainer",
+    "ragged_rows",
+    "settings",
+    "stock_trainer",
+]
 
 
 def settings(folder: Path, **values: Any) -> dict[str, Any]:
@@ -31,6 +39,15 @@ def settings(folder: Path, **values: Any) -> dict[str, Any]:
         "log_level": "error",
         **values,
     }
+
+
+class Unpacked(Seq2SeqTrainer):
+    """Our trainer with the packed plan's steps, but each pair in a row of its own."""
+
+    def _packing(self) -> Any:
+        collate = Seq2SeqCollator(self.config.pad_token_id)
+        nothing = {"input_ids": [self.config.eos_token_id], "labels": [-100]}
+        return lambda pairs: collate(list(pairs) or [nothing])
 
 
 def our_trainer(

@@ -2,8 +2,9 @@
 
 Usage: python -m tests.support.xla_worker FOLDER…, each with a ``job.json``: ``backend``
 ("xla:data", "xla:fsdp" or "local"; the same in all), ``family``, ``longest`` row, ``rows``,
-``arguments`` for training, ``resume`` (a checkpoint's folder), ``evaluate`` (train, then evaluate)
-and ``nan_at_step`` (the loss of that step is not finite). Writes ``result.json`` beside each job.
+``arguments`` for training, ``resume`` (a checkpoint's folder), ``evaluate`` (train, then evaluate),
+``unpacked`` (the packed plan's steps without packing), ``weights`` (tell all of them) and
+``nan_at_step`` (the loss of that step is not finite). Writes ``result.json`` beside each job.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collate import Seq2SeqCollator
 from s2s_scale.profiles import resolve
 from tests.support.ranks import run_ranks
-from tests.support.training import history, ragged_rows, settings
+from tests.support.training import Unpacked, history, ragged_rows, settings
 
 
 def run_job(job: dict[str, Any], folder: Path, *, devices: int = 4) -> Any:
@@ -106,8 +107,10 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
     model = tiny_model(job.get("family", "t5"), d_model=32).train()
     rows = ragged_rows(model, job.get("rows", 200), longest=job.get("longest", 10))
     counter = Counter(backend)
-    trainer = Poisoned(
-        nan_at_step=job.get("nan_at_step"),
+    own = {} if job.get("unpacked") else {"nan_at_step": job.get("nan_at_step")}
+    kind: Any = Unpacked if job.get("unpacked") else Poisoned
+    trainer = kind(
+        **own,
         model=model,
         args=args,
         train_dataset=rows,
@@ -121,16 +124,24 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
     metrics = trainer.evaluate() if job.get("evaluate") else {}
     return {
         "loss": history(trainer, "loss"),
+        "grad_norm": history(trainer, "grad_norm"),
         "counts": counter.counts,
         "seconds": counter.seconds,
         "compilations": backend.compilations()[0],
         "shapes": len(trainer._watch.shapes("training")),
         "evaluation_shapes": len(trainer._watch.shapes("evaluation")),
         "nonfinite": trainer._guard.steps,
+        "weights": weights_of(trainer, backend) if job.get("weights") else [],
         "final": [float(value.double().sum()) for value in backend.full_weights(model).values()],
         "metrics": {name: value for name, value in metrics.items() if name.endswith("loss")},
         **(_of_devices(trainer) if job["backend"].startswith("xla") else {}),
     }
+
+
+def weights_of(trainer: Seq2SeqTrainer, backend: Backend) -> list[float]:
+    """All weights, one after the other."""
+    whole = backend.full_weights(trainer._plain_model()).values()
+    return [value for weight in whole for value in weight.flatten().tolist()]
 
 
 def _of_devices(trainer: Seq2SeqTrainer) -> dict[str, Any]:

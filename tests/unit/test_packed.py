@@ -142,5 +142,5 @@ def test_positions_begin_anew_and_masks_are_blocks():
 def test_another_family_is_refused():
     model = fresh("bart")
     model.config.model_type = "led"
-    with pytest.raises(UserError, match="cannot be packed"):
+    with pytest.raises(UserError, match="are not among those that can"):
         PackedModel(model)

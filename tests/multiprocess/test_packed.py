@@ -1,0 +1,61 @@
+"""Packed rows under DDP, ZeRO 2 and ZeRO 3: six families give the numbers of unpacked pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.families import FAMILY_NAMES
+from tests.support.shares_worker import run_all
+
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+WAYS = ("ddp", "zero2", "zero3")
+RATE = 0.5
+
+
+def job(family, way):
+    """Plain gradient descent, so that the change of the weights is the gradient."""
+    own = {"deepspeed": str(CONFIGS / f"{way}.json")} if way.startswith("zero") else {}
+    return {
+        "backend": "deepspeed" if own else "local",
+        "family": family,
+        "unpacked": way == "unpacked",
+        "logits": True,
+        "replicas": way != "zero3",
+        "arguments": {
+            "batching": "packed",
+            "tokens_per_step": 150,
+            "max_tokens_per_device": 60,
+            "max_steps": 3,
+            "label_smoothing": 0.1,
+            "optim": "sgd",
+            "lr_scheduler": "constant",
+            "learning_rate": RATE,
+            "max_grad_norm": 0.5,
+            **own,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """ "way family" -> what two ranks found. Without DeepSpeed first: it stays with a process."""
+    runs = {
+        f"{way} {family}": job(family, way)
+        for way in ("unpacked", *WAYS)
+        for family in FAMILY_NAMES
+    }
+    return run_all(tmp_path_factory.mktemp("packed") / "runs", runs, ranks=2)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("way", WAYS)
+def test_packed_ranks_give_the_numbers_of_unpacked_pairs(results, way, family):
+    found, expected = results[f"{way} {family}"], results[f"unpacked {family}"]
+    assert len(expected["loss"]) == 3 and len(expected["logits"]) > 500
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    # Three gradients, scaled to norm 0.5 at most, times the rate: the largest change is below 1.
+    assert found["weights"] == pytest.approx(expected["weights"], rel=0, abs=1e-5)
+    assert found["logits"] == pytest.approx(expected["logits"], rel=0, abs=1e-5)
