@@ -32,10 +32,13 @@ pad that may look at nothing would become NaN with infinity."""
 
 def positions_within(segments: Tensor) -> Tensor:
     """Each position's number in its segment, from 0, for ``segments`` [R, S]."""
-    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    begins = torch.ones_like(segments, dtype=torch.bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return places - places.masked_fill(~begins, 0).cummax(dim=1).values
+    places = torch.arange(segments.shape[1], device=segments.device)
+    begins = torch.ones_like(segments)
+    begins[:, 1:] = segments[:, 1:].ne(segments[:, :-1])
+    number = begins.cumsum(dim=1)
+    # A segment begins after all positions of earlier ones. A running maximum would be shorter, but
+    # XLA cannot divide its rows over devices.
+    return places - number.unsqueeze(1).lt(number.unsqueeze(2)).sum(dim=2)
 
 
 def same_segment(queries: Tensor, keys: Tensor, *, causal: bool = False) -> Tensor:

@@ -69,13 +69,18 @@ def virtual_devices(count: int) -> dict[str, str]:
 
 
 class Counter(TrainerCallback):
-    """Compilations so far after each step, and seconds until the first step's end."""
+    """Compilations before the first step and after each, and seconds until each step's end."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        self.before = 0
         self.counts: list[int] = []
         self.seconds: list[float] = []
         self.started = time.perf_counter()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if not self.counts:
+            self.before = self.backend.compilations()[0]
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.counts.append(self.backend.compilations()[0])
@@ -125,6 +130,7 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
     return {
         "loss": history(trainer, "loss"),
         "grad_norm": history(trainer, "grad_norm"),
+        "before": counter.before,
         "counts": counter.counts,
         "seconds": counter.seconds,
         "compilations": backend.compilations()[0],
