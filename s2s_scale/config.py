@@ -293,6 +293,13 @@ class TrainingExtras:
         f"{DEFAULT_TOKENS_PER_ROW}, less where a step would have fewer than 8 rows, but always "
         "room for the longest pair.",
     )
+    eval_tokens_per_device: int | None = setting(
+        None,
+        "batching",
+        "Source and target tokens, pads included, of a device's evaluation batch. Default: as many "
+        "as --per_device_eval_batch_size of the longest rows have. Batches of short rows hold up "
+        "to four times that many rows.",
+    )
     num_buckets: int | None = setting(
         None,
         "batching",

@@ -267,6 +267,12 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             for name, least in _LEAST.items()
             if (value := getattr(self, name)) is not None and value < least
         ]
+        if self.eval_tokens_per_device is not None and self.num_buckets is not None:
+            problems.append(
+                f"eval_tokens_per_device={self.eval_tokens_per_device}: has no effect with "
+                f"num_buckets={self.num_buckets}, which pads every evaluation batch to "
+                "--per_device_eval_batch_size rows; leave one of them out"
+            )
         if not self.average_tokens_across_devices:
             problems.append(
                 "average_tokens_across_devices=False: has no effect here, a step's loss is always "
@@ -282,6 +288,7 @@ _LEAST = {
     "groups_per_step": 1,
     "max_tokens_per_device": 1,
     "tokens_per_row": 1,
+    "eval_tokens_per_device": 1,
     "num_buckets": 1,
     "generation_max_length": 1,
     "generation_num_beams": 1,

@@ -61,7 +61,8 @@ LAUNCH = (
 )
 # Training options that also matter where a model is only evaluated.
 EVALUATION_NAMES = (
-    "output_dir per_device_eval_batch_size num_buckets eval_accumulation_steps "
+    "output_dir per_device_eval_batch_size eval_tokens_per_device num_buckets "
+    "eval_accumulation_steps "
     "prediction_loss_only "
     "predict_with_generate generation_max_length generation_num_beams generation_config "
     "label_smoothing_factor label_smoothing loss_reduction linear_cross_entropy bf16 fp16 "

@@ -209,20 +209,43 @@ def divide_step(rows: Rows, *, world_size: int, rows_per_device: int) -> list[li
     return [np.array_split(part, world_size) for part in parts]
 
 
-def evaluation_batches(lengths: Lengths | None, *, n_rows: int, rows_per_batch: int) -> list[Rows]:
+def evaluation_batches(
+    lengths: Lengths | None,
+    *,
+    n_rows: int,
+    rows_per_batch: int,
+    max_tokens: int | None = None,
+    world_size: int = 1,
+) -> list[Rows]:
     """Batches of row ids for evaluation: longest rows first, or data order without lengths.
 
     Sorting wastes few pads and meets the largest batch at once; whoever uses the batches puts
-    results back into data order by the row ids.
+    results back into data order by the row ids. With ``max_tokens`` a batch holds as many rows, up
+    to ``rows_per_batch``, as have no more source and target tokens, pads included; as many in each
+    of ``world_size`` batches that follow one another, but for the last.
     """
     if rows_per_batch < 1:
         raise ValueError(f"rows_per_batch={rows_per_batch}: expected at least 1")
     count = count_rows(lengths, n_rows)
     order = np.arange(count, dtype=np.int64)
-    if lengths is not None:
-        source, target = lengths
-        order = np.lexsort((order, -target.astype(np.int64), -source.astype(np.int64)))
-    return [order[start : start + rows_per_batch] for start in range(0, count, rows_per_batch)]
+    if lengths is None:
+        return [order[start : start + rows_per_batch] for start in range(0, count, rows_per_batch)]
+    source, target = (side.astype(np.int64) for side in lengths)
+    order = np.lexsort((order, -target, -source))
+    batches, start = [], 0
+    while start < count:
+        size = rows_per_batch
+        if max_tokens is not None:
+            rows = order[start : start + rows_per_batch * world_size]
+            width = source[rows[0]] + np.maximum.accumulate(target[rows])
+            each = np.arange(len(rows)) // world_size + 1
+            # The padded tokens of a batch only grow with its rows.
+            fit = int((each * width <= max_tokens).sum())
+            size = max(1, fit // world_size if fit < len(rows) else -(-fit // world_size))
+        for _ in range(world_size):
+            batches.append(order[start : start + size])
+            start += size
+    return [batch for batch in batches if len(batch)]
 
 
 def deal_batches(

@@ -267,15 +267,19 @@ def _generate(
     """Texts generated for a batch of token ids, ``num_return_sequences`` for each row."""
     import torch
 
+    from s2s_scale.evaluation.shrinking import generate
+
     width = max(map(len, batch))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in batch])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
     with torch.inference_mode():
         try:
-            generate: Any = model.generate
             generated = generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **settings
+                model,
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                **settings,
             )
         except ValueError as error:  # transformers' checks of settings against each other
             raise UserError(f"generation settings: {' '.join(str(error).split())}") from error

@@ -63,6 +63,7 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         if self.backend.static_shapes and has_length(given.get("train_dataset")):
             given["args"].tokens_by_default()
         self.text_evaluation_for = text_evaluation_for
+        self._check_evaluation_batches(given["args"])
         super().__init__(**given)
         self.config = config if config is not None else self.model.config
         self.vocab_size = target_vocab_size(self.config)
@@ -106,6 +107,13 @@ class TrainerBase(transformers.Seq2SeqTrainer):
 
     def _check_loss(self) -> None:
         """Refuse loss settings that cannot take effect; the class that computes it knows them."""
+
+    def _check_evaluation_batches(self, args: Seq2SeqTrainingArguments) -> None:
+        if self.backend.static_shapes and args.eval_tokens_per_device is not None:
+            raise UserError(
+                f"eval_tokens_per_device={args.eval_tokens_per_device}: has no effect where the "
+                "device wants few shapes of batches; use --per_device_eval_batch_size"
+            )
 
     def _check_pad_token(self) -> None:
         pad, eos = self.config.pad_token_id, self.config.eos_token_id

@@ -162,6 +162,7 @@ class BatchTrainer(OptimizationTrainer):
             source=dataset,
             rows_per_batch=self.args.eval_batch_size * self.backend.rows_multiple,
             num_buckets=self._num_buckets,
+            max_tokens=self.args.eval_tokens_per_device,
             rank=self.backend.data_rank,
             world_size=self.backend.data_world_size,
             **loader_options(self.args),

@@ -15,6 +15,7 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 from s2s_scale.evaluation.order import in_data_order
+from s2s_scale.evaluation.shrinking import generate
 from s2s_scale.evaluation.static_generation import StaticGenerator
 from s2s_scale.losses import IGNORE_INDEX
 from s2s_scale.trainer.batches import BatchTrainer
@@ -243,7 +244,8 @@ class EvaluationTrainer(BatchTrainer):
         with self.backend.generation(self.model) as extra:
             if self.backend.static_shapes:
                 return self._generate_statically(sources, {**extra, **options}, rows)
-            return self.model.generate(**sources, **{**extra, **options})
+            generated: Tensor = generate(self.model, **sources, **{**extra, **options})
+            return generated
 
     def _generate_statically(
         self, sources: Mapping[str, Any], options: Mapping[str, Any], rows: list[int] | None

@@ -19,6 +19,10 @@ from s2s_scale.data.batching import (
 )
 from s2s_scale.data.samplers import MarkedRows, PlanBatchSampler, ShapedRows
 from s2s_scale.data.shapes import ShapeGrid, Widths, choose_shapes
+from s2s_scale.errors import UserError
+
+MOST_ROWS = 4
+"""An evaluation batch of short rows has at most so many times ``per_device_eval_batch_size``."""
 
 
 def loader_options(args: TrainingArguments) -> dict[str, Any]:
@@ -50,7 +54,7 @@ class TrainingLoader(DataLoader):  # type: ignore[type-arg]
 
 
 class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
-    """This rank's batches of rows of like length, longest first.
+    """This rank's batches of rows of like length, longest first, within a budget of tokens.
 
     Rows come in the data's order where their lengths are not to be had without reading them all.
     ``rounds`` holds the row ids of all ranks, rank after rank, batch after batch; ids below 0 fill
@@ -71,12 +75,25 @@ class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
         rank: int,
         world_size: int,
         num_buckets: int | None = None,
+        max_tokens: int | None = None,
         **options: Any,
     ) -> None:
+        """``rows_per_batch``: of one rank; ``max_tokens``: see ``_budget``."""
         n_rows = len(source)  # type: ignore[arg-type]
-        known = num_buckets is not None or _has_lengths(source)
+        known = num_buckets is not None or max_tokens is not None or _has_lengths(source)
         lengths = row_lengths(source) if known else None
-        batches = evaluation_batches(lengths, n_rows=n_rows, rows_per_batch=rows_per_batch)
+        if num_buckets is None and lengths is not None and n_rows:
+            max_tokens = _budget(lengths, rows_per_batch=rows_per_batch, given=max_tokens)
+            most_rows = MOST_ROWS * rows_per_batch
+        else:
+            max_tokens, most_rows = None, rows_per_batch
+        batches = evaluation_batches(
+            lengths,
+            n_rows=n_rows,
+            rows_per_batch=most_rows,
+            max_tokens=max_tokens,
+            world_size=world_size,
+        )
         full = None if num_buckets is None else rows_per_batch
         dealt = deal_batches(batches, world_size=world_size, rows_per_rank=full)
         self.grid, widths = _widths_of_rounds(dealt, lengths, num_buckets)
@@ -93,6 +110,26 @@ class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
         self.rounds = [rows.tolist() for rows in rounds]
         self.row_order = np.concatenate(rounds) if rounds else np.empty(0, dtype=np.int64)
         self.source = source
+
+
+def _budget(lengths: Lengths, *, rows_per_batch: int, given: int | None) -> int:
+    """Source and target tokens, pads included, of a rank's evaluation batch.
+
+    Where none is ``given``: what ``rows_per_batch`` of the longest rows have.
+
+    Raises:
+        UserError: the longest row has more than were given.
+    """
+    longest = int((lengths[0].astype(np.int64) + lengths[1]).max())
+    if given is None:
+        return rows_per_batch * sum(int(side.max()) for side in lengths)
+    if given < longest:
+        raise UserError(
+            f"eval_tokens_per_device={given}: expected at least {longest}, the source and target "
+            "tokens of the longest row; raise --eval_tokens_per_device, or lower "
+            "--max_source_length or --val_max_target_length"
+        )
+    return given
 
 
 def _widths_of_rounds(

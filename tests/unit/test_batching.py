@@ -231,3 +231,32 @@ def test_evaluation_batches(count: int, rows_per_batch: int, seed: int) -> None:
     rows = [int(row) for batch in batches for row in batch]
     keys = list(zip(*(side.tolist() for side in lengths), strict=True))
     assert rows == sorted(range(count), key=lambda row: (-keys[row][0], -keys[row][1], row))
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(st.integers(0, 100), st.integers(1, 20), st.integers(1, 5), st.integers(0, 99))
+def test_evaluation_batches_within_a_budget_of_tokens(
+    count: int, rows_per_batch: int, world_size: int, seed: int
+) -> None:
+    source, target = make_lengths(count, seed=seed)
+    budget = 130 + seed
+    options = {"rows_per_batch": rows_per_batch, "max_tokens": budget, "world_size": world_size}
+    batches = evaluation_batches((source, target), n_rows=count, **options)
+    assert sorted(int(row) for batch in batches for row in batch) == list(range(count))
+    sizes = [len(batch) for batch in batches]
+    full_rounds = (len(batches) - 1) // world_size
+    for number in range(full_rounds):
+        assert len(set(sizes[number * world_size : (number + 1) * world_size])) == 1
+    for number in range(0, len(batches), world_size):
+        rows = np.concatenate(batches[number : number + world_size])
+        each = sizes[number]
+        assert each <= rows_per_batch
+        assert each * (source[rows].max() + target[rows].max()) <= budget or each == 1
+        grown = order_of(source, target)
+        more = grown[grown.tolist().index(rows[0]) :][: (each + 1) * world_size]
+        widened = (each + 1) * (source[more].max() + target[more].max())
+        assert widened > budget or each == rows_per_batch or number + world_size >= len(batches)
+
+
+def order_of(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    return np.lexsort((np.arange(len(source)), -target, -source))

@@ -63,6 +63,20 @@ class BeamState:
         """LongTensor[B, K]: what the decoder reads next."""
         return self.tokens.index_select(2, (self.length - 1).view(1)).squeeze(2)
 
+    def of_rows(self, rows: Tensor) -> BeamState:
+        """The state of the chosen ``rows`` (LongTensor) alone, where caches are kept elsewhere."""
+        old = self.finished
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            scores=self.scores[rows],
+            beams=self.beams[rows],
+            finished=Finished(old.tokens[rows], old.scores[rows], old.taken[rows]),
+            improvable=self.improvable[rows],
+            active=self.active[rows],
+            source=self.source.unflatten(0, self.scores.shape)[rows].flatten(0, 1),
+        )
+
 
 @dataclass(frozen=True)
 class _Candidates:
@@ -121,6 +135,13 @@ class BeamSearch:
         finished = self._finish(state, candidates)
         state = replace(self._go_on(state, candidates), caches=caches, finished=finished)
         return self._judge(state, candidates)
+
+    def ended(self, state: BeamState) -> Tensor:
+        """BoolTensor[B]: rows whose hypotheses do not change any more."""
+        ended = ~state.improvable.squeeze(1)
+        if self.settings.early_stopping is True:
+            ended = ended | state.finished.taken.all(1)
+        return ended
 
     def best(self, state: BeamState) -> Tensor:
         """Tokens [B, K, L] of each row's hypotheses, best first."""

@@ -39,6 +39,10 @@ class Caches:
     source_mask: Tensor
 
 
+NO_CACHES = Caches(own=(), source=(), source_mask=torch.empty(0))
+"""For a search whose caches are kept elsewhere."""
+
+
 class StaticDecoder:
     """Scores next tokens with a transformers model, in tensors of fixed shapes."""
 

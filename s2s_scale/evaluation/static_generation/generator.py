@@ -88,7 +88,7 @@ class StaticGenerator:
         # One tensor, as the last step left it: whatever is done to it before is one more graph.
         tokens = self._fetch(search.best(state)).reshape(len(input_ids), -1, settings.max_length)
         tokens = tokens[:, : settings.num_return_sequences]
-        return tokens[..., : _longest(tokens[active], settings.ends)].flatten(0, 1)
+        return tokens[..., : longest_text(tokens[active], settings.ends)].flatten(0, 1)
 
     def _search(self, settings: SearchSettings, device: torch.device) -> Any:
         rules = make_rules(
@@ -127,7 +127,7 @@ class StaticGenerator:
         return state
 
 
-def _longest(tokens: Tensor, ends: tuple[int, ...]) -> int:
+def longest_text(tokens: Tensor, ends: tuple[int, ...]) -> int:
     """Tokens of the longest row of ``tokens`` [..., L], up to its first end token."""
     if tokens.numel() == 0:
         return 1

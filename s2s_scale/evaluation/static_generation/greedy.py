@@ -6,7 +6,7 @@ Shapes: B rows, L longest length, V target vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,12 @@ class GreedyState:
     def last_tokens(self) -> Tensor:
         """LongTensor[B, 1]: what the decoder reads next."""
         return self.tokens.index_select(1, (self.length - 1).view(1))
+
+    def of_rows(self, rows: Tensor) -> GreedyState:
+        """The state of the chosen ``rows`` (LongTensor) alone, where caches are kept elsewhere."""
+        return replace(
+            self, tokens=self.tokens[rows], done=self.done[rows], source=self.source[rows]
+        )
 
 
 class GreedySearch:
@@ -73,6 +79,10 @@ class GreedySearch:
             source=state.source,
             caches=caches,
         )
+
+    def ended(self, state: GreedyState) -> Tensor:
+        """BoolTensor[B]: rows whose text does not change any more."""
+        return state.done
 
     def best(self, state: GreedyState) -> Tensor:
         """Tokens [B, L]."""

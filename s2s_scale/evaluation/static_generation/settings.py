@@ -112,8 +112,8 @@ def read_settings(model: PreTrainedModel, options: Mapping[str, Any]) -> SearchS
         length_penalty=float(config.length_penalty),
         early_stopping=config.early_stopping,
         start=_start_token(config),
-        pad=_only(config._pad_token_tensor),
-        ends=_ids(config._eos_token_tensor),
+        pad=only_id(config._pad_token_tensor),
+        ends=token_ids(config._eos_token_tensor),
         processors=processors,
     )
 
@@ -167,7 +167,7 @@ def _check_mode(config: GenerationConfig) -> None:
 
 
 def _start_token(config: Any) -> int:
-    tokens = _ids(config._decoder_start_token_tensor)
+    tokens = token_ids(config._decoder_start_token_tensor)
     if len(tokens) != 1:
         raise UserError(
             f"decoder_start_token_id={list(tokens)}: expected one token id for all rows"
@@ -175,10 +175,12 @@ def _start_token(config: Any) -> int:
     return tokens[0]
 
 
-def _ids(tokens: torch.Tensor | None) -> tuple[int, ...]:
+def token_ids(tokens: torch.Tensor | None) -> tuple[int, ...]:
+    """The ids of a special token as transformers' prepared config holds them."""
     return () if tokens is None else tuple(tokens.reshape(-1).tolist())
 
 
-def _only(tokens: torch.Tensor | None) -> int | None:
-    ids = _ids(tokens)
+def only_id(tokens: torch.Tensor | None) -> int | None:
+    """The first of ``token_ids``, if any."""
+    ids = token_ids(tokens)
     return ids[0] if ids else None
