@@ -32,6 +32,7 @@ DEFAULT_PACKED_TOKENS = 8192
 DEFAULT_BUCKETS = 8
 DEFAULT_HANG_SECONDS = 600.0
 CHECKPOINT_FORMATS = ("portable", "native")
+GENERATION_ENGINES = ("transformers", "ctranslate2")
 CHANGES = ("data", "tokenizer", "seed", "step_size", "loss", "optimizer", "schedule")
 METRICS = ("bleu", "chrf", "rouge", "exact_match")
 
@@ -292,6 +293,13 @@ class TrainingExtras:
         "About how many source and target tokens a row of --batching packed has. Default: "
         f"{DEFAULT_TOKENS_PER_ROW}, less where a step would have fewer than 8 rows, but always "
         "room for the longest pair.",
+    )
+    generation_engine: str = setting(
+        "transformers",
+        "generation",
+        "What generates text in evaluation. 'ctranslate2' converts the current weights and is "
+        "several times as fast, but some texts with several beams may differ.",
+        choices=GENERATION_ENGINES,
     )
     eval_tokens_per_device: int | None = setting(
         None,

@@ -16,12 +16,14 @@ from s2s_scale.config import (
     CHECKPOINT_FORMATS,
     DEFAULT_GROUPS_PER_STEP,
     DEFAULT_TOKENS_PER_STEP,
+    GENERATION_ENGINES,
     LINEAR_CROSS_ENTROPY,
     LOSS_REDUCTIONS,
     TrainingExtras,
 )
 from s2s_scale.data.batching import Mode
 from s2s_scale.errors import UserError, raise_problems, unknown_name
+from s2s_scale.evaluation.engines import package_problems
 from s2s_scale.schedules import MODERN_NAMES, OPTIONS
 
 _HF_DEFAULTS = {
@@ -259,6 +261,7 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             for name, known in (
                 ("loss_reduction", LOSS_REDUCTIONS),
                 ("linear_cross_entropy", LINEAR_CROSS_ENTROPY),
+                ("generation_engine", GENERATION_ENGINES),
             )
             if getattr(self, name) not in known
         ]
@@ -267,6 +270,13 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             for name, least in _LEAST.items()
             if (value := getattr(self, name)) is not None and value < least
         ]
+        if self.generation_engine == "ctranslate2":
+            problems += package_problems()
+            if not self.predict_with_generate:
+                problems.append(
+                    "generation_engine=ctranslate2: has no effect without predict_with_generate; "
+                    "give --predict_with_generate, or leave it out"
+                )
         if self.eval_tokens_per_device is not None and self.num_buckets is not None:
             problems.append(
                 f"eval_tokens_per_device={self.eval_tokens_per_device}: has no effect with "

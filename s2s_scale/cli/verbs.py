@@ -64,13 +64,20 @@ EVALUATION_NAMES = (
     "output_dir per_device_eval_batch_size eval_tokens_per_device num_buckets "
     "eval_accumulation_steps "
     "prediction_loss_only "
-    "predict_with_generate generation_max_length generation_num_beams generation_config "
+    "predict_with_generate generation_engine generation_max_length generation_num_beams "
+    "generation_config "
     "label_smoothing_factor label_smoothing loss_reduction linear_cross_entropy bf16 fp16 "
     "bf16_full_eval fp16_full_eval tf32 torch_compile torch_compile_backend torch_compile_mode "
     "use_cpu seed full_determinism dataloader_num_workers dataloader_pin_memory "
     "log_level disable_tqdm"
 ).split()
-GENERATE_TRAINING_NAMES = ("bf16_full_eval", "fp16_full_eval", "use_cpu", "seed")
+GENERATE_TRAINING_NAMES = (
+    "bf16_full_eval",
+    "fp16_full_eval",
+    "use_cpu",
+    "seed",
+    "generation_engine",
+)
 PLAN_NAMES = (
     "per_device_train_batch_size gradient_accumulation_steps seed data_seed batching "
     "tokens_per_step groups_per_step tokens_per_row max_tokens_per_device num_buckets "
@@ -185,6 +192,8 @@ GENERATE_TEXTS = {
     "bf16_full_eval": "Generate in bfloat16.",
     "fp16_full_eval": "Generate in float16.",
     "use_cpu": "Use the CPU even if there is a GPU.",
+    "generation_engine": "What generates. 'ctranslate2' converts the model's weights and is "
+    "several times as fast, but some texts with several beams may differ.",
 }
 PLAN_TEXTS = {
     "model_name_or_path": "Folder or hub id of the model whose tokenizer gives the lengths.",

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.evaluation.metrics import TextMetrics
@@ -16,6 +16,7 @@ from s2s_scale.models.families import source_vocab_size
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from s2s_scale.evaluation.ctranslate2_engine import CTranslate2Engine
     from s2s_scale.evaluation.static_generation import StaticGenerator
 
 #: batches sorted by length together: longer windows pad less and answer later
@@ -56,7 +57,7 @@ def generate_stream(
     source_prefix: str = "",
     max_source_length: int = 1024,
     window_batches: int = WINDOW_BATCHES,
-    static: StaticBatches | None = None,
+    own: OwnBatches | None = None,
     **generation: Any,
 ) -> Iterator[str]:
     """Yield the generated text of each line, in the order of ``lines``, each without line ends.
@@ -64,8 +65,8 @@ def generate_stream(
     ``generation`` are fields of ``GenerationConfig`` (``None`` means the model's own value); with
     ``num_return_sequences=n`` each line yields n texts, best first. Lines are read as they are
     needed, ``batch_size * window_batches`` at a time, and sorted by length inside that window. An
-    empty line yields empty text, so that line numbers stay aligned. ``static``: for devices that
-    compile each new shape of batch. Raises ``UserError`` for an unknown or impossible generation
+    empty line yields empty text, so that line numbers stay aligned. ``own``: generates in the place
+    of ``model.generate``. Raises ``UserError`` for an unknown or impossible generation
     setting, and for tokens that the model does not have.
     """
     settings = _with_one_length(model, check_generation(generation))
@@ -83,10 +84,10 @@ def generate_stream(
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch = [encoded[i] for i in chosen]
-                if static is None:
+                if own is None:
                     outputs = _generate(model, tokenizer, batch, settings)
                 else:
-                    ids = static.generate(batch, limit, tokenizer.pad_token_id, settings)
+                    ids = own.generate(batch, limit, tokenizer.pad_token_id, settings)
                     outputs = decode(tokenizer, ids)
                 for place, text in enumerate(outputs):
                     row = rows[chosen[place // returned]]
@@ -94,6 +95,33 @@ def generate_stream(
             yield from texts
     finally:
         model.train(training)
+
+
+class OwnBatches(Protocol):
+    """Another way to generate than ``model.generate``."""
+
+    def generate(
+        self, batch: list[list[int]], limit: int, pad: int, settings: Mapping[str, Any]
+    ) -> Any:
+        """Generated ids [len(batch) * num_return_sequences, T] for sources of at most ``limit``."""
+
+
+@dataclass(frozen=True)
+class EngineBatches:
+    """Generates with CTranslate2."""
+
+    engine: CTranslate2Engine
+
+    def generate(
+        self, batch: list[list[int]], limit: int, pad: int, settings: Mapping[str, Any]
+    ) -> Any:
+        """See ``OwnBatches``."""
+        import torch
+
+        width = max(map(len, batch))
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in batch])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
+        return self.engine.generate(ids, mask, **settings)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,11 @@ from tqdm import tqdm
 from s2s_scale import models
 from s2s_scale.backends import Backend
 from s2s_scale.config import DataArguments, ModelArguments
-from s2s_scale.errors import UserError
+from s2s_scale.errors import UserError, raise_problems
+from s2s_scale.evaluation.engines import ENGINE, package_problems
 from s2s_scale.evaluation.generate import (
+    EngineBatches,
+    OwnBatches,
     SearchResult,
     StaticBatches,
     generate_stream,
@@ -52,6 +55,9 @@ def generate(settings: Settings) -> int:
             settings.values, ModelArguments, DataArguments, Seq2SeqTrainingArguments
         )
         data = DataArguments(**data_values)
+        engine = training_values.get("generation_engine")
+        if engine == "ctranslate2":
+            _check_engine(backend)
         references = _read_all(own["reference"]) if own["reference"] else None
         loaded = models.load(
             ModelArguments(**model_values),
@@ -66,24 +72,47 @@ def generate(settings: Settings) -> int:
         else:
             model.to(device=wanted_device(settings))
         transformers.set_seed(training_values.get("seed", DEFAULT_SEED))
-        options = {
-            "batch_size": own["batch_size"],
-            "source_prefix": source_prefix_of(data, loaded.config),
-            "max_source_length": data.max_source_length,
-            "static": _static_batches(backend, model, own["batch_size"]),
-            **_generation_options(own),
-        }
-        if own["search"]:
-            _search(loaded, own, references or [], data.metrics, options)
-        else:
-            _generate(loaded, own, references, data.metrics, options)
+        with _own_batches(backend, model, own["batch_size"], engine) as batches:
+            options = {
+                "batch_size": own["batch_size"],
+                "source_prefix": source_prefix_of(data, loaded.config),
+                "max_source_length": data.max_source_length,
+                "own": batches,
+                **_generation_options(own),
+            }
+            if own["search"]:
+                _search(loaded, own, references or [], data.metrics, options)
+            else:
+                _generate(loaded, own, references, data.metrics, options)
     return 0
 
 
-def _static_batches(backend: Backend, model: Any, batch_size: int) -> StaticBatches | None:
-    """How batches keep to few shapes, where the backend wants that."""
-    if not backend.static_shapes:
-        return None
+def _check_engine(backend: Backend) -> None:
+    problems = package_problems()
+    if backend.static_shapes:
+        problems.append(
+            f"{ENGINE}: runs on CPUs and GPUs only; leave --generation_engine out, or generate "
+            "under another profile"
+        )
+    raise_problems(problems)
+
+
+@contextmanager
+def _own_batches(
+    backend: Backend, model: Any, batch_size: int, engine: str | None
+) -> Iterator[OwnBatches | None]:
+    """What generates in the place of the model's own ``generate``, if anything."""
+    if engine == "ctranslate2":
+        from s2s_scale.evaluation.ctranslate2_engine import ctranslate2_engine
+
+        with ctranslate2_engine(model) as found:
+            yield EngineBatches(found)
+    else:
+        yield _static_batches(backend, model, batch_size) if backend.static_shapes else None
+
+
+def _static_batches(backend: Backend, model: Any, batch_size: int) -> StaticBatches:
+    """Batches of few shapes."""
     generator = StaticGenerator(model, sync=backend.flush, fetch=backend.fetch_rows)
     rows = math.ceil(batch_size / backend.rows_multiple) * backend.rows_multiple
     return StaticBatches(generator, rows, backend.place_batch)

@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import has_length
 
 from s2s_scale.backends import Backend, make_backend
-from s2s_scale.errors import UserError
+from s2s_scale.errors import UserError, raise_problems
+from s2s_scale.evaluation.engines import family_problems
 from s2s_scale.models import apply_dropout_settings, check_precision, target_vocab_size
 from s2s_scale.trainer.callbacks import StepCallback
 from s2s_scale.trainer.loaders import EvaluationLoader
@@ -24,6 +25,7 @@ from s2s_scale.trainer.nonfinite import NonFiniteGuard
 from s2s_scale.training_arguments import Seq2SeqTrainingArguments
 
 if TYPE_CHECKING:
+    from s2s_scale.evaluation.ctranslate2_engine import CTranslate2Engine
     from s2s_scale.evaluation.static_generation import StaticGenerator
     from s2s_scale.evaluation.text import TextEvaluation
 
@@ -63,7 +65,7 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         if self.backend.static_shapes and has_length(given.get("train_dataset")):
             given["args"].tokens_by_default()
         self.text_evaluation_for = text_evaluation_for
-        self._check_evaluation_batches(given["args"])
+        self._check_evaluation(given["args"], config or given["model"].config)
         super().__init__(**given)
         self.config = config if config is not None else self.model.config
         self.vocab_size = target_vocab_size(self.config)
@@ -83,6 +85,7 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         self._text: TextEvaluation | None = None
         self._generates_text = False
         self._static_generator: StaticGenerator | None = None
+        self._engine: CTranslate2Engine | None = None
         self._evaluated_rows: Iterator[list[int]] = iter(())
         self._evaluation_loaders: dict[int, EvaluationLoader] = {}
         self._guard = NonFiniteGuard(
@@ -108,7 +111,15 @@ class TrainerBase(transformers.Seq2SeqTrainer):
     def _check_loss(self) -> None:
         """Refuse loss settings that cannot take effect; the class that computes it knows them."""
 
-    def _check_evaluation_batches(self, args: Seq2SeqTrainingArguments) -> None:
+    def _check_evaluation(self, args: Seq2SeqTrainingArguments, config: Any) -> None:
+        """Refuse settings of evaluation that cannot take effect."""
+        if args.generation_engine == "ctranslate2":
+            raise_problems(family_problems(config.model_type))
+            if self.backend.static_shapes:
+                raise UserError(
+                    "generation_engine=ctranslate2: runs on CPUs and GPUs only; leave "
+                    "--generation_engine out, or evaluate under another profile"
+                )
         if self.backend.static_shapes and args.eval_tokens_per_device is not None:
             raise UserError(
                 f"eval_tokens_per_device={args.eval_tokens_per_device}: has no effect where the "

@@ -5,7 +5,8 @@ Shapes used below: B rows, T target positions, L generation limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,9 +93,10 @@ class EvaluationTrainer(BatchTrainer):
             self._ordered_metrics(sorted_loader),
         )
         try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            with self._generation_engine(prediction_loss_only):
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
             metrics = dict(output.metrics or {})
             own = self._evaluation_meter.read(self.backend.total) | self._finish_text()
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in own.items()}
@@ -110,6 +112,21 @@ class EvaluationTrainer(BatchTrainer):
             predictions=in_data_order(output.predictions, sorted_loader.row_order),
             label_ids=in_data_order(output.label_ids, sorted_loader.row_order),
         )
+
+    @contextmanager
+    def _generation_engine(self, prediction_loss_only: bool | None) -> Iterator[None]:
+        """Context of an evaluation in which the engine that was asked for has these weights."""
+        wanted = self.args.generation_engine == "ctranslate2" and self.args.predict_with_generate
+        if not wanted or (prediction_loss_only and not self._generates_text):
+            yield
+            return
+        from s2s_scale.evaluation.ctranslate2_engine import ctranslate2_engine
+
+        with ctranslate2_engine(self.model) as self._engine:
+            try:
+                yield
+            finally:
+                self._engine = None
 
     def _start_text(self, loader: EvaluationLoader, prefix: str) -> None:
         if self.text_evaluation_for is None or not self.args.predict_with_generate:
@@ -241,6 +258,8 @@ class EvaluationTrainer(BatchTrainer):
         """
         target_side = ("labels", "decoder_input_ids", "decoder_attention_mask")
         sources = {name: value for name, value in inputs.items() if name not in target_side}
+        if self._engine is not None:
+            return self._engine.generate(**sources, **options).to(self.args.device)
         with self.backend.generation(self.model) as extra:
             if self.backend.static_shapes:
                 return self._generate_statically(sources, {**extra, **options}, rows)

@@ -77,19 +77,24 @@ class SearchSettings:
         return self.pad or self.ends[0]
 
 
-def read_settings(model: PreTrainedModel, options: Mapping[str, Any]) -> SearchSettings:
+def read_settings(
+    model: PreTrainedModel,
+    options: Mapping[str, Any],
+    *,
+    where: str = "generation with static shapes",
+) -> SearchSettings:
     """``options`` (those of ``generate``) over the model's own generation config.
 
-    Raises one ``UserError`` for all options that cannot be static, each with what to use instead,
-    and for values that transformers refuses.
+    ``where``: what reads them. Raises one ``UserError`` for all options that cannot be had there,
+    each with what to use instead, and for values that transformers refuses.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    _refuse(given)
+    _refuse(given, where)
     maker: Any = model
     base = given.pop("generation_config", None)
     try:
         config, unknown = maker._prepare_generation_config(base, **given)
-        _refuse(vars(config))
+        _refuse(vars(config), where)
         raise_problems([f"unknown generation option '{name}'" for name in unknown])
         _settle_lengths(maker, config, base, given)
         maker._prepare_special_tokens(config, True, device="cpu")
@@ -118,11 +123,10 @@ def read_settings(model: PreTrainedModel, options: Mapping[str, Any]) -> SearchS
     )
 
 
-def _refuse(values: Mapping[str, Any]) -> None:
+def _refuse(values: Mapping[str, Any], where: str) -> None:
     raise_problems(
         [
-            f"{name}={_short(values[name])}: cannot be had in generation with static shapes; "
-            + remedy
+            f"{name}={_short(values[name])}: cannot be had in {where}; {remedy}"
             for name, (idle, remedy) in _REFUSED.items()
             if values.get(name) is not None and values[name] not in idle
         ]
