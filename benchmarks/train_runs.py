@@ -16,8 +16,8 @@ from benchmarks.fresh import process_memory
 from s2s_scale.data.lengths import Lengths
 
 ROWS_PER_BATCH = 32
-GROUPS_PER_STEP = 2
-"""Micro-batches of a step of ours: one of longer rows and one of shorter ones."""
+GROUPS_PER_STEP = 1
+"""A step of ours is one micro-batch of rows of like length, as it is with length grouping."""
 MEGABATCH = 50
 """Batches that transformers sorts by length together (of ``get_length_grouped_indices``)."""
 FIRST_WORD = 6

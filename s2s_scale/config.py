@@ -17,6 +17,7 @@ BATCHING_MODES = ("fixed", "sortish", "tokens", "packed")
 LONG_ROWS = ("truncate", "error")
 LOSS_REDUCTIONS = ("mean", "sum")
 LINEAR_CROSS_ENTROPY = ("auto", "on", "off")
+CPU_FUNCTIONS = ("auto", "off")
 SCHEDULES = (
     "linear",
     "cosine",
@@ -227,6 +228,14 @@ class TrainingExtras:
         "logits; same values. 'auto': where the loss mode, the model and its wrappers allow it. "
         "'on': refuse to train where they do not. 'off': always build logits.",
         choices=LINEAR_CROSS_ENTROPY,
+    )
+    cpu_functions: str = setting(
+        "auto",
+        "training",
+        "'auto': on CPUs, linear layers, embeddings, dropout and attention are computed by faster "
+        "functions of ours in training, not under --torch_compile or --gradient_checkpointing. "
+        "'off': by torch's.",
+        choices=CPU_FUNCTIONS,
     )
     lr_scheduler: str | None = setting(
         None,

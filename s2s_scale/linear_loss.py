@@ -26,11 +26,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from s2s_scale.cpu.gradients import SharedCasts, active, add_scaled, can_add_to
 from s2s_scale.losses import IGNORE_INDEX, TokenLoss, count_tokens
 
-_CHUNK_VALUES = {"cpu": 2**23}
+_CHUNK_VALUES = {"cpu": 2**25}
 _ACCELERATOR_CHUNK_VALUES = 2**26
 """Logits held at once. The CPU's number is measured; that of accelerators is not."""
+_CACHED_VALUES = 2**19
+"""Logits of which the softmax is computed at once on a CPU: 2 MiB in fp32."""
 _LEAST_TRAINING_CHUNK = 128
 """Fewer positions than this would add up the gradient of a large W too many times. It is as large
 as W, so that these logits stay small beside it."""
@@ -118,6 +121,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             width = max(1, min(positions // max(1, hidden.shape[0]), hidden.shape[1]))
             parts = [sums.add(*chunk) for chunk in _chunks(hidden, labels, width)]
             ctx.gradients = (_joined(parts, hidden) if needs.hidden else None, *sums.gradients())
+        memory = active()
+        ctx.kept_in = weight if needs.weight and memory is not None and memory.in_place else None
         ctx.mark_non_differentiable(sums.nll)
         return sums.loss, sums.nll
 
@@ -131,6 +136,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         # Not kept: what nobody else holds becomes the parameters' gradient without a copy.
         gradients, ctx.gradients = ctx.gradients, None
+        if ctx.kept_in is not None and can_add_to(ctx.kept_in):
+            add_scaled(ctx.kept_in, gradients[1], by_loss)
+            gradients = (gradients[0], None, gradients[2])
         scaled = (None if g is None else g.mul_(by_loss) for g in gradients)
         return (*scaled, None, None, None)
 
@@ -163,14 +171,17 @@ class _Sums:
     ) -> None:
         self._exact = exact = torch.promote_types(dtype, torch.float32)
         self._types = weight.dtype, None if bias is None else bias.dtype
-        self._weight, self._smoothing, self._needs = weight.to(dtype), smoothing, needs
+        self._smoothing, self._needs = smoothing, needs
+        memory = active()
+        casts = SharedCasts() if memory is None else memory.casts
+        self._weight = casts.cast(weight, dtype)
+        self._mean_weight = casts.get(weight, "mean", lambda w: w.detach().mean(0, dtype=exact))
         self._bias = None if bias is None else bias.to(exact)
-        self._mean_weight = self._weight.mean(0, dtype=exact)
         self.loss = weight.new_zeros((), dtype=exact)
         self.nll = torch.zeros_like(self.loss)
         self._tokens = torch.zeros_like(self.loss)
         self._hidden_sum = torch.zeros_like(self._mean_weight)
-        self._by_weight = torch.zeros_like(weight, dtype=exact) if needs.weight else None
+        self._by_weight: Tensor | None = None
         self._by_bias = weight.new_zeros(len(weight), dtype=exact) if needs.bias else None
         self._buffers: dict[str, Tensor] = {}
 
@@ -178,71 +189,110 @@ class _Sums:
         """Take in a chunk, hidden [n, D] and labels [n]; the gradient by ``hidden``, if needed."""
         keep = labels.ne(IGNORE_INDEX).to(self._exact)
         target = labels.clamp(min=0).unsqueeze(1)
-        logits = self._logits(hidden)
+        logits = torch.mm(hidden, self._weight.t(), out=self._logits_buffer(len(hidden)))
         at_target = logits.gather(1, target).squeeze(1).to(self._exact)
-        out = self._buffer("lprobs", len(hidden), self._exact)
-        lprobs = torch.log_softmax(logits, 1, dtype=self._exact, out=out)
-        nll = -lprobs.gather(1, target).squeeze(1)
         mean_logit = hidden.to(self._exact) @ self._mean_weight
         if self._bias is not None:
+            at_target = at_target + self._bias[target.squeeze(1)]
             mean_logit = mean_logit + self._bias.mean()
-        # log sum exp - z_y is the nll, so log sum exp - mean z is this:
-        spread = nll + at_target - mean_logit
+        by_logits, log_sum = self._softmax(logits, target)
+        nll = log_sum - at_target
         # `where` and not a product: what stands at places that don't count may be infinite.
         self.nll += torch.where(keep > 0, nll, 0.0).sum()
-        loss = (1.0 - self._smoothing) * nll + self._smoothing * spread
+        loss = (1.0 - self._smoothing) * nll + self._smoothing * (log_sum - mean_logit)
         self.loss += torch.where(keep > 0, loss, 0.0).sum()
         if not any(self._needs):
             return None
-        onehot = torch.full_like(target, self._smoothing - 1.0, dtype=self._exact)
-        by_logits = lprobs.exp_().scatter_add_(1, target, onehot)
         return self._add_gradients(by_logits, hidden, keep)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits [n, V] in the type of the products; with a bias at least in fp32."""
-        out = self._buffer("logits", len(hidden), hidden.dtype)
-        logits = torch.mm(hidden, self._weight.t(), out=out)
-        if self._bias is None:
-            return logits
-        return logits.add_(self._bias) if logits.dtype == self._exact else logits + self._bias
+    def _softmax(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss's gradient by logits, less what smoothing spreads, and their log sum exp [n].
+
+        softmax - (1 - eps) * onehot, [n, V]. On CPUs it takes the place of ``logits``, a few rows
+        at a time so that what is computed in fp32 stays in the cache.
+        """
+        if logits.device.type != "cpu":
+            whole = logits if self._bias is None else logits + self._bias
+            lprobs = torch.log_softmax(whole, 1, dtype=self._exact)
+            log_sum = (whole.gather(1, target) - lprobs.gather(1, target)).squeeze(1)
+            return self._less_target(lprobs.exp_(), target), log_sum
+        rows = max(1, _CACHED_VALUES // logits.shape[1])
+        sums = []
+        for part, at in zip(logits.split(rows), target.split(rows), strict=True):
+            exact = part if part.dtype == self._exact else self._exact_buffer(part)
+            if self._bias is not None:
+                exact += self._bias
+            largest = exact.amax(1)
+            torch.softmax(exact, 1, out=exact)
+            # Where the logit is the largest, softmax is 1 over the sum of exp(z - largest).
+            sums.append(largest - exact.amax(1).log_())
+            self._less_target(exact, at)
+            if exact is not part:
+                part.copy_(exact)
+        return logits, torch.cat(sums)
+
+    def _less_target(self, softmax: Tensor, target: Tensor) -> Tensor:
+        onehot = torch.full_like(target, self._smoothing - 1.0, dtype=self._exact)
+        return softmax.scatter_add_(1, target, onehot)
 
     def _add_gradients(self, by_logits: Tensor, hidden: Tensor, keep: Tensor) -> Tensor | None:
         """``by_logits`` [n, V]: the loss's gradient without the part that smoothing spreads."""
         counted = hidden * keep.unsqueeze(1).to(hidden.dtype)
         low = by_logits.to(hidden.dtype)
-        if self._by_weight is not None:
-            _add_product(self._by_weight, low.t(), counted)
-            self._hidden_sum += counted.sum(0, dtype=self._exact)
+        if self._needs.weight:
+            self._add_to_weight(low, counted)
         if self._by_bias is not None:
-            self._by_bias += keep @ by_logits
+            self._by_bias += keep @ by_logits.to(self._exact)
             self._tokens += keep.sum()
         if not self._needs.hidden:
             return None
         by_hidden = (low @ self._weight).to(self._exact) - self._smoothing * self._mean_weight
         return (by_hidden * keep.unsqueeze(1)).to(hidden.dtype)
 
+    def _add_to_weight(self, low: Tensor, counted: Tensor) -> None:
+        """``low.T @ counted``, and what smoothing spreads, added to the gradient of the weight."""
+        if self._smoothing and "logits" in self._buffers:
+            # One more position, at which all tokens have the same gradient: no pass of its own.
+            low = self._buffers["logits"][: len(low) + 1]
+            low[-1] = -self._smoothing / low.shape[1]
+            counted = torch.cat([counted, counted.sum(0, keepdim=True)])
+        elif self._smoothing:
+            self._hidden_sum += counted.sum(0, dtype=self._exact)
+        if self._by_weight is None:
+            self._by_weight = (low.t() @ counted).to(self._exact)
+        elif low.dtype == self._exact:
+            self._by_weight.addmm_(low.t(), counted)
+        else:
+            self._by_weight += low.t() @ counted
+
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """By weight and by bias, each in its own type; call it once, after all chunks."""
         by_weight, by_bias = self._by_weight, self._by_bias
+        if self._needs.weight and by_weight is None:  # there was no position that counts
+            by_weight = torch.zeros_like(self._weight, dtype=self._exact)
         share = self._smoothing / len(self._weight)
+        if by_weight is not None and self._smoothing and "logits" not in self._buffers:
+            by_weight = by_weight.sub_(share * self._hidden_sum)
         if by_weight is not None:
-            by_weight = by_weight.sub_(share * self._hidden_sum).to(self._types[0])
+            by_weight = by_weight.to(self._types[0])
         if by_bias is not None:
             by_bias = by_bias.sub_(share * self._tokens).to(self._types[1])
         return by_weight, by_bias
 
-    def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor | None:
-        """Room for [rows, V] that chunks share, on CPUs: there, large new memory costs much."""
+    def _logits_buffer(self, rows: int) -> Tensor | None:
+        """Room for logits [rows, V] that chunks share, on CPUs: large new memory costs much there.
+
+        Behind it there is room for one row more.
+        """
         if self._weight.device.type != "cpu":
             return None
-        if name not in self._buffers:
-            self._buffers[name] = self._weight.new_empty(rows, len(self._weight), dtype=dtype)
-        return self._buffers[name][:rows]
+        if "logits" not in self._buffers:
+            shape = rows + 1, len(self._weight)
+            self._buffers["logits"] = self._weight.new_empty(shape)
+        return self._buffers["logits"][:rows]
 
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``; the total may be of a wider type than the product."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+    def _exact_buffer(self, part: Tensor) -> Tensor:
+        """``part`` in the exact type, in memory that parts share."""
+        if "exact" not in self._buffers:
+            self._buffers["exact"] = torch.empty_like(part, dtype=self._exact)
+        return self._buffers["exact"][: len(part)].copy_(part)

@@ -36,6 +36,7 @@ PACKAGES = {
 }
 OWN_TORCH = "it is built for one exact torch (2.9.1), so in an environment of its own: "
 AUTO = "auto"
+PRECISIONS = (AUTO, "fp32")
 # Values that are merged with the parent's name by name; all others replace the parent's.
 MAPPINGS = ("mesh", "environment", "arguments")
 FIELDS = {
@@ -47,6 +48,14 @@ FIELDS = {
         Option("launcher", "str", "none", "What starts it.", "profile", choices=LAUNCHERS),
         Option("device", "str", "cpu", "Kind of device.", "profile", choices=DEVICES),
         Option("processes", "str", AUTO, "Processes per node, or auto.", "profile"),
+        Option(
+            "precision",
+            "str",
+            "fp32",
+            "Of training where no flag says: auto is bf16 where the device has it.",
+            "profile",
+            choices=PRECISIONS,
+        ),
         Option("deepspeed_config", "str", None, "Name or path.", "profile", optional=True),
         *(Option(name, "dict", {}, "Names and values.", "profile") for name in MAPPINGS),
     )
@@ -68,6 +77,7 @@ class LauncherProfile:
     launcher: str = "none"
     device: str = "cpu"
     processes: int | str = AUTO
+    precision: str = "fp32"
     deepspeed_config: str | None = None
     mesh: dict[str, int] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)

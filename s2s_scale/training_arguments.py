@@ -14,6 +14,7 @@ from s2s_scale.config import (
     BATCHING_MODES,
     CHANGES,
     CHECKPOINT_FORMATS,
+    CPU_FUNCTIONS,
     DEFAULT_GROUPS_PER_STEP,
     DEFAULT_TOKENS_PER_STEP,
     GENERATION_ENGINES,
@@ -262,6 +263,7 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
                 ("loss_reduction", LOSS_REDUCTIONS),
                 ("linear_cross_entropy", LINEAR_CROSS_ENTROPY),
                 ("generation_engine", GENERATION_ENGINES),
+                ("cpu_functions", CPU_FUNCTIONS),
             )
             if getattr(self, name) not in known
         ]

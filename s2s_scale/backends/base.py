@@ -167,6 +167,14 @@ class Backend(abc.ABC):
         """Context of the forward pass, where mixed precision is the backend's affair."""
 
     @abc.abstractmethod
+    def use_own_functions(self, *, in_place: bool) -> None:
+        """Let training's forward passes use functions of ours where those are faster.
+
+        Called before training. ``in_place``: gradients may be added to ``.grad`` as they are found,
+        since nothing but the trainer asks for them.
+        """
+
+    @abc.abstractmethod
     def start_training(self, model: nn.Module, optimizer: Any, *, accumulation: int) -> None:
         """Called on every rank after weights and optimizer state are loaded, before a step.
 

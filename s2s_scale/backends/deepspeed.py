@@ -45,6 +45,8 @@ class DeepSpeedBackend(LocalBackend):
     learning rates are those of every other backend.
     """
 
+    _takes_own_functions = False
+
     def __init__(self, device: str = "cpu", mesh: Mapping[str, int] | None = None) -> None:
         super().__init__(device, mesh)
         self._config: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2s_scale.backends.base import Backend, Batch, ParameterState, ReadState
+from s2s_scale.cpu import CpuFunctions, keep_freed_memory
 
 T = TypeVar("T")
 
@@ -26,7 +27,13 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 
 
 class LocalBackend(Backend):
-    """Adds nothing to what torch does; collectives are the identity in a single process."""
+    """Adds nothing to what torch does; collectives are the identity in a single process.
+
+    On a CPU it does some of it by functions of our own; see ``s2s_scale.cpu``.
+    """
+
+    _takes_own_functions = True
+    _functions: CpuFunctions | None = None
 
     def problems(self) -> Sequence[str]:
         there = [name for name in RANK_VARIABLES if os.environ.get(name)]
@@ -40,6 +47,8 @@ class LocalBackend(Backend):
         # An installed torch-xla would pull transformers and accelerate onto XLA code paths even
         # for a CPU or GPU run.
         os.environ.setdefault("USE_TORCH_XLA", "0")
+        if self.device == "cpu":
+            keep_freed_memory()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
             if self.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -120,7 +129,17 @@ class LocalBackend(Backend):
         return batches
 
     def autocast(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        trains = self._functions is not None and torch.is_grad_enabled()
+        return self._functions if trains else nullcontext()  # type: ignore[return-value]
+
+    def use_own_functions(self, *, in_place: bool) -> None:
+        if self.device == "cpu" and self._takes_own_functions:
+            self._functions = CpuFunctions(in_place=in_place and self._alone)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether gradients of this process stay with it: nothing waits for them to arrive."""
+        return type(self) is LocalBackend and self.data_world_size == 1
 
     def start_training(self, model: nn.Module, optimizer: Any, *, accumulation: int) -> None:
         return None
@@ -129,7 +148,8 @@ class LocalBackend(Backend):
         return None
 
     def finish_step(self, model: nn.Module) -> None:
-        return None
+        if self._functions is not None:
+            self._functions.clear()
 
     def flush(self) -> None:
         return None

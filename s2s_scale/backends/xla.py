@@ -46,6 +46,8 @@ OWN_TORCH = "it is built for one exact torch, so give it an environment of its o
 class XlaBackend(LocalBackend):
     """Training on XLA devices, in graphs that are compiled once for each shape of a batch."""
 
+    _takes_own_functions = False
+
     def __init__(self, device: str = "tpu", mesh: Mapping[str, int] | None = None) -> None:
         super().__init__(device, mesh)
         self._bf16 = False

@@ -16,12 +16,13 @@ import transformers
 from s2s_scale import models
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.config import DEFAULT_HANG_SECONDS, DataArguments, ModelArguments
+from s2s_scale.cpu import bf16_is_native
 from s2s_scale.data.collate import Seq2SeqCollator
 from s2s_scale.data.examples import check_token_ids, tokenize_pairs
 from s2s_scale.data.sources import Split
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.evaluation.text import TextEvaluation
-from s2s_scale.profiles import LauncherProfile, deepspeed_config_path
+from s2s_scale.profiles import AUTO, LauncherProfile, deepspeed_config_path
 from s2s_scale.settings import Settings, split_settings
 from s2s_scale.trainer import Seq2SeqTrainer
 from s2s_scale.trainer.progress import LineProgressCallback
@@ -82,6 +83,8 @@ def read_settings(
     values = {**(extra or {}), **settings.values}
     if settings.profile is not None:
         values |= _of_profile(settings.profile, values)
+        if trains:
+            values |= _precision(settings.profile, values)
     model, data, training = split_settings(
         values, ModelArguments, DataArguments, Seq2SeqTrainingArguments
     )
@@ -109,6 +112,16 @@ def _of_profile(profile: LauncherProfile, values: Mapping[str, Any]) -> dict[str
     elif profile.deepspeed_config:
         found["deepspeed"] = str(deepspeed_config_path(profile.deepspeed_config, profile))
     return found
+
+
+def _precision(profile: LauncherProfile, values: Mapping[str, Any]) -> dict[str, bool]:
+    """bf16 where the profile leaves it to the device, which has it, and no flag speaks of it."""
+    flags = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "deepspeed", "tf32")
+    if profile.precision != AUTO or any(values.get(flag) is not None for flag in flags):
+        return {}
+    on_gpu = profile.device == "cuda" and not values.get("use_cpu")
+    has_it = torch.cuda.is_bf16_supported if on_gpu else bf16_is_native
+    return {"bf16": True} if has_it() else {}
 
 
 def load_model(run: Run) -> models.Loaded:

@@ -73,6 +73,8 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         self._check_loss()
         check_precision(self.config, fp16=self.args.fp16)
         self._check_dropouts()
+        if self.args.cpu_functions == "auto" and not self._computes_twice:
+            self.backend.use_own_functions(in_place=self._asks_for_no_gradients)
         # Our loss is divided by the step's tokens already; these two (the first up to
         # transformers 5.17, the second after) keep the trainer from dividing once more.
         self.model_accepts_loss_kwargs = True
@@ -107,6 +109,18 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         if getattr(self.data_args, "ignore_pad_token_for_loss", False):
             return "cross_entropy"
         return "model"
+
+    @property
+    def _computes_twice(self) -> bool:
+        """Whether a forward pass is traced, or done again in the backward pass."""
+        return bool(self.args.torch_compile or self.args.gradient_checkpointing)
+
+    @property
+    def _asks_for_no_gradients(self) -> bool:
+        """Whether nothing but the trainer looks for gradients: the loss is not a subclass's."""
+        names = ("compute_loss", "_compute_loss", "training_step")
+        own = (getattr(type(self), name).__module__.split(".")[0] for name in names)
+        return self.compute_loss_func is None and set(own) == {__name__.split(".")[0]}
 
     def _check_loss(self) -> None:
         """Refuse loss settings that cannot take effect; the class that computes it knows them."""

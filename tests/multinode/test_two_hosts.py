@@ -88,7 +88,7 @@ def one_host(model, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("one") / "run"
     outcome = run_command(
         "train", "--model", model, "--data_dir", data, "--output_dir", output, *SHORT,
-        "--profile", "cpu", "--gradient_accumulation_steps", 2,
+        "--profile", "cpu", "--bf16", "false", "--gradient_accumulation_steps", 2,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     found = losses(output)

@@ -11,8 +11,8 @@ from tests.support.ranks import run_ranks
 
 TRAINING = """
     --max_steps 12 --learning_rate 1e-3 --warmup_steps 4 --logging_steps 1 --dropout 0 --seed 0
-    --eval_strategy steps --eval_steps 6 --save_strategy steps --save_steps 6 --do_predict
-    --predict_with_generate --val_max_target_length 8 --per_device_eval_batch_size 4
+    --bf16 false --eval_strategy steps --eval_steps 6 --save_strategy steps --save_steps 6
+    --do_predict --predict_with_generate --val_max_target_length 8 --per_device_eval_batch_size 4
     --disable_tqdm --report_to none
 """.split()
 

@@ -15,7 +15,7 @@ from tests.support.command import run_command
 from tests.support.copying import write_copy_task
 
 SHORT = """--per_device_train_batch_size 8 --learning_rate 1e-3 --logging_steps 1 --disable_tqdm
-    --report_to none --dropout 0 --seed 0 --max_steps 4 --save_strategy no""".split()
+    --report_to none --dropout 0 --seed 0 --bf16 false --max_steps 4 --save_strategy no""".split()
 
 
 @pytest.fixture(scope="module")

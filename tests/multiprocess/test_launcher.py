@@ -18,7 +18,7 @@ from tests.support.faults import HANG, MESSAGE, RAISE, faulty_path
 
 COMMON = """--per_device_train_batch_size 8 --learning_rate 1e-3 --logging_steps 1 --disable_tqdm
     --report_to none --dropout 0 --seed 0""".split()
-SHORT = [*COMMON, "--max_steps", "6", "--save_strategy", "no"]
+SHORT = [*COMMON, "--bf16", "false", "--max_steps", "6", "--save_strategy", "no"]
 ENDLESS = [*COMMON, *"--max_steps 100000 --save_steps 5 --save_total_limit 1".split()]
 
 

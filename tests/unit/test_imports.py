@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "s2s_scale"
 # From the bottom up: a module may import, while it loads, from its own layer and those below.
 LAYERS = (
     {"errors"},
-    {"config", "settings", "linear_loss", "losses", "schedules", "optimizers"},
+    {"config", "settings", "cpu", "linear_loss", "losses", "schedules", "optimizers"},
     {"lines", "processes", "reports", "supervision", "watchdog"},
     {
         "deepspeed_config",

@@ -1,0 +1,140 @@
+"""Puts our functions in the place of torch's while a model's forward pass runs.
+
+The models' code stays as it is: it calls ``torch.nn.functional``, and torch lets a mode answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from s2s_scale.cpu.attention import attention
+from s2s_scale.cpu.dropout import dropout
+from s2s_scale.cpu.gradients import StepMemory, activated
+from s2s_scale.cpu.products import Embedding, Linear
+
+KEPT_SCORES = 512 * 512
+"""Up to so many scores of a row and head, attention keeps them for its backward pass."""
+
+
+class CpuFunctions(TorchFunctionMode):
+    """Context of a training step's forward pass on a CPU.
+
+    Args:
+        in_place: add gradients of weights to ``.grad`` directly. For a single process in which
+            nothing waits for them, and where ``torch.autograd.grad`` is not asked for them.
+    """
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.memory = StepMemory(in_place=in_place)
+        self._entered: list[AbstractContextManager[None]] = []
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._answers: dict[Any, Callable[..., Any]] = {
+            F.linear: self._linear,
+            F.dropout: self._dropout,
+            F.embedding: self._embedding,
+            F.scaled_dot_product_attention: self._attention,
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = self._answers.get(func)
+        if answer is None or not torch.is_grad_enabled():
+            return func(*args, **(kwargs or {}))
+        return answer(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Any:
+        self._entered.append(activated(self.memory))
+        self._entered[-1].__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        self._last = None
+        super().__exit__(*args)
+        self._entered.pop().__exit__(*args)
+
+    def clear(self) -> None:
+        """Forget the casts of weights, which have changed."""
+        self.memory.casts.clear()
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.device.type != "cpu" or not (x.requires_grad or weight.requires_grad):
+            return F.linear(x, weight, bias)
+        dtype = autocast_type() or weight.dtype
+        if not self.memory.in_place and x.dtype == weight.dtype == dtype:
+            return F.linear(x, weight, bias)
+        low = self._low(x, dtype)
+        weight_low = self.memory.casts.cast(weight, dtype)
+        bias_low = None if bias is None else self.memory.casts.cast(bias, dtype)
+        with torch.autocast("cpu", enabled=False):
+            return Linear.apply(x, weight, bias, low, weight_low, bias_low, self.memory.in_place)
+
+    def _low(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x`` in the type of products; queries, keys and values share one cast."""
+        if x.dtype == dtype:
+            return x.detach()
+        if self._last is None or self._last[0] is not x:
+            self._last = (x, x.detach().to(dtype))
+        return self._last[1]
+
+    def _dropout(
+        self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or inplace or not 0 < p < 1 or input.device.type != "cpu":
+            return F.dropout(input, p, training, inplace)
+        return dropout(input, p)
+
+    def _embedding(
+        self, input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kw: Any
+    ) -> Tensor:
+        special = any(args) or any(kw.get(n) for n in ("max_norm", "scale_grad_by_freq", "sparse"))
+        here = weight.device.type == "cpu" and weight.requires_grad
+        if special or not here or not self.memory.in_place:
+            return F.embedding(input, weight, padding_idx, *args, **kw)
+        if padding_idx is not None and padding_idx < 0:
+            padding_idx += len(weight)
+        return Embedding.apply(weight, input, padding_idx)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        dtype = autocast_type()
+        learnt = attn_mask is not None and attn_mask.requires_grad
+        small = query.shape[-2] * key.shape[-2] <= KEPT_SCORES
+        plain = query.device.type != "cpu" or query.dim() != 4 or enable_gqa or not small
+        if plain or not (dtype is not None or dropout_p or learnt):
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+        if dtype is not None:
+            query, key, value = (part.to(dtype) for part in (query, key, value))
+        with torch.autocast("cpu", enabled=False):
+            return attention(
+                query, key, value, attn_mask, p=dropout_p, causal=is_causal, scale=scale
+            )
+
+
+def autocast_type() -> torch.dtype | None:
+    """The type that autocast computes products in; None where it is off."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
