@@ -1,4 +1,4 @@
-"""Packed rows under DDP, ZeRO 2 and ZeRO 3: six families give the numbers of unpacked pairs."""
+"""Packed rows on ranks: the numbers of one process, and in six families of unpacked pairs."""
 
 from __future__ import annotations
 
@@ -38,6 +38,45 @@ def job(family, way):
     }
 
 
+STEPS, SAVED = 8, 5
+
+
+def trajectory(resume=None, **more):
+    """A run by AdamW that is saved on its way."""
+    arguments = {
+        "batching": "packed",
+        "tokens_per_step": 150,
+        "max_steps": STEPS,
+        "label_smoothing": 0.1,
+        "learning_rate": 1e-2,
+        "warmup_steps": 3,
+        "max_grad_norm": 0.5,
+        "adam_epsilon": 1e-6,
+        "save_strategy": "steps",
+        "save_steps": SAVED,
+        **more,
+    }
+    own = {"resume": None if resume is None else str(resume)}
+    return {"backend": "local", "family": "bart", "arguments": arguments, **own}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process, and its folder."""
+    folder = tmp_path_factory.mktemp("alone") / "runs"
+    return run_all(folder, {"one": trajectory()}, ranks=1)["one"], folder / "one"
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory, alone):
+    """Three ranks from the beginning, and from the checkpoint of one."""
+    runs = {
+        "whole": trajectory(max_tokens_per_device=40),
+        "resumed": trajectory(alone[1] / f"checkpoint-{SAVED}", max_tokens_per_device=75),
+    }
+    return run_all(tmp_path_factory.mktemp("three") / "runs", runs, ranks=3)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """ "way family" -> what two ranks found. Without DeepSpeed first: it stays with a process."""
@@ -46,7 +85,22 @@ def results(tmp_path_factory):
         for way in ("unpacked", *WAYS)
         for family in FAMILY_NAMES
     }
+    runs = {"trajectory": trajectory(), **runs}
     return run_all(tmp_path_factory.mktemp("packed") / "runs", runs, ranks=2)
+
+
+@pytest.mark.parametrize("ranks", ["two", "three", "one, then three"])
+def test_ranks_give_the_numbers_of_one_process(alone, three, results, ranks):
+    runs = {
+        "two": results["trajectory"],
+        "three": three["whole"],
+        "one, then three": three["resumed"],
+    }
+    found, expected = runs[ranks], alone[0]
+    assert len(expected["loss"]) == STEPS
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert found["weights"] == pytest.approx(expected["weights"], rel=0, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
