@@ -65,9 +65,9 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         if self.backend.static_shapes and has_length(given.get("train_dataset")):
             given["args"].tokens_by_default()
         self.text_evaluation_for = text_evaluation_for
-        self._check_evaluation(given["args"], config or given["model"].config)
         super().__init__(**given)
         self.config = config if config is not None else self.model.config
+        self._check_evaluation()
         self.vocab_size = target_vocab_size(self.config)
         self._check_pad_token()
         self._check_loss()
@@ -125,10 +125,11 @@ class TrainerBase(transformers.Seq2SeqTrainer):
     def _check_loss(self) -> None:
         """Refuse loss settings that cannot take effect; the class that computes it knows them."""
 
-    def _check_evaluation(self, args: Seq2SeqTrainingArguments, config: Any) -> None:
+    def _check_evaluation(self) -> None:
         """Refuse settings of evaluation that cannot take effect."""
+        args = self.args
         if args.generation_engine == "ctranslate2":
-            raise_problems(family_problems(config.model_type))
+            raise_problems(family_problems(self.config.model_type))
             if self.backend.static_shapes:
                 raise UserError(
                     "generation_engine=ctranslate2: runs on CPUs and GPUs only; leave "
