@@ -159,7 +159,7 @@ class Backend(abc.ABC):
     def place_batches(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
         """The same pairs of a number and a batch, each batch placed as by ``place_batch``.
 
-        May read ahead of the training step, in a thread of its own.
+        Reads ahead of the training step, in a thread of its own.
         """
 
     @abc.abstractmethod

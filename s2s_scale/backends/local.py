@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from s2s_scale.backends.base import Backend, Batch, ParameterState, ReadState
 from s2s_scale.cpu import CpuFunctions, keep_freed_memory
+from s2s_scale.data.prefetch import ahead
 
 T = TypeVar("T")
 
@@ -126,7 +127,7 @@ class LocalBackend(Backend):
         return batch
 
     def place_batches(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
-        return batches
+        return ahead(batches)
 
     def autocast(self) -> AbstractContextManager[None]:
         trains = self._functions is not None and torch.is_grad_enabled()

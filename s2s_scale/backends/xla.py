@@ -33,7 +33,7 @@ from s2s_scale.backends.base import Batch, ParameterState, ReadState
 from s2s_scale.backends.graph_adamw import GraphAdamW
 from s2s_scale.backends.local import LocalBackend, innermost
 from s2s_scale.backends.mesh import AXES, divided_dimension, mesh_lengths, rows_dimension
-from s2s_scale.backends.prefetch import ahead
+from s2s_scale.data.prefetch import ahead
 from s2s_scale.errors import UserError, raise_problems
 
 T = TypeVar("T")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,7 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         self._meter = TrainingMeter(self.args.device)
         self._epoch_iterator: Iterator[Any] | None = None
         self._placed: Iterator[tuple[int, Any]] = iter(())
+        self._pads_ahead: deque[tuple[int, int]] = deque()
         self._batch_nll: Tensor | None = None
         self._evaluation_meter: EvaluationMeter | None = None
         self._text: TextEvaluation | None = None

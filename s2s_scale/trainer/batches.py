@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers.trainer_utils import has_length, seed_worker
 
 from s2s_scale.config import DEFAULT_BUCKETS
+from s2s_scale.data.arrow_rows import ArrowRows, reads_from_arrow
 from s2s_scale.data.collate import Collate, PadToWidths, Seq2SeqCollator
 from s2s_scale.data.packed_collate import PackedCollator
 from s2s_scale.data.packed_sampler import PackedSampler
@@ -112,7 +113,10 @@ class BatchTrainer(OptimizationTrainer):
         """Data set and collator without the columns that the model's forward does not take."""
         collate: Any = self.data_collator
         if isinstance(dataset, datasets.Dataset):
-            return self._remove_unused_columns(dataset, description=use), collate
+            kept = self._remove_unused_columns(dataset, description=use)
+            # Collators of others may count on lists.
+            ours = isinstance(collate, Seq2SeqCollator) and reads_from_arrow(kept)
+            return ArrowRows(kept) if ours else kept, collate
         return dataset, self._get_collator_with_removed_columns(self.data_collator, use)
 
     def _packing(self) -> Collate:

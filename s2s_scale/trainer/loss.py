@@ -217,9 +217,12 @@ class LossTrainer(TrainerBase):
         started = time.perf_counter()
         if epoch_iterator is not self._epoch_iterator:
             self._epoch_iterator = epoch_iterator
+            self._pads_ahead.clear()
             self._placed = self.backend.place_batches(self._counted(epoch_iterator))
         pairs = list(itertools.islice(self._placed, num_batches))
         self._meter.wait(time.perf_counter() - started)
+        for _ in pairs:
+            self._meter.count_pads(*self._pads_ahead.popleft())
         batches = [batch for _, batch in pairs]
         if not batches or "labels" not in batches[0]:
             return batches, None
@@ -227,11 +230,21 @@ class LossTrainer(TrainerBase):
         self._meter.start_step(step_tokens)
         return batches, step_tokens
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' ``train``; nothing is read ahead once it has ended."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._epoch_iterator, self._placed = None, iter(())
+
     def _counted(self, batches: Iterator[Any]) -> Iterator[tuple[int, Any]]:
-        """Each batch behind its number of target tokens, counted where the batch was made."""
+        """Each batch behind its number of target tokens, counted where the batch was made.
+
+        That may be a thread that is some batches ahead of the step.
+        """
         for batch in batches:
             labels = batch.get("labels")
-            self._meter.count_pads(*count_pads(batch))
+            self._pads_ahead.append(count_pads(batch))
             yield 0 if labels is None else int(count_tokens(self._targets(labels))), batch
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,9 +1,8 @@
-"""What backend xla is made of that needs no XLA device: mesh, AdamW, prefetching, processes."""
+"""What backend xla is made of that needs no XLA device: mesh, AdamW, processes."""
 
 from __future__ import annotations
 
 import sys
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from s2s_scale.backends import make_backend
 from s2s_scale.backends.graph_adamw import GraphAdamW
 from s2s_scale.backends.mesh import divided_dimension, mesh_lengths, rows_dimension
-from s2s_scale.backends.prefetch import BATCHES_AHEAD, ahead
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.compilations import CompilationWatch, RecompilationError, batch_shape
 
@@ -83,37 +81,6 @@ def test_adamw_is_torchs(weight_decay):
     saved, expected = (optimizer.state_dict()["state"][0] for optimizer in made)
     assert set(saved) == set(expected)
     assert float(saved["step"]) == float(expected["step"]) == 20
-
-
-def test_items_come_in_order_from_a_thread_that_stops():
-    made = []
-
-    def items():
-        for number in range(100):
-            made.append(number)
-            yield number
-
-    assert list(ahead(items())) == list(range(100))
-    made.clear()
-    part = ahead(items())
-    assert [next(part) for _ in range(3)] == [0, 1, 2]
-    part.close()
-    for thread in threading.enumerate():
-        if thread.name == "batches":
-            thread.join(5)
-            assert not thread.is_alive()
-    assert len(made) <= 3 + BATCHES_AHEAD + 1
-
-
-def test_an_error_in_the_thread_is_raised_where_items_are_read():
-    def items():
-        yield 1
-        raise UserError("row 7 is damaged")
-
-    reader = ahead(items())
-    assert next(reader) == 1
-    with pytest.raises(UserError, match="row 7 is damaged"):
-        next(reader)
 
 
 @pytest.mark.parametrize("mesh", [{"data": -1}, {}])
