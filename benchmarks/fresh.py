@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MIB = 2**20
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""The second one: seconds of all threads together, for where others use the machine as well."""
 PRELOADED = ["torch", "datasets", "transformers.trainer_seq2seq", "s2s_scale.trainer"]
 """Imported once, by a process that computes nothing; each measurement is a fork of it."""
 

@@ -5,13 +5,13 @@ Also how many floating-point operations a model's training takes for rows of giv
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.fresh import CLOCKS
 from s2s_scale.data.lengths import Lengths
 
 SHAPES = ((4096, 512, 512), (4096, 512, 2048), (2048, 2048, 2048))
@@ -19,8 +19,12 @@ GPU_SHAPES = ((8192, 8192, 8192),)
 SECONDS = 0.3
 
 
-def measure_peaks(device: str) -> dict[str, float]:
-    """FLOP/s of the best shape: fp32 by torch's default path and by oneDNN's, and bf16."""
+def measure_peaks(settings: tuple[str, str]) -> dict[str, float]:
+    """FLOP/s of the best shape: fp32 by torch's default path and by oneDNN's, and bf16.
+
+    ``settings``: device and clock, such as ("cpu", "wall").
+    """
+    device, clock = settings
     shapes = GPU_SHAPES if device == "cuda" else SHAPES
     found = {}
     for name, dtype, precision in (
@@ -29,27 +33,28 @@ def measure_peaks(device: str) -> dict[str, float]:
         ("bf16", torch.bfloat16, "highest"),
     ):
         torch.set_float32_matmul_precision(precision)
-        found[name] = max(_rate(shape, dtype, device) for shape in shapes)
+        found[name] = max(_rate(shape, dtype, device, clock) for shape in shapes)
     torch.set_float32_matmul_precision("highest")
     return found
 
 
-def _rate(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> float:
+def _rate(shape: tuple[int, int, int], dtype: torch.dtype, device: str, clock: str) -> float:
     m, k, n = shape
     left = torch.randn(m, k, device=device, dtype=dtype)
     right = torch.randn(n, k, device=device, dtype=dtype)
-    return 2 * m * k * n / _best(lambda: torch.nn.functional.linear(left, right), device)
+    return 2 * m * k * n / _best(lambda: torch.nn.functional.linear(left, right), device, clock)
 
 
-def _best(run: Callable[[], Any], device: str) -> float:
+def _best(run: Callable[[], Any], device: str, clock: str) -> float:
     """Seconds of the fastest of some calls."""
+    now = CLOCKS[clock]
     best, spent = float("inf"), 0.0
     while spent < SECONDS:
-        started = time.perf_counter()
+        started = now()
         run()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        seconds = now() - started
         best, spent = min(best, seconds), spent + seconds
     return best
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.fresh import MIB, Spread, in_fresh_process, machine
+from benchmarks.fresh import CLOCKS, MIB, Spread, in_fresh_process, machine
 from benchmarks.peaks import measure_peaks
 from benchmarks.reporting import Report, as_table, write
 from benchmarks.train_runs import (
@@ -68,6 +68,12 @@ def options_of_command(arguments: list[str] | None = None) -> argparse.Namespace
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--pairs", type=int, default=5, help="how often the runs alternate (5)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a run (4)")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=CLOCKS,
+        help="cpu: seconds of all threads together, where others use the machine as well",
+    )
     parser.add_argument("--data_dir", type=Path, help="folder with train.source and train.target")
     parser.add_argument("--tokenizer", help="of --data_dir's tokens; without it words are counted")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="for our side")
@@ -95,6 +101,7 @@ def run_all(size: str, lengths: Lengths, options: argparse.Namespace) -> Runs:
                     share=(number + 0.5) / options.pairs,
                     steps=options.steps,
                     lengths=lengths,
+                    clock=options.clock,
                     settings=tuple(_setting(text) for text in options.set),
                 )
                 figures = in_fresh_process(measure, case)
@@ -166,8 +173,8 @@ def title(size: str, lengths: Lengths, options: argparse.Namespace) -> str:
     pads = share_of_pads_at_random(lengths)
     return (
         f"{options.family.upper()}, d {shape.width}, {layers}, V {shape.vocabulary:,}, smoothing "
-        f"0.1; {options.pairs} turns of {options.steps} steps; random batches of 32 hold "
-        f"{pads:.0%} pads"
+        f"0.1; {options.pairs} turns of {options.steps} steps, {options.clock} time; random "
+        f"batches of 32 hold {pads:.0%} pads"
     )
 
 
@@ -178,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
         lengths = long_tailed(ROWS, longest=512)
     else:
         lengths = lengths_of_files(options.data_dir, options.tokenizer)
-    peaks = in_fresh_process(measure_peaks, options.device)
+    peaks = in_fresh_process(measure_peaks, (options.device, options.clock))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(machine(options.device))
     console.print({name: f"{rate / 1e9:,.0f} GFLOP/s" for name, rate in peaks.items()})

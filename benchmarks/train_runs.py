@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fresh import process_memory
+from benchmarks.fresh import CLOCKS, process_memory
 from s2s_scale.data.lengths import Lengths
 
 ROWS_PER_BATCH = 32
@@ -58,6 +57,7 @@ class Case:
     steps: int
     lengths: Lengths
     smoothing: float = 0.1
+    clock: str = "wall"
     settings: tuple[tuple[str, Any], ...] = ()
     """More training arguments for our side."""
 
@@ -130,7 +130,7 @@ class Recorder:
         return batch
 
 
-def _timer(device: str) -> Any:
+def _timer(device: str, clock: str = "wall") -> Any:
     """A callback with the time after each step, and the micro-batches until then."""
     import torch
     from transformers import TrainerCallback
@@ -148,7 +148,7 @@ def _timer(device: str) -> Any:
             self.batches += 1
             if device == "cuda":
                 torch.cuda.synchronize()
-            self.times.append(time.perf_counter())
+            self.times.append(CLOCKS[clock]())
             self.until.append(self.batches)
 
     return Timer()
@@ -165,7 +165,10 @@ def measure(case: Case) -> dict[str, float]:
     from s2s_scale.data.collate import Seq2SeqCollator
 
     model, rows = model_of(case), rows_of(case)
-    collate, timer = Recorder(Seq2SeqCollator(model.config.pad_token_id)), _timer(case.device)
+    collate, timer = (
+        Recorder(Seq2SeqCollator(model.config.pad_token_id)),
+        _timer(case.device, case.clock),
+    )
     with TemporaryDirectory() as folder:
         make = our_trainer if case.side == OURS else stock_trainer
         trainer = make(case, model, rows, collate, Path(folder))
@@ -217,8 +220,9 @@ def our_trainer(case: Case, model: Any, rows: Any, collate: Any, folder: Path) -
     backend = make_backend(profile.backend, profile.device, profile.mesh)
     backend.prepare_process()
     values = {**profile.arguments, **_shared_settings(case, folder), "batching": "tokens"}
-    values |= {"tokens_per_step": case.tokens_per_step, "groups_per_step": GROUPS_PER_STEP}
-    values |= dict(case.settings)
+    values |= {"tokens_per_step": case.tokens_per_step, **dict(case.settings)}
+    if values["batching"] == "tokens":
+        values.setdefault("groups_per_step", GROUPS_PER_STEP)
     args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
     return Seq2SeqTrainer(
         model=model, args=args, train_dataset=rows, data_collator=collate, backend=backend

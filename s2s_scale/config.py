@@ -296,6 +296,12 @@ class TrainingExtras:
         "micro-batch; never exceeded. Default: with tokens no bound, a micro-batch for each group; "
         f"with packed {DEFAULT_PACKED_TOKENS}, or a row.",
     )
+    auto_batch: bool = setting(
+        False,
+        "batching",
+        "With --batching tokens: find the largest --max_tokens_per_device that fits into memory, "
+        "by a trial with the longest rows. It is kept in the output folder and found once.",
+    )
     tokens_per_row: int | None = setting(
         None,
         "batching",

@@ -79,6 +79,7 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
         self._resolve_schedule(problems)
         self._resolve_optimizer(problems)
         self._resolve_batching(problems)
+        self._check_auto_batch(problems)
         self._check_ranges(problems)
         self._check_checkpoints(problems)
         raise_problems(problems)
@@ -236,6 +237,18 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             self.tokens_per_step = DEFAULT_TOKENS_PER_STEP
         if self.batching == "tokens" and self.groups_per_step is None:
             self.groups_per_step = DEFAULT_GROUPS_PER_STEP
+
+    def _check_auto_batch(self, problems: list[str]) -> None:
+        if self.auto_batch and self.batching != "tokens":
+            problems.append(
+                f"auto_batch=True: has no effect with batching={self.batching}; use --batching "
+                "tokens, or leave it out"
+            )
+        if self.auto_batch and self.max_tokens_per_device is not None:
+            problems.append(
+                f"auto_batch=True and max_tokens_per_device={self.max_tokens_per_device}: the "
+                "first finds what the second says; give one of the two"
+            )
 
     def _check_checkpoints(self, problems: list[str]) -> None:
         if self.checkpoint_format not in CHECKPOINT_FORMATS:

@@ -166,6 +166,11 @@ class Backend(abc.ABC):
     def autocast(self) -> AbstractContextManager[None]:
         """Context of the forward pass, where mixed precision is the backend's affair."""
 
+    @property
+    @abc.abstractmethod
+    def tries_batches(self) -> bool:
+        """Whether a forward and a backward pass before training tell what training will need."""
+
     @abc.abstractmethod
     def use_own_functions(self, *, in_place: bool) -> None:
         """Let training's forward passes use functions of ours where those are faster.

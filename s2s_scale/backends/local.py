@@ -133,6 +133,10 @@ class LocalBackend(Backend):
         trains = self._functions is not None and torch.is_grad_enabled()
         return self._functions if trains else nullcontext()  # type: ignore[return-value]
 
+    @property
+    def tries_batches(self) -> bool:
+        return type(self) is LocalBackend
+
     def use_own_functions(self, *, in_place: bool) -> None:
         if self.device == "cpu" and self._takes_own_functions:
             self._functions = CpuFunctions(in_place=in_place and self._alone)

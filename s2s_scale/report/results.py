@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from s2s_scale.evaluation.text import TextEvaluation
-from s2s_scale.report.page import RunRecord, write_report
 
 PACKAGES = (
     "s2s-scale", "torch", "transformers", "accelerate", "datasets", "tokenizers", "sacrebleu",
@@ -102,6 +101,9 @@ def write_run_report(
     shapes: Sequence[tuple[str, ...]] = (),
 ) -> tuple[Path, Path]:
     """``report.html`` and ``report.png`` in ``output_dir``."""
+    # Not before a run has ended: matplotlib is a tenth of the time that imports take.
+    from s2s_scale.report.page import RunRecord, write_report
+
     record = RunRecord(
         title=title,
         history=history,

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
 import transformers
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers.trainer_utils import has_length, seed_worker
 
 from s2s_scale.config import DEFAULT_BUCKETS
 from s2s_scale.data.arrow_rows import ArrowRows, reads_from_arrow
 from s2s_scale.data.collate import Collate, PadToWidths, Seq2SeqCollator
+from s2s_scale.data.lengths import row_lengths
 from s2s_scale.data.packed_collate import PackedCollator
 from s2s_scale.data.packed_sampler import PackedSampler
 from s2s_scale.data.samplers import EpochSampler, MarkedRows, PlanBatchSampler, TokenSampler
 from s2s_scale.errors import UserError
+from s2s_scale.models import source_vocab_size
 from s2s_scale.models.packed import decoder_start
 from s2s_scale.planner import PlanSummary, summarise
+from s2s_scale.trainer.auto_batch import Trial, find_budget, keep, read_kept
 from s2s_scale.trainer.loaders import EvaluationLoader, TrainingLoader, loader_options
+from s2s_scale.trainer.meters import TrainingMeter
 from s2s_scale.trainer.optimization import OptimizationTrainer
 from s2s_scale.trainer.sampling import make_sampler
 
@@ -94,6 +101,8 @@ class BatchTrainer(OptimizationTrainer):
         if self.train_dataset is None or not self._follows_plan(self.train_dataset):
             self._step_callback.sampler = None
             return super().get_train_dataloader()
+        if self.args.auto_batch and self.args.max_tokens_per_device is None:
+            self.args.max_tokens_per_device = self._find_budget()
         sampler = self._get_train_sampler()
         assert isinstance(sampler, EpochSampler)
         self._step_callback.sampler = sampler
@@ -108,6 +117,54 @@ class BatchTrainer(OptimizationTrainer):
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.backend.data_rank),
             **loader_options(self.args),
         )
+
+    def _find_budget(self) -> int:
+        """Padded tokens of the largest micro-batch that fits; every rank must call it.
+
+        Kept in the output folder; found there, it is not looked for again.
+
+        Raises:
+            UserError: the backend cannot tell before training, or one row is too much.
+        """
+        if not self.backend.tries_batches:
+            raise UserError(
+                "auto_batch=True: cannot take effect here, since this backend lays out memory only "
+                "when training begins; give --max_tokens_per_device"
+            )
+        lengths, args = row_lengths(self.train_dataset), self.args
+        assert args.tokens_per_step is not None and args.groups_per_step is not None
+        longest = (int(lengths[0].max(initial=1)), int(lengths[1].max(initial=1)))
+        model, folder = self._plain_model(), Path(str(args.output_dir))
+        key = {
+            "longest row": list(longest),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "bf16": args.bf16,
+            "device": args.device.type,
+        }
+        kept = read_kept(folder, key)
+        if kept is None:
+            share = args.tokens_per_step // (args.groups_per_step * self.backend.data_world_size)
+            trial = Trial(
+                self._try_batch,
+                list(model.parameters()),
+                device=args.device,
+                vocabulary=min(source_vocab_size(self.config), self.vocab_size),
+            )
+            kept = find_budget(2 * share, longest, lambda rows: trial.fits(rows, longest))
+            self._meter = TrainingMeter(args.device)
+        budget = min(self.backend.gather_objects(kept))
+        if self.backend.data_rank == 0:
+            keep(folder, key, budget)
+            print(f"note: micro-batches of at most {budget} padded tokens", file=sys.stderr)
+        return budget
+
+    def _try_batch(self, batch: Mapping[str, Tensor]) -> None:
+        """Forward and backward pass as in training; weights stay as they are."""
+        self.model.train()
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
+            loss = self.compute_loss(self.model, dict(batch))
+        loss.backward()
+        self.backend.finish_step(self.model)
 
     def _model_columns(self, dataset: Any, use: str) -> tuple[Any, Collate]:
         """Data set and collator without the columns that the model's forward does not take."""

@@ -1,0 +1,163 @@
+"""The largest micro-batch that fits into a device's memory, found once by a trial (--auto_batch).
+
+A trial is a forward and a backward pass over a micro-batch of rows as long as the longest, whose
+attention costs the most memory for its tokens. What the optimizer and the gradients will hold is
+set aside meanwhile.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2s_scale.errors import UserError
+
+FILE = "auto_batch.json"
+SAFE_SHARE = 0.85
+"""Of a CPU machine's free memory, so much may be used: what is beyond ends processes."""
+STATE_COPIES = 3
+"""Tensors of a weight's size that training holds beside it: a gradient and two moments."""
+
+
+def find_budget(largest: int, longest: tuple[int, int], fits: Callable[[int], bool]) -> int:
+    """The most padded tokens of a micro-batch, ``largest`` halved until they fit.
+
+    Args:
+        largest: beyond it no micro-batch would have more rows.
+        longest: source and target tokens of the longest row.
+        fits: whether a micro-batch of so many rows of that length can be trained on.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    row = sum(longest)
+    rows = max(1, largest // row)
+    while not fits(rows):
+        if rows == 1:
+            raise UserError(
+                f"auto_batch: a row of {longest[0]} source and {longest[1]} target tokens, the "
+                "longest, does not fit into the device's memory; lower --max_source_length or "
+                "--max_target_length, take a smaller model, or --gradient_checkpointing"
+            )
+        rows //= 2
+    return rows * row
+
+
+class Trial:
+    """Tells whether micro-batches fit, by training on them and forgetting what came out.
+
+    Args:
+        train: forward and backward pass over a batch.
+        parameters: of the model, whose gradients are cleared after each pass.
+        device: where they lie.
+        vocabulary: token ids are below it.
+    """
+
+    def __init__(
+        self,
+        train: Callable[[Mapping[str, Tensor]], Any],
+        parameters: list[Tensor],
+        *,
+        device: torch.device,
+        vocabulary: int,
+    ) -> None:
+        self._train, self._parameters = train, parameters
+        self._device, self._vocabulary = device, vocabulary
+        self._state_bytes = STATE_COPIES * sum(
+            p.numel() * p.element_size() for p in parameters if p.requires_grad
+        )
+        self._bytes_per_row: float | None = None
+
+    def fits(self, rows: int, longest: tuple[int, int]) -> bool:
+        """Whether ``rows`` rows of that length can be trained on beside the optimizer's state."""
+        if self._device.type == "cpu":
+            return self._fits_on_cpu(rows, longest)
+        held: Tensor | None = None
+        try:
+            size = max(0, self._state_bytes)
+            held = torch.empty(size, dtype=torch.uint8, device=self._device)
+            self._pass(rows, longest)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            del held
+            self._forget()
+        return True
+
+    def _fits_on_cpu(self, rows: int, longest: tuple[int, int]) -> bool:
+        """By the memory that one row and two take: a CPU's process would be killed by a trial."""
+        if self._bytes_per_row is None:
+            one, two = (self._growth(count, longest) for count in (1, 2))
+            self._bytes_per_row = max(1.0, two - one, two / 2)
+        need = rows * self._bytes_per_row + self._state_bytes
+        if need > SAFE_SHARE * _available():
+            return False
+        before = _available()
+        grown = self._growth(rows, longest)
+        return grown + self._state_bytes <= SAFE_SHARE * before
+
+    def _growth(self, rows: int, longest: tuple[int, int]) -> int:
+        """Bytes by which a pass over that many rows raised the process's peak, gradients apart."""
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+        try:
+            self._pass(rows, longest)
+            return max(0, _status("VmHWM") - before)
+        finally:
+            self._forget()
+
+    def _pass(self, rows: int, longest: tuple[int, int]) -> None:
+        ids = [
+            torch.randint(0, self._vocabulary, (rows, length), device=self._device)
+            for length in longest
+        ]
+        batch = {
+            "input_ids": ids[0],
+            "attention_mask": torch.ones_like(ids[0]),
+            "labels": ids[1],
+        }
+        self._train(batch)
+
+    def _forget(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def _available() -> int:
+    """Bytes that processes can still have on this machine."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def read_kept(folder: Path, key: Mapping[str, Any]) -> int | None:
+    """The budget that was found in ``folder`` for the same ``key``; None where there is none."""
+    try:
+        kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = isinstance(kept, dict) and kept.get("found_for") == dict(key)
+    return int(kept["max_tokens_per_device"]) if same else None
+
+
+def keep(folder: Path, key: Mapping[str, Any], budget: int) -> None:
+    """Write the budget into ``folder``, as a whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"max_tokens_per_device": budget, "found_for": dict(key)}
+    partly = folder / f".{FILE}.{os.getpid()}"
+    partly.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partly.replace(folder / FILE)
