@@ -32,6 +32,7 @@ DEFAULT_TOKENS_PER_ROW = 1024
 DEFAULT_PACKED_TOKENS = 8192
 DEFAULT_BUCKETS = 8
 DEFAULT_HANG_SECONDS = 600.0
+DEFAULT_GRACE_SECONDS = 60.0
 CHECKPOINT_FORMATS = ("portable", "native")
 GENERATION_ENGINES = ("transformers", "ctranslate2")
 CHANGES = ("data", "tokenizer", "seed", "step_size", "loss", "optimizer", "schedule")
@@ -338,6 +339,12 @@ class TrainingExtras:
         "training",
         "End a run of several ranks in which none has made progress for this long, and name the "
         "rank that is behind. More than the longest step takes; 0: wait for ever.",
+    )
+    grace_seconds: float = setting(
+        DEFAULT_GRACE_SECONDS,
+        "training",
+        "How long a run that is asked to stop (SIGTERM, SIGINT, SIGUSR1, a TPU's maintenance) may "
+        "take to finish its step, save and exit with code 85; then it is ended as it stands.",
     )
     max_compilations: int | None = setting(
         None,

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2s_scale.config import DEFAULT_GRACE_SECONDS
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.hostfile import choose, read_hostfile
 from s2s_scale.profiles import AUTO, LauncherProfile, cuda_devices
 from s2s_scale.rank_variables import NAMES, STARTED_BY
-from s2s_scale.supervision import supervise
+from s2s_scale.supervision import Ended, supervise
 
 
 @dataclass(frozen=True)
@@ -166,15 +167,19 @@ def _without_flags(words: Sequence[str], names: set[str]) -> list[str]:
     return kept
 
 
-def start(launch: Launch, *, environ: Mapping[str, str]) -> int:
-    """Run the command to its end and return the run's exit code.
+def start(
+    launch: Launch, *, environ: Mapping[str, str], grace_seconds: float = DEFAULT_GRACE_SECONDS
+) -> Ended:
+    """Run the command to its end, and return how it ended.
 
     The rank that failed is named, with its host and the cause, in one line on standard error.
     """
     environment = {**environ, **launch.environment}
     hosts = {place.rank: place.host for place in launch.ranks}
     if not launch.remote:
-        return supervise(launch.command, environment=environment, hosts=hosts)
+        return supervise(
+            launch.command, environment=environment, hosts=hosts, grace_seconds=grace_seconds
+        )
     with tempfile.TemporaryDirectory(prefix="s2s-scale-") as folder:
         file = Path(folder, "environment")
 
@@ -187,6 +192,7 @@ def start(launch: Launch, *, environ: Mapping[str, str]) -> int:
             environment={**environment, DEEPSPEED_ENVIRONMENT: str(file)},
             hosts=hosts,
             address=_address_towards(launch.hosts[0]),
+            grace_seconds=grace_seconds,
             share=share,
         )
 

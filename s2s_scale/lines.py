@@ -129,19 +129,19 @@ class _Peer:
 
 
 class LineClient:
-    """One connection to a ``LineServer``.
+    """One connection to a ``LineServer``; ``connection`` is its socket.
 
     Raises:
         OSError: the server cannot be reached, from construction and ``send``.
     """
 
     def __init__(self, host: str, port: int, token: str) -> None:
-        self._connection = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
-        self._connection.sendall(token.encode() + b"\n")
+        self.connection = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
+        self.connection.sendall(token.encode() + b"\n")
         self._buffer = b""
 
     def send(self, message: Message) -> None:
-        self._connection.sendall(json.dumps(message).encode() + b"\n")
+        self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float) -> list[Message]:
         """The messages that arrive within ``seconds``; returns as soon as there is one.
@@ -149,13 +149,13 @@ class LineClient:
         Raises:
             ConnectionError: the server has closed the connection.
         """
-        self._connection.settimeout(max(seconds, 0.001))
+        self.connection.settimeout(max(seconds, 0.001))
         try:
-            data = self._connection.recv(65536)
+            data = self.connection.recv(65536)
         except TimeoutError:
             return []
         finally:
-            self._connection.settimeout(CONNECT_SECONDS)
+            self.connection.settimeout(CONNECT_SECONDS)
         if not data:
             raise ConnectionResetError("closed by the other side")
         self._buffer += data
@@ -163,7 +163,7 @@ class LineClient:
         return [message for line in whole if (message := _parsed(line)) is not None]
 
     def close(self) -> None:
-        self._connection.close()
+        self.connection.close()
 
 
 def _listen(host: str) -> socket.socket:

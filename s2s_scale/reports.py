@@ -1,7 +1,8 @@
 """How a rank tells the process that started the run what went wrong, or that it is done.
 
 The process that starts a run opens ``Reports`` and gives every rank ``Reports.environment``; a rank
-calls ``report_failure`` and ``report_done``, which send one line each over TCP.
+calls ``report_failure`` and ``report_done``, which send one line each over TCP. A rank that stays
+connected (see ``preemption``) is told when the run is asked to stop.
 """
 
 from __future__ import annotations
@@ -67,9 +68,12 @@ class Reports:
 
     def __init__(self, address: str = "127.0.0.1") -> None:
         self._address = address
-        self._server = LineServer(host=address, on_line=self._take)
+        self._server = LineServer(host=address, on_line=self._take, on_idle=self._tell)
         self._failures: list[Failure] = []
         self._done: dict[int, int] = {}
+        self._stop: str | None = None
+        self._told: set[int] = set()
+        self._listening: set[int] = set()
         self.failed_at: float | None = None
         """When the first failure came, by ``time.monotonic``."""
 
@@ -98,12 +102,31 @@ class Reports:
         """Rank -> exit code, of those that came to an orderly end."""
         return dict(self._done)
 
+    def ask_to_stop(self, reason: str) -> None:
+        """Tell every rank that stays connected, now or later; ``reason`` is such as 'SIGTERM'.
+
+        Once more for each further reason: the ranks then end at once.
+        """
+        self._stop = reason
+        self._told = set()
+
+    def _tell(self) -> None:
+        if self._stop is not None:
+            for peer in self._listening - self._told:
+                self._told.add(peer)
+                self._server.answer(peer, {"stop": self._stop})
+
     def first_failure(self) -> Failure | None:
         """The failure nearest to the cause, or None where nothing has failed."""
         return min(self._failures, key=lambda failure: failure.certainty, default=None)
 
     def _take(self, peer: int, message: Message) -> None:
         try:
+            if "listens" in message:
+                self._listening.add(peer)
+                self._told.discard(peer)
+                self._tell()
+                return
             if "done" in message:
                 self._done[int(message["done"])] = int(message["code"])
             else:
@@ -174,14 +197,22 @@ def lost_contact(error: BaseException) -> bool:
     return known or type(error).__name__ in ("DistBackendError", "DistNetworkError")
 
 
-def _sent(message: Message) -> bool:
+def starter_address() -> tuple[str, int, str] | None:
+    """Host, port and token of the process that started the run; None where nobody listens."""
     address, token = os.environ.get(REPORT_TO), os.environ.get(REPORT_TOKEN)
     if not address or not token:
-        return False
+        return None
     host, _, port = address.rpartition(":")
+    return host, int(port), token
+
+
+def _sent(message: Message) -> bool:
+    address = starter_address()
+    if address is None:
+        return False
     for attempt in range(ATTEMPTS):
         try:
-            client = LineClient(host, int(port), token)
+            client = LineClient(*address)
             try:
                 client.send(message)
                 if client.receive(ANSWER_SECONDS):
@@ -194,5 +225,6 @@ def _sent(message: Message) -> bool:
             reason = "no answer"
         if attempt + 1 < ATTEMPTS:
             time.sleep(0.5)
-    print(f"{address}, where this run was started, is out of reach: {reason}", file=sys.stderr)
+    host, port, _ = address
+    print(f"{host}:{port}, where this run was started, is out of reach: {reason}", file=sys.stderr)
     return False

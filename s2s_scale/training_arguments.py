@@ -323,6 +323,7 @@ _LEAST = {
     "max_grad_norm": 0,
     "max_nonfinite_steps": 1,
     "hang_timeout_seconds": 0,
+    "grace_seconds": 0,
     "max_compilations": 1,
 }
 """Smallest values that make sense, checked here because what uses them would fail late."""

@@ -25,7 +25,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from s2s_scale.lines import LineClient, LineServer, Message
-from s2s_scale.reports import Certainty, lost_contact, problems_of, report_error, report_failure
+from s2s_scale.preemption import EXIT_RESUME, Stopped
+from s2s_scale.preemption import active as active_guard
+from s2s_scale.reports import (
+    Certainty,
+    lost_contact,
+    problems_of,
+    report_done,
+    report_error,
+    report_failure,
+)
 
 EXIT_FAULT = 75
 """Exit code of a rank whose watchdog ended it (sysexits' EX_TEMPFAIL: trying again may help)."""
@@ -42,13 +51,17 @@ GatherObjects = Callable[[Any], "list[Any]"]
 
 @dataclass(frozen=True)
 class Fault:
-    """What ends the run: ``rank`` is at fault. ``orderly``: it ended itself, with an error."""
+    """What ends the run: ``rank`` is at fault. ``orderly``: it ended itself, with an error.
+
+    ``code``: what the other ranks exit with.
+    """
 
     rank: int
     host: str
     cause: str
     orderly: bool = False
     places: tuple[str, ...] = ()
+    code: int = EXIT_FAULT
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}: {self.cause}"
@@ -92,9 +105,9 @@ class Judge:
     def done(self, rank: int) -> None:
         self.ranks[rank].done = True
 
-    def failed(self, rank: int, cause: str) -> None:
-        """The rank ends with an error of its own."""
-        self._found(rank, cause, orderly=True)
+    def failed(self, rank: int, cause: str, code: int = EXIT_FAULT) -> None:
+        """The rank ends with an error of its own, or was asked to."""
+        self._found(rank, cause, orderly=True, code=code)
         self.done(rank)
 
     def closed(self, rank: int) -> None:
@@ -141,13 +154,15 @@ class Judge:
         behind = [rank for rank in running if self.ranks[rank].ticks == fewest]
         return [rank for rank in behind if not self.ranks[rank].waits] or behind
 
-    def _found(self, rank: int, cause: str, *, orderly: bool = False) -> None:
+    def _found(
+        self, rank: int, cause: str, *, orderly: bool = False, code: int = EXIT_FAULT
+    ) -> None:
         if self._fault is None:
             places = [
                 f"rank {number} on {standing.host}: {'done' if standing.done else standing.where}"
                 for number, standing in enumerate(self.ranks[:PLACES_SHOWN])
             ]
-            self._fault = Fault(rank, self.ranks[rank].host, cause, orderly, tuple(places))
+            self._fault = Fault(rank, self.ranks[rank].host, cause, orderly, tuple(places), code)
 
 
 class _Hub:
@@ -171,7 +186,7 @@ class _Hub:
         assert self._judge is not None
         rank = self._rank_of.setdefault(peer, int(message["rank"]))
         if message["kind"] == "failed":
-            self._judge.failed(rank, str(message["cause"]))
+            self._judge.failed(rank, str(message["cause"]), int(message["code"]))
         elif message["kind"] == "done":
             self._judge.done(rank)
             if rank == 0:
@@ -292,11 +307,19 @@ class Watchdog:
         finally:
             self._place.paused.pop()
 
-    def failed(self, cause: str) -> None:
-        """This rank ends with an error: tell the others why."""
-        self._send({"kind": "failed", "rank": self.rank, "cause": cause})
+    def failed(self, cause: str, code: int = EXIT_FAULT) -> None:
+        """This rank ends: tell the others why, and with which exit code they end."""
+        self._send({"kind": "failed", "rank": self.rank, "cause": cause, "code": code})
         # The others must hear of it from rank 0, which may be this very process.
         self._faulted.wait(2 * BEAT_SECONDS)
+
+    def ends(self, cause: str, code: int) -> None:
+        """This process is about to be ended by force: tell the others and who started the run."""
+        with suppress(OSError):
+            self._send({"kind": "failed", "rank": self.rank, "cause": cause, "code": code})
+        report_done(rank=self.rank, code=code)
+        if self._hub is not None:
+            time.sleep(1)  # as in ``leave``
 
     def stop(self) -> None:
         """The end of this rank's work: from now on its silence is no fault."""
@@ -321,20 +344,24 @@ class Watchdog:
         """Say where this rank stands and whose fault it is, and end the process."""
         if fault.orderly and fault.rank == self.rank:
             return
-        if fault.orderly:
-            self._lost.wait(ORDERLY_SECONDS)
-        told = report_failure(
-            [fault.cause],
-            rank=fault.rank,
-            host=fault.host,
-            code=EXIT_FAULT,
-            certainty=Certainty.MISSED,
-        )
-        _write(self._last_words(fault, told=told))
+        if fault.code != EXIT_FAULT:  # no error: the run was asked to stop
+            report_done(rank=self.rank, code=fault.code)
+            _write(f"rank {self.rank} on {self.host} ends, since {fault}\n")
+        else:
+            if fault.orderly:
+                self._lost.wait(ORDERLY_SECONDS)
+            told = report_failure(
+                [fault.cause],
+                rank=fault.rank,
+                host=fault.host,
+                code=fault.code,
+                certainty=Certainty.MISSED,
+            )
+            _write(self._last_words(fault, told=told))
         _flush_stdout()
         if self._hub is not None:
             time.sleep(1)  # the others must have read the verdict before the connections close
-        os._exit(EXIT_FAULT)
+        os._exit(fault.code)
 
     def _last_words(self, fault: Fault, *, told: bool) -> str:
         lines = [] if told else [f"error: {fault}"]
@@ -473,8 +500,16 @@ def watching(
     if world_size > 1:
         watchdog.start(gather_objects)
         _active = watchdog
+    guard = active_guard()
+    if guard is not None:
+        guard.on_end = watchdog.ends
     try:
         yield
+    except Stopped as stop:
+        if world_size > 1 and not stop.agreed:
+            with suppress(OSError):
+                watchdog.failed(str(stop), EXIT_RESUME)
+        raise
     except Exception as error:
         if world_size > 1:
             _explain(watchdog, error)

@@ -123,6 +123,10 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
+    def anywhere(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on any process. Every rank must call it, at each step: cheap."""
+
+    @abc.abstractmethod
     def gather_rows(self, rows: Tensor, padding: int) -> Tensor:
         """All ranks' ``rows`` [B, T], rank after rank: [ranks * B, longest T], on every rank.
 

@@ -91,6 +91,15 @@ class LocalBackend(Backend):
         dist.all_reduce(summed)
         return summed
 
+    def anywhere(self, flag: bool) -> bool:
+        if self.data_world_size == 1:
+            return flag
+        # A value is read at each step anyhow (``drop_update_where``): one more costs little.
+        place = torch.device("cuda" if self.device == "cuda" else "cpu")
+        value = torch.tensor(int(flag), dtype=torch.int32, device=place)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
     def gather_rows(self, rows: Tensor, padding: int) -> Tensor:
         if self.data_world_size == 1:
             return rows

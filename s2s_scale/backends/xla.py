@@ -150,6 +150,10 @@ class XlaBackend(LocalBackend):
         own[0] = count
         return self.place_batch({"count": own})["count"].sum()
 
+    def anywhere(self, flag: bool) -> bool:
+        # Between hosts, beside the devices, which go on with the step meanwhile.
+        return flag if self.data_world_size == 1 else any(self.gather_objects(flag))
+
     def gather_rows(self, rows: Tensor, padding: int) -> Tensor:
         if self.mesh_shape or self.data_world_size == 1:
             return rows  # they are the whole batch's already

@@ -96,16 +96,19 @@ def last_checkpoint_text(output_dir: Path) -> str:
 def resolve_resume(
     value: str | None, output_dir: Path, note: Note = lambda text: None
 ) -> Path | None:
-    """The folder that ``--resume_from_checkpoint`` means: ``latest``, a path, or nothing.
+    """The folder that ``--resume_from_checkpoint`` means: ``latest``, ``auto``, a path, or nothing.
 
-    ``latest`` is the newest one that can be verified; ``note`` is told of those skipped.
+    ``latest`` is the newest one that can be verified; ``note`` is told of those skipped. ``auto``
+    is the same, and nothing where there is no checkpoint at all.
 
     Raises:
         UserError: no such folder, it is no checkpoint, or it is damaged.
     """
     if value is None or value.lower() == "false":
         return None
-    if value.lower() in ("latest", "true"):
+    if value.lower() == "auto" and not checkpoints(output_dir):
+        return None
+    if value.lower() in ("latest", "true", "auto"):
         skipped: list[str] = []
         saved = newest_verified(output_dir, skipped.append)
         if saved is None:

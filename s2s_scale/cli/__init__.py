@@ -6,13 +6,17 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from s2s_scale import __version__
 from s2s_scale.cli.verbs import Verb, verbs
+from s2s_scale.config import DEFAULT_GRACE_SECONDS
 from s2s_scale.errors import UserError, did_you_mean
+from s2s_scale.maintenance import MaintenanceWatch
+from s2s_scale.preemption import EXIT_RESUME, Stopped, guarding
 from s2s_scale.rank_variables import adopt
+from s2s_scale.settings import Settings
 from s2s_scale.settings.values import TRUE_WORDS
 
 EXIT_USER_ERROR = 2
@@ -23,8 +27,9 @@ VERSIONS_SHOWN = ("torch", "transformers", "datasets")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``s2s-scale`` with these words (default: the process's own). Returns the exit code.
 
-    0: done; 2: the user gave something wrong, printed line by line; 130: interrupted; 141: what
-    read the output went away. An error in the program itself keeps its traceback.
+    0: done; 2: the user gave something wrong, printed line by line; 85: asked to stop, and to be
+    started again; 130: interrupted; 141: what read the output went away. An error in the program
+    itself keeps its traceback.
     """
     adopt(os.environ)
     words = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
@@ -38,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        _tell_done(EXIT_RESUME)
+        return EXIT_RESUME
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -147,9 +157,24 @@ def _launched(verb: Verb, words: list[str]) -> int:
             launch = plan_launch(settings.profile, bare, environ=os.environ, wishes=wishes)
         for note in launch.notes:
             print(f"note: {note}", file=sys.stderr)
-        return start(launch, environ=os.environ)
+        grace = float(settings.get("grace_seconds", DEFAULT_GRACE_SECONDS))
+        return start(launch, environ=os.environ, grace_seconds=grace).code
+    with guarding(float(settings.get("grace_seconds", DEFAULT_GRACE_SECONDS))) as guard:
+        if guard is None or settings.profile.device != "tpu":
+            return _work(verb, settings, launch.environment)
+        watch = MaintenanceWatch(guard.ask)  # one process drives all chips of its host
+        watch.start()
+        try:
+            return _work(verb, settings, launch.environment)
+        finally:
+            watch.stop()
+
+
+def _work(verb: Verb, settings: Settings, environment: Mapping[str, str]) -> int:
+    """What a rank does, or the only process."""
+    assert settings.profile is not None
     # Before the import below, which brings in torch: it reads the environment once.
-    os.environ.update(launch.environment)
+    os.environ.update(environment)
     _name_accelerator(settings.profile.device)
     from s2s_scale import runner
 

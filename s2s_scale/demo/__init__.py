@@ -20,16 +20,18 @@ import yaml
 from s2s_scale.checkpoint import check_writable, checkpoints, earlier_run
 from s2s_scale.cli.build import build_settings
 from s2s_scale.cli.verbs import verbs
+from s2s_scale.config import DEFAULT_GRACE_SECONDS
 from s2s_scale.demo.data import SPLIT_SIZES, write_demo_data
 from s2s_scale.errors import UserError
 from s2s_scale.launch import plan_launch
+from s2s_scale.preemption import EXIT_RESUME, Stopped, guarding
 from s2s_scale.settings import Settings
 
 MODEL: dict[str, Any] = {"architecture": "marian", "size": "tiny", "vocab_size": 800}
 EXAMPLES = 9  # translations shown at the end
 TEST_RESULTS = "test_results.json"
 SETTINGS_FILE = "demo.yaml"
-INTERRUPTED = 130
+INTERRUPTED = EXIT_RESUME
 
 # Two to three minutes on two cores. Dropout and weight decay are off: the data are without noise
 # and new every time the generator is asked, so there is nothing to overfit. In fp32 the figures are
@@ -73,7 +75,8 @@ def run(settings: Settings) -> int:
     """Run the demo in ``--output_dir``, or say what an earlier one left there.
 
     A finished demo is shown and not touched; one that was interrupted goes on from its newest
-    checkpoint. ``--overwrite`` starts afresh. Returns the exit code: 0, or 130 if interrupted.
+    checkpoint. ``--overwrite`` starts afresh. Returns the exit code: 0, or 85 if it was
+    asked to stop.
 
     Raises:
         UserError: the folder holds a run that is not the demo's, or cannot be written to.
@@ -171,7 +174,12 @@ def _train(folder: Path, *, resume: bool) -> int:
     os.environ.update(launch.environment)  # before the import below: torch reads it once
     from s2s_scale import runner
 
-    return runner.train(settings)
+    try:
+        with guarding(DEFAULT_GRACE_SECONDS):
+            return runner.train(settings)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return INTERRUPTED
 
 
 def _show(folder: Path) -> None:

@@ -44,7 +44,7 @@ def run(launch: Launch, job: Job, folder: Path) -> dict[Case, Deviation]:
         UserError: one of the two failed; it has printed why.
     """
     job.write(folder / JOB_FILE)
-    if start(launch, environ=os.environ):
+    if start(launch, environ=os.environ).code:
         raise UserError("the run under the profile failed; what it printed is above")
     found = read(job, folder)
     with tempfile.TemporaryDirectory(prefix="s2s-scale-reference-") as alone:

@@ -16,7 +16,6 @@ from s2s_scale.backends import Backend
 from s2s_scale.checkpoint import (
     STATE_FILE,
     check_writable,
-    last_checkpoint_text,
     refuse_earlier_run,
     remove_earlier_run,
     resolve_resume,
@@ -41,7 +40,6 @@ from s2s_scale.settings import Settings
 from s2s_scale.trainer import Seq2SeqTrainer
 from s2s_scale.trainer.nonfinite import NonFiniteLossError
 
-INTERRUPTED = 130
 T = TypeVar("T")
 
 
@@ -71,16 +69,7 @@ def train(settings: Settings) -> int:
             trainer.add_callback(RemoveEarlierRun(run.output_dir))
         stack.callback(trainer.wait_for_background_save)
         on_main(backend, lambda: tidy(run.output_dir))
-        try:
-            return _train(run, trainer, examples, resume)
-        except KeyboardInterrupt:
-            trainer.wait_for_background_save()
-            print(
-                f"\ninterrupted at step {trainer.state.global_step}; "
-                f"{last_checkpoint_text(run.output_dir)}",
-                file=sys.stderr,
-            )
-            return INTERRUPTED
+        return _train(run, trainer, examples, resume)
 
 
 def on_main(backend: Backend, find: Callable[[], T]) -> T:

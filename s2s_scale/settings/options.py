@@ -48,7 +48,10 @@ HELP_OVERRIDES = {
     "do_train": "Accepted for old scripts: 'train' always trains.",
     "do_eval": "After training, evaluate on the validation split (val_results.json).",
     "do_predict": "After training, evaluate on the test split (test_results.json).",
-    "resume_from_checkpoint": "Go on from this checkpoint folder; 'latest': the newest one.",
+    "resume_from_checkpoint": (
+        "Go on from this checkpoint folder; 'latest': the newest one; 'auto': likewise, or from "
+        "the beginning where there is none."
+    ),
     "sortish_sampler": "Old name of --batching sortish.",
     "deepspeed": "DeepSpeed configuration in place of the profile's: a name in ds_configs/, such "
     "as zero2, or the path of a JSON file.",

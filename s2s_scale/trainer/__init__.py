@@ -2,17 +2,17 @@
 
 The class is one, in a chain of files by subject, each overriding transformers' hooks of that
 subject: ``base`` (construction) <- ``loss`` <- ``optimization`` <- ``batches`` <- ``evaluating``
-<- ``graphs`` <- ``position`` <- ``saving`` <- ``resuming``. Beside them stand the pieces that the
-hooks use: ``callbacks``, ``compilations``, ``loaders``, ``meters``, ``nonfinite`` and
-``randomness``.
+<- ``graphs`` <- ``position`` <- ``saving`` <- ``resuming`` <- ``stopping``. Beside them stand the
+pieces that the hooks use: ``callbacks``, ``compilations``, ``loaders``, ``meters``, ``nonfinite``
+and ``randomness``.
 """
 
 from __future__ import annotations
 
-from s2s_scale.trainer.resuming import ResumingTrainer
+from s2s_scale.trainer.stopping import StoppingTrainer
 
 
-class Seq2SeqTrainer(ResumingTrainer):
+class Seq2SeqTrainer(StoppingTrainer):
     """Trains encoder-decoder models so that a step's loss depends on its rows and on nothing else.
 
     Args:

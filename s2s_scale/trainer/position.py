@@ -27,9 +27,15 @@ class PositionTrainer(GraphTrainer):
     settings_of_run: Any = None
     """Setting -> (value, origin) of the command line, where one started the run."""
 
+    _pending: dict[str, bool]
+    """What was due after the step and was left undone, since the run was asked to stop."""
     _found_loss_scale: dict[str, float] | None = None
     _row_digest: tuple[int, str] | None = None
     _tokenizer_seen: tuple[int, str] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pending = {"evaluate": False, "save": False}
 
     def _plain_model(self) -> Any:
         """The model itself, inside whatever it was wrapped in."""
@@ -60,6 +66,7 @@ class PositionTrainer(GraphTrainer):
                 "nonfinite_steps": list(self._guard.steps),
                 "overflow_steps": self._step_callback.overflow_steps,
             },
+            "pending": dict(self._pending),
             "run": self._identity(),
             "shape": self._shape(),
         }

@@ -52,6 +52,8 @@ def shares(backend: Backend) -> None:
 def collectives(backend: Backend) -> None:
     rank, world = backend.data_rank, backend.data_world_size
     assert int(backend.total_count(rank + 1, device_of(backend))) == sum(range(1, world + 1))
+    assert [backend.anywhere(rank == other) for other in range(world)] == [True] * world
+    assert backend.anywhere(False) is False
     assert backend.gather_objects({"rank": rank}) == [{"rank": number} for number in range(world)]
     value = torch.tensor([1.0, float(rank)])
     summed = backend.total(value)

@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-RAISE, HANG = signal.SIGUSR1, signal.SIGUSR2
+RAISE, HANG = signal.SIGRTMIN, signal.SIGUSR2
 MESSAGE = "made to fail"
 
 # Python imports a module of this name at its start, if it finds one.

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "s2s_scale"
 LAYERS = (
     {"errors"},
     {"config", "settings", "cpu", "linear_loss", "losses", "schedules", "optimizers"},
-    {"lines", "processes", "reports", "supervision", "watchdog"},
+    {"lines", "maintenance", "preemption", "processes", "reports", "supervision", "watchdog"},
     {
         "deepspeed_config",
         "hostfile",

@@ -115,7 +115,7 @@ def test_the_first_failure_is_printed_once_and_the_exit_code_kept(capfd):
     launch = Launch(
         command=(sys.executable, "-c", program), environment={}, ranks=(), in_process=False
     )
-    assert start(launch, environ=os.environ) == 2
+    assert start(launch, environ=os.environ).code == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: rank 1 on ")
     assert lines[0].endswith(": a.txt:3: empty line")
@@ -126,4 +126,4 @@ def test_a_signal_becomes_an_exit_code():
     launch = Launch(
         command=(sys.executable, "-c", program), environment={}, ranks=(), in_process=False
     )
-    assert start(launch, environ=os.environ) == 128 + 15
+    assert start(launch, environ=os.environ).code == 128 + 15

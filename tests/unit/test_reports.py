@@ -14,6 +14,7 @@ import pytest
 
 from s2s_scale import supervision
 from s2s_scale.errors import UserError
+from s2s_scale.preemption import EXIT_RESUME, SAME_SECONDS
 from s2s_scale.reports import (
     REPORT_TOKEN,
     Certainty,
@@ -90,10 +91,10 @@ def test_errors_that_only_say_that_another_rank_is_gone(error, lost):
     assert lost_contact(error) is lost
 
 
-def run(program, ranks=2):
+def run(program, ranks=2, **more):
     hosts = {rank: f"host-{rank}" for rank in range(ranks)}
     command = (sys.executable, "-c", HEAD + program)
-    return supervise(command, environment=os.environ, hosts=hosts)
+    return supervise(command, environment=os.environ, hosts=hosts, **more).code
 
 
 def test_a_launcher_that_ends_well_is_not_believed(capfd):
@@ -131,18 +132,37 @@ def test_a_launcher_that_goes_on_after_a_failure_is_ended(monkeypatch, capfd):
     assert state.stdout.strip() == "" or state.stdout.startswith("Z")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_reach_the_launcher_in_its_own_session(number):
-    program = (
-        "signal.signal(signal.SIGINT, lambda *_: sys.exit(7)); "
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(8)); "
-        "os.kill(os.getppid(), signal.SIGUSR1); time.sleep(60)"
-    )
-    before = signal.signal(
-        signal.SIGUSR1,
-        lambda *_: threading.Timer(0.1, os.kill, (os.getpid(), number)).start(),
-    )
-    try:
-        assert run(program) == {signal.SIGINT: 7, signal.SIGTERM: 8}[number]
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+SETTLES = """
+from s2s_scale.preemption import guarding
+with guarding(60) as guard:
+    guard.at_boundaries = True
+    os.kill(os.getppid(), signal.{name})
+    while guard.reason is None:
+        time.sleep(0.01)
+    open({file!r}, "w").write(guard.reason)
+    time.sleep({more})
+    report_done(rank=0, code=85)
+    sys.exit(85)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_is_handed_to_the_ranks_and_they_end_by_themselves(name, tmp_path):
+    file = tmp_path / "reason"
+    assert run(SETTLES.format(name=name, file=str(file), more=0)) == EXIT_RESUME
+    assert file.read_text(encoding="utf-8") == name
+
+
+def test_a_second_signal_ends_everything(tmp_path):
+    program = SETTLES.format(name="SIGTERM", file=str(tmp_path / "reason"), more=60)
+    again = threading.Timer(SAME_SECONDS + 3, os.kill, (os.getpid(), signal.SIGTERM))
+    again.start()
+    began = time.monotonic()
+    assert run(program) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < SAME_SECONDS + 10
+
+
+def test_ranks_that_do_not_end_are_ended_when_their_grace_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervision, "STOPPING_SECONDS", 1.0)
+    program = SETTLES.format(name="SIGTERM", file=str(tmp_path / "reason"), more=60)
+    assert run(program, grace_seconds=1.0) == EXIT_RESUME

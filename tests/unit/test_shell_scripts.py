@@ -120,7 +120,8 @@ def test_deepspeed_launcher_shows_its_use(tmp_path, words):
 
 def slurm(tmp_path, *words, **more):
     """The batch script under a made-up Slurm with two hosts; srun runs both tasks in turn."""
-    fake(tmp_path, "scontrol", "printf 'node-a\\nnode-b\\n'")
+    shown = "printf 'node-a\\nnode-b\\n'"
+    fake(tmp_path, "scontrol", f'[[ $1 == requeue ]] && echo "requeue $2" || {shown}')
     fake(
         tmp_path,
         "srun",
@@ -153,7 +154,8 @@ def test_slurm_starts_one_task_per_host(tmp_path):
     assert lines[1:3] == hosts and lines[4:6] == hosts
     for number, line in enumerate((lines[0], lines[3])):
         assert line == (
-            "<train> <my conf.yaml> <--source_prefix> <a 'b' $c: > <--profile> <gpu-zero2> "
+            "<train> <my conf.yaml> <--source_prefix> <a 'b' $c: > "
+            "<--resume_from_checkpoint> <auto> <--profile> <gpu-zero2> "
             f"<--hostfile> <{tmp_path}/hosts-41234> <--node_rank> <{number}> "
             "<--master_addr> <node-a> <--master_port> <21234> "
         )
@@ -162,6 +164,18 @@ def test_slurm_starts_one_task_per_host(tmp_path):
 
 def test_slurm_passes_a_failure_on(tmp_path):
     assert slurm(tmp_path, "conf.yaml", FAIL="exit 2").returncode == 2
+
+
+def test_slurm_puts_a_job_that_was_stopped_back_into_the_queue(tmp_path):
+    done = slurm(tmp_path, "conf.yaml", FAIL="exit 85")
+    assert done.returncode == 85
+    assert done.stdout.splitlines()[-1] == "requeue 41234"
+    assert "requeue" not in slurm(tmp_path, "conf.yaml", FAIL="exit 75").stdout
+
+
+def test_slurm_leaves_the_users_own_checkpoint_alone(tmp_path):
+    done = slurm(tmp_path, "conf.yaml", "--resume_from_checkpoint", "latest")
+    assert "<auto>" not in done.stdout and "<latest>" in done.stdout
 
 
 def test_slurm_outside_a_job_shows_its_use(tmp_path):

@@ -1,0 +1,29 @@
+"""A process that forks ranks, a tiny model and an uninterrupted run for the tests of faults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.runs import Task, make_task
+from tests.support.forkserver import ForkServer
+
+
+@pytest.fixture(scope="session")
+def server():
+    with ForkServer(["deepspeed"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return make_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="session")
+def whole(server: ForkServer, task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of the run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    server.run(task.words(folder / "run"), ranks=1, folder=folder)
+    return folder / "run"

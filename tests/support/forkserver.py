@@ -1,0 +1,204 @@
+"""Ranks of ``s2s-scale`` as forks of one process that has imported everything.
+
+A fresh process imports torch, transformers and the rest for six seconds; a fork starts at once. The
+ranks are ordinary processes, with variables, a log and a process group of their own, to be killed
+like any other.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.ranks import free_port
+
+LIMIT_SECONDS = 120
+PRELOADED = (
+    "s2s_scale.runner",
+    "s2s_scale.launch",
+    "s2s_scale.cli.build",
+    "s2s_scale.backends.local",
+    "torch.distributed",
+    "transformers.models.t5.modeling_t5",
+    "transformers.models.t5.tokenization_t5",
+    "transformers.generation.utils",
+    "matplotlib.figure",
+    "sacrebleu",
+    "rouge_score.rouge_scorer",
+)
+
+
+@dataclass
+class Rank:
+    """A running rank: its process and where it writes."""
+
+    pid: int
+    log: Path
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def signal(self, number: int) -> None:
+        """Send a signal, if the process is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+
+class ForkServer:
+    """The process that forks ranks; a context. ``libraries`` are imported beside our own."""
+
+    def __init__(self, libraries: Sequence[str] = ()) -> None:
+        self._libraries = list(libraries)
+        self._codes: dict[int, int] = {}
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> ForkServer:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.forkserver", *self._libraries],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "USE_TORCH_XLA": "0"},
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+    def start(
+        self,
+        words: Sequence[object],
+        *,
+        ranks: int,
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> list[Rank]:
+        """``s2s-scale WORDS`` on so many ranks, as a launcher starts them; one rank is alone."""
+        port, started = str(free_port()), []
+        folder.mkdir(parents=True, exist_ok=True)
+        for rank in range(ranks):
+            variables = {"OMP_NUM_THREADS": "1", **(environment or {})}
+            if ranks > 1:
+                variables |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
+            log = folder / f"rank-{rank}.log"
+            order = {"words": list(map(str, words)), "environment": variables, "log": str(log)}
+            started.append(Rank(self._ask(order)["pid"], log))
+        return started
+
+    def code(self, rank: Rank) -> int | None:
+        """How the rank ended, as ``subprocess`` says it; None while it runs."""
+        ended = self._ask({})["ended"]
+        self._codes |= {int(pid): code for pid, code in ended.items()}
+        return self._codes.get(rank.pid)
+
+    def wait(self, ranks: Sequence[Rank], *, limit: float = LIMIT_SECONDS) -> list[int]:
+        """Wait for all ranks.
+
+        Raises:
+            AssertionError: some ran longer than ``limit`` seconds; all are killed.
+        """
+        deadline = time.monotonic() + limit
+        while None in (codes := [self.code(rank) for rank in ranks]):
+            if time.monotonic() > deadline:
+                for rank in ranks:
+                    rank.signal(signal.SIGKILL)
+                texts = "\n".join(rank.text for rank in ranks)
+                raise AssertionError(f"{codes} after {limit:g} s:\n{texts}")
+            time.sleep(0.02)
+        return [code for code in codes if code is not None]
+
+    def run(self, words: Sequence[object], *, ranks: int, folder: Path, **more: Any) -> list[str]:
+        """Start and wait; what each rank printed. All must end well."""
+        started = self.start(words, ranks=ranks, folder=folder, **more)
+        codes = self.wait(started)
+        texts = [rank.text for rank in started]
+        assert codes == [0] * ranks, "\n".join(map(str, [codes, *texts]))
+        return texts
+
+    def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+        answer: dict[str, Any] = json.loads(process.stdout.readline())
+        return answer
+
+
+def main(libraries: Sequence[str]) -> None:
+    """Answer orders until there are no more; in a fork, be a rank."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import importlib
+
+    from s2s_scale import cli
+    from tests.support import moments
+
+    # Loaded lazily by our own code: here once for all.
+    for name in (*PRELOADED, *libraries):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        order = json.loads(line)
+        if not order:
+            _answer({"ended": _ended()})
+            continue
+        pid = os.fork()
+        if pid == 0:
+            _become_rank(order)
+            moments.install()
+            code = cli.main(order["words"])
+            # What a process does at its end, without taking all it has imported to pieces.
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            os._exit(code)
+        _answer({"pid": pid})
+
+
+def _answer(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def _ended() -> dict[int, int]:
+    found = {}
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            found[pid] = os.waitstatus_to_exitcode(status)
+    return found
+
+
+def _become_rank(order: dict[str, Any]) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    null = os.open(os.devnull, os.O_RDONLY)
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for target, source in ((0, null), (1, log), (2, log)):
+        os.dup2(source, target)
+    os.environ.update(order["environment"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
