@@ -32,7 +32,7 @@ EXIT_RESUME = 85
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SECONDS = 2.0
 """Requests so soon after the first are that one again: launchers hand a signal on, some twice."""
-STUCK_SECONDS = 8.0
+STUCK_SECONDS = 5.0
 """How long the main thread may take to end while there is nothing to save."""
 WAKE = signal.SIGUSR1
 """What the watching thread sends the main thread, to raise a request that was no signal."""

@@ -32,7 +32,7 @@ def pytest_unconfigure(config):
 
 
 #: Where tests take longest, first: two workers then end at about the same time.
-SLOWEST_FIRST = ("multinode", "parity", "multiprocess", "system")
+SLOWEST_FIRST = ("multinode", "faults", "parity", "multiprocess", "system")
 
 
 def pytest_collection_modifyitems(items):

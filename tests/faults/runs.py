@@ -30,7 +30,7 @@ class Task:
         words = f"""train --profile {profile} --model {self.model} --data_dir {self.data}
             --output_dir {output} --per_device_train_batch_size {ROWS_PER_STEP // ranks}
             --max_steps {STEPS} --learning_rate 1e-3 --lr_scheduler cosine --warmup_steps 3
-            --adam_epsilon 1e-6 --optim adamw_torch --dropout 0 --seed 3
+            --adam_epsilon 1e-6 --optim adamw_torch --dropout 0 --seed 3 --bf16 false
             --eval_strategy steps --eval_steps 4 --per_device_eval_batch_size 2
             --max_target_length 12 --save_strategy steps --save_steps 5 --logging_steps 1
             --report_to none --disable_tqdm --resume_from_checkpoint auto""".split()

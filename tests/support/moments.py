@@ -15,11 +15,17 @@ MARK = "TEST_MOMENT_MARK"
 """Environment variable: a file that the rank makes when it comes to the place."""
 MOMENT = "TEST_MOMENT"
 """Environment variable: ``PLACE`` or ``PLACE:N``, the N-th time (from 1)."""
+NO_REPORT = "TEST_NO_REPORT"
+"""Environment variable: when set, no report is drawn, which takes longer than all the training."""
 SECONDS = 0.3
 
 
 def install() -> None:
     """Mark the moment that the environment names, if it does."""
+    if os.environ.get(NO_REPORT):
+        from s2s_scale.runner import training
+
+        training.write_run_report = lambda *_, **__: ("no report", "no picture")  # type: ignore[assignment]
     place, _, count = os.environ.get(MOMENT, "").partition(":")
     if place:
         _PLACES[place](int(count or 1))
