@@ -31,6 +31,7 @@ DEFAULT_GROUPS_PER_STEP = 4
 DEFAULT_TOKENS_PER_ROW = 1024
 DEFAULT_PACKED_TOKENS = 8192
 DEFAULT_BUCKETS = 8
+DEFAULT_SHUFFLE_BUFFER = 10_000
 DEFAULT_HANG_SECONDS = 600.0
 DEFAULT_GRACE_SECONDS = 60.0
 CHECKPOINT_FORMATS = ("portable", "native")
@@ -145,6 +146,18 @@ class DataArguments:
         "Validation and test targets are cut, and generation stops, at this many tokens. "
         "Default: --max_target_length.",
     )
+    streaming: bool = setting(
+        False,
+        "data",
+        "Read and tokenise training rows while training goes on, from files of any size. Needs "
+        "--max_steps.",
+    )
+    shuffle_buffer: int | None = setting(
+        None,
+        "data",
+        "With --streaming: rows that follow one another in the files among which those of a step "
+        f"are chosen. Default: {DEFAULT_SHUFFLE_BUFFER}.",
+    )
     n_train: int = setting(-1, "data", "Use only the first N training rows; -1: all.")
     n_val: int = setting(-1, "data", "Use only the first N validation rows; -1: all.")
     n_test: int = setting(-1, "data", "Use only the first N test rows; -1: all.")
@@ -189,6 +202,7 @@ class DataArguments:
                 ("val_max_target_length", self.val_max_target_length, 1),
                 ("eval_beams", self.eval_beams, 1),
                 ("preprocessing_num_workers", self.preprocessing_num_workers, 1),
+                ("shuffle_buffer", self.shuffle_buffer, 1),
             )
             if value is not None and value < least
         ]
@@ -201,6 +215,11 @@ class DataArguments:
             )
             if value < -1 or value == 0
         ]
+        if self.shuffle_buffer is not None and not self.streaming:
+            problems.append(
+                f"shuffle_buffer={self.shuffle_buffer}: has no effect without --streaming; give "
+                "--streaming, or leave it out"
+            )
         if self.long_rows not in LONG_ROWS:
             problems.append(str(unknown_name("long_rows", self.long_rows, LONG_ROWS)))
         raise_problems(problems)

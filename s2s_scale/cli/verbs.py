@@ -248,8 +248,11 @@ def _train_options() -> list[Option]:
     return _require(everything, "model_name_or_path", "output_dir")
 
 
+TRAINING_ROWS = ("n_train", "train_file", "streaming", "shuffle_buffer")
+
+
 def _evaluate_options() -> list[Option]:
-    data = [entry for entry in data_options() if entry.name not in ("n_train", "train_file")]
+    data = [entry for entry in data_options() if entry.name not in TRAINING_ROWS]
     model = [entry for entry in model_options() if not entry.name.startswith("freeze_")]
     training = _pick(training_options(), EVALUATION_NAMES)
     # Evaluation of a saved model is of its text, unless that is turned off.

@@ -84,7 +84,7 @@ def tokenize_pairs(
     def fill(temporary: Path) -> Mapping[str, Any]:
         with _progress_bars(progress):
             tokens = pairs.map(
-                _tokenize,
+                tokenize_rows,
                 fn_kwargs={"tokenizer": tokenizer, **settings},
                 batched=True,
                 batch_size=ROWS_PER_BATCH,
@@ -105,7 +105,7 @@ def tokenize_pairs(
     return made
 
 
-def _tokenize(
+def tokenize_rows(
     rows: Mapping[str, list[str]],
     *,
     tokenizer: Any,
@@ -114,6 +114,7 @@ def _tokenize(
     max_target_length: int,
     truncation: bool,
 ) -> dict[str, list[Any]]:
+    """Token ids and lengths of rows of text: columns source and target, each a list."""
     source = tokenizer(
         [source_prefix + text for text in rows["source"]],
         truncation=truncation,

@@ -11,9 +11,9 @@ T = TypeVar("T")
 BATCHES_AHEAD = 4
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, made in a thread that is up to ``BATCHES_AHEAD`` of them ahead."""
-    made: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=BATCHES_AHEAD)
+def ahead(items: Iterator[T], *, count: int = BATCHES_AHEAD) -> Iterator[T]:
+    """The same items, made in a thread that is up to ``count`` of them ahead."""
+    made: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=count)
     stopped = threading.Event()
 
     def put(entry: tuple[bool, Any]) -> bool:

@@ -164,10 +164,10 @@ def _read_json(path: Path, *, pairs: _Pairs, choice: ColumnChoice, limit: int | 
                 _report_json(pairs, line=line, found=row)
                 continue
             if names is None:
-                keys = _keys(row)
+                keys = json_columns(row)
                 names = choice.find(list(keys), where=pairs.place(line))
                 paths = [keys[name] for name in names]
-            pairs.add(line, _cell(row, paths[0]), _cell(row, paths[1]), names)
+            pairs.add(line, json_cell(row, paths[0]), json_cell(row, paths[1]), names)
             if limit is not None and len(pairs.lines) == limit:
                 return
 
@@ -204,7 +204,7 @@ def _array_rows(path: Path, text: str) -> list[tuple[int, Any]]:
     return list(enumerate(rows, start=1))
 
 
-def _keys(row: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def json_columns(row: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """Column names of a JSON object, with the path to each; ``outer.inner`` for nested ones."""
     keys: dict[str, tuple[str, ...]] = {}
     for outer, value in row.items():
@@ -215,7 +215,8 @@ def _keys(row: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return keys
 
 
-def _cell(row: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+def json_cell(row: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """The value under a path of ``json_columns``; one of no type of JSON where there is none."""
     value: Any = row
     for key in path:
         value = value.get(key, _ABSENT) if isinstance(value, dict) else _ABSENT

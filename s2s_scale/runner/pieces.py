@@ -15,11 +15,18 @@ import transformers
 
 from s2s_scale import models
 from s2s_scale.backends import Backend, make_backend
-from s2s_scale.config import DEFAULT_HANG_SECONDS, DataArguments, ModelArguments
+from s2s_scale.config import (
+    DEFAULT_HANG_SECONDS,
+    DEFAULT_SHUFFLE_BUFFER,
+    DataArguments,
+    ModelArguments,
+)
 from s2s_scale.cpu import bf16_is_native
 from s2s_scale.data.collate import Seq2SeqCollator
 from s2s_scale.data.examples import check_token_ids, tokenize_pairs
 from s2s_scale.data.sources import Split
+from s2s_scale.data.streamed_examples import StreamedExamples
+from s2s_scale.data.streams import PairStream
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.evaluation.text import TextEvaluation
 from s2s_scale.profiles import AUTO, LauncherProfile, deepspeed_config_path
@@ -177,6 +184,25 @@ def tokenize_with(
     )
 
 
+def stream_examples(run: Run, loaded: models.Loaded, pairs: PairStream) -> StreamedExamples:
+    """The training split, read and tokenised as training goes on."""
+    data = run.data_args
+    return StreamedExamples(
+        pairs,
+        loaded.tokenizer,
+        vocab_sizes=(
+            models.source_vocab_size(loaded.config),
+            models.target_vocab_size(loaded.config),
+        ),
+        source_prefix=source_prefix_of(data, loaded.config),
+        max_source_length=data.max_source_length,
+        max_target_length=data.max_target_length,
+        long_rows=data.long_rows,
+        buffer=data.shuffle_buffer or DEFAULT_SHUFFLE_BUFFER,
+        limit=None if data.n_train < 0 else data.n_train,
+    )
+
+
 def source_prefix_of(data: DataArguments, config: transformers.PreTrainedConfig) -> str:
     """The prefix that was given, else the one that the task's parameters brought along."""
     if data.source_prefix is not None:
@@ -188,7 +214,7 @@ def build_trainer(
     run: Run,
     loaded: models.Loaded,
     backend: Backend,
-    examples: dict[Split, datasets.Dataset],
+    examples: dict[Split, Any],
 ) -> Seq2SeqTrainer:
     args = run.training_args
 

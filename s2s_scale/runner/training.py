@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
-import datasets
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from s2s_scale.backends import Backend
@@ -24,6 +23,7 @@ from s2s_scale.checkpoint import (
 )
 from s2s_scale.checkpoint.lock import locked
 from s2s_scale.data.sources import Split, has_split, load_pairs
+from s2s_scale.data.streams import open_stream
 from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.evaluation.metrics import TextMetrics
 from s2s_scale.planner import shape_rows
@@ -34,11 +34,13 @@ from s2s_scale.runner.pieces import (
     load_model,
     open_backend,
     read_settings,
+    stream_examples,
     tokenize,
 )
 from s2s_scale.settings import Settings
 from s2s_scale.trainer import Seq2SeqTrainer
 from s2s_scale.trainer.nonfinite import NonFiniteLossError
+from s2s_scale.trainer.streaming import streaming_problems
 
 T = TypeVar("T")
 
@@ -61,9 +63,17 @@ def train(settings: Settings) -> int:
         check_writable(run.output_dir)
         stack.enter_context(one_run(backend, run.output_dir))
         _check_best_metric(run)
-        pairs = {split: load_pairs(run.data_args, split) for split in _splits_of_training(run)}
+        if run.data_args.streaming:
+            raise_problems(streaming_problems(args, static_shapes=backend.static_shapes))
+        stream = open_stream(run.data_args) if run.data_args.streaming else None
+        splits = [s for s in _splits_of_training(run) if stream is None or s != "train"]
+        pairs = {split: load_pairs(run.data_args, split) for split in splits}
         loaded = load_model(run)
-        examples = {split: tokenize(run, loaded, backend, pairs[split], split) for split in pairs}
+        examples: dict[Split, Any] = {
+            split: tokenize(run, loaded, backend, pairs[split], split) for split in pairs
+        }
+        if stream is not None:
+            examples["train"] = stream_examples(run, loaded, stream)
         trainer = build_trainer(run, loaded, backend, examples)
         if resume is None:
             trainer.add_callback(RemoveEarlierRun(run.output_dir))
@@ -149,7 +159,7 @@ def evaluate(settings: Settings) -> int:
 def _train(
     run: Run,
     trainer: Seq2SeqTrainer,
-    examples: dict[Split, datasets.Dataset],
+    examples: dict[Split, Any],
     resume: Path | None,
 ) -> int:
     """Train, save, evaluate, and write results and report."""
@@ -170,7 +180,7 @@ def _train(
 def _finish(
     run: Run,
     trainer: Seq2SeqTrainer,
-    examples: dict[Split, datasets.Dataset],
+    examples: dict[Split, Any],
     train_metrics: dict[str, float],
 ) -> None:
     """Evaluate what was asked for, and write results and report."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import has_length
 
 from s2s_scale.backends import Backend, make_backend
+from s2s_scale.data.streamed_examples import StreamedExamples
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.evaluation.engines import family_problems
 from s2s_scale.models import apply_dropout_settings, check_precision, target_vocab_size
@@ -23,6 +24,7 @@ from s2s_scale.trainer.callbacks import StepCallback
 from s2s_scale.trainer.loaders import EvaluationLoader
 from s2s_scale.trainer.meters import EvaluationMeter, TrainingMeter
 from s2s_scale.trainer.nonfinite import NonFiniteGuard
+from s2s_scale.trainer.streaming import StreamLoader, streaming_problems
 from s2s_scale.training_arguments import Seq2SeqTrainingArguments
 
 if TYPE_CHECKING:
@@ -63,7 +65,13 @@ class TrainerBase(transformers.Seq2SeqTrainer):
             _refuse_without_config(given.get("model"))
         self.backend = backend or make_backend("local")
         self.data_args = data_args
-        if self.backend.static_shapes and has_length(given.get("train_dataset")):
+        rows = given.get("train_dataset")
+        if isinstance(rows, StreamedExamples):
+            given["args"].tokens_by_default()
+            problems = streaming_problems(given["args"], static_shapes=self.backend.static_shapes)
+            raise_problems(problems)
+            given["args"].ignore_data_skip = True  # the stream itself begins where it left off
+        elif self.backend.static_shapes and has_length(rows):
             given["args"].tokens_by_default()
         self.text_evaluation_for = text_evaluation_for
         super().__init__(**given)
@@ -84,6 +92,7 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         self._epoch_iterator: Iterator[Any] | None = None
         self._placed: Iterator[tuple[int, Any]] = iter(())
         self._pads_ahead: deque[tuple[int, int]] = deque()
+        self._stream: StreamLoader | None = None
         self._batch_nll: Tensor | None = None
         self._evaluation_meter: EvaluationMeter | None = None
         self._text: TextEvaluation | None = None

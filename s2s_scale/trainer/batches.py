@@ -21,6 +21,7 @@ from s2s_scale.data.lengths import row_lengths
 from s2s_scale.data.packed_collate import PackedCollator
 from s2s_scale.data.packed_sampler import PackedSampler
 from s2s_scale.data.samplers import EpochSampler, MarkedRows, PlanBatchSampler, TokenSampler
+from s2s_scale.data.streamed_examples import StreamedExamples
 from s2s_scale.errors import UserError
 from s2s_scale.models import source_vocab_size
 from s2s_scale.models.packed import decoder_start
@@ -30,6 +31,7 @@ from s2s_scale.trainer.loaders import EvaluationLoader, TrainingLoader, loader_o
 from s2s_scale.trainer.meters import TrainingMeter
 from s2s_scale.trainer.optimization import OptimizationTrainer
 from s2s_scale.trainer.sampling import make_sampler
+from s2s_scale.trainer.streaming import StreamLoader
 
 MEASURED_STEPS = 200
 
@@ -98,6 +100,10 @@ class BatchTrainer(OptimizationTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches of this rank by the batch plan."""
+        if isinstance(self.train_dataset, StreamedExamples):
+            self._step_callback.sampler = None
+            self._stream = self._stream_loader(self.train_dataset)
+            return self._stream  # type: ignore[return-value]
         if self.train_dataset is None or not self._follows_plan(self.train_dataset):
             self._step_callback.sampler = None
             return super().get_train_dataloader()
@@ -165,6 +171,30 @@ class BatchTrainer(OptimizationTrainer):
             loss = self.compute_loss(self.model, dict(batch))
         loss.backward()
         self.backend.finish_step(self.model)
+
+    def _stream_loader(self, dataset: StreamedExamples) -> StreamLoader:
+        args, world_size = self.args, self.backend.data_world_size
+        plan = partial(
+            make_sampler,
+            args,
+            rows_per_device=self._train_batch_size,
+            rank=self.backend.data_rank,
+            world_size=world_size,
+        )
+        rows = dataset.buffer
+        if args.batching == "tokens":
+            assert args.groups_per_step is not None
+            self.backend.set_accumulation(args, args.groups_per_step)
+        else:  # full steps only, but for the last of an epoch
+            step = self._train_batch_size * args.gradient_accumulation_steps * world_size
+            rows = max(1, rows // step) * step
+        return StreamLoader(
+            dataset,
+            plan=plan,
+            collate=self.data_collator,
+            rows_per_block=rows,
+            accumulation=args.gradient_accumulation_steps,
+        )
 
     def _model_columns(self, dataset: Any, use: str) -> tuple[Any, Collate]:
         """Data set and collator without the columns that the model's forward does not take."""

@@ -14,6 +14,7 @@ from s2s_scale.checkpoint.identity import Identity
 from s2s_scale.data.cache import hash_tokenizer
 from s2s_scale.data.fingerprint import rows_fingerprint
 from s2s_scale.data.samplers import EpochSampler, PlanSampler
+from s2s_scale.data.streamed_examples import StreamedExamples
 from s2s_scale.trainer.graphs import GraphTrainer
 from s2s_scale.training_arguments import TOKEN_OPTIONS
 
@@ -113,6 +114,8 @@ class PositionTrainer(GraphTrainer):
 
     def _data_identity(self) -> dict[str, Any]:
         dataset = self.train_dataset
+        if isinstance(dataset, StreamedExamples):
+            return dataset.identity()
         if dataset is None or not self._follows_plan(dataset):
             return {}
         if self._row_digest is None or self._row_digest[0] != id(dataset):
@@ -130,10 +133,13 @@ class PositionTrainer(GraphTrainer):
 
     def _step_size_identity(self) -> dict[str, Any]:
         sampler, args = self._step_callback.sampler, self.args
-        if sampler is None:
+        if sampler is None and self._stream is None:
             return {}
-        if isinstance(sampler, PlanSampler):
-            size: dict[str, Any] = {"rows per optimizer step": sampler.rows_per_step}
+        if self._stream is not None and args.batching != "tokens":
+            rows = self._train_batch_size * args.gradient_accumulation_steps
+            size: dict[str, Any] = {"rows per optimizer step": rows * self.backend.data_world_size}
+        elif isinstance(sampler, PlanSampler):
+            size = {"rows per optimizer step": sampler.rows_per_step}
         else:
             per_device = "max_tokens_per_device"  # free to change: it moves no pair to another step
             names = (name for name in TOKEN_OPTIONS[args.plan_mode] if name != per_device)
@@ -162,6 +168,8 @@ class PositionTrainer(GraphTrainer):
     def _plan_position(self) -> dict[str, Any] | None:
         """Epoch and step inside it, and a digest of that epoch's plan."""
         sampler = self._step_callback.sampler
+        if self._stream is not None:
+            return {"stream": self._stream.position(self.state.global_step)}
         if sampler is None:
             return None
         epoch, step = divmod(self.state.global_step, sampler.steps)

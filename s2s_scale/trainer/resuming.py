@@ -90,6 +90,7 @@ class ResumingTrainer(SavingTrainer):
         # The saved state brought the old run's intervals along.
         self.state.compute_steps(self.args, max_steps)
         folder = Path(resume_from_checkpoint)
+        self._enter_stream(folder)
         if not is_portable(folder) and not is_stock(folder):
             self._check_native(folder)
             return super()._prepare_for_training(max_steps, train_dataloader, str(folder))
@@ -99,6 +100,20 @@ class ResumingTrainer(SavingTrainer):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
             self._load_saved(saved)
         return prepared
+
+    def _enter_stream(self, folder: Path) -> None:
+        """Let the stream begin where the checkpoint left it."""
+        if self._stream is None:
+            return
+        saved = read_json(folder / TRAINING_STATE) if (folder / TRAINING_STATE).is_file() else {}
+        position = (saved.get("plan") or {}).get("stream")
+        if position is None:
+            raise UserError(
+                f"resume_from_checkpoint={folder}: does not tell a place in a stream; expected a "
+                "checkpoint of a run with --streaming; start from its weights with "
+                f"--model_name_or_path {folder}"
+            )
+        self._stream.go_on(position, saved["step"])
 
     def _check_native(self, folder: Path) -> None:
         """A backend's own format is read back by the same backend and number of processes."""
@@ -190,7 +205,8 @@ class ResumingTrainer(SavingTrainer):
     def _check_plan(self, folder: Path, training: dict[str, Any]) -> None:
         """The same settings give the same plan, unless another version makes it differently."""
         plan, sampler = training.get("plan"), self._step_callback.sampler
-        if not plan or sampler is None or "data" in (self.args.accept_changes or ()):
+        accepted = "data" in (self.args.accept_changes or ())
+        if not plan or "stream" in plan or sampler is None or accepted:
             return
         if plan_fingerprint(sampler, plan["epoch"]) != plan["fingerprint"]:
             raise UserError(

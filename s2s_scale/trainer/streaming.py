@@ -1,0 +1,135 @@
+"""Micro-batches from a stream: each block is planned like a data set, epoch after epoch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from s2s_scale.data.prefetch import ahead
+from s2s_scale.data.samplers import EpochSampler, MarkedRows, MicroBatch
+from s2s_scale.data.streamed_examples import Block, BlockPlace, StreamedExamples
+from s2s_scale.training_arguments import Seq2SeqTrainingArguments
+
+BLOCKS_OF_EPOCH = 2**24
+"""More than an epoch has: tells the plans of one epoch's blocks from those of the next."""
+
+
+def streaming_problems(args: Seq2SeqTrainingArguments, *, static_shapes: bool) -> list[str]:
+    """Settings that a stream cannot follow, each with its remedy."""
+    problems = []
+    if args.max_steps <= 0:
+        problems.append(
+            f"max_steps={args.max_steps}: expected a number above 0, since how many rows a stream "
+            "has is not known before its end; give --max_steps"
+        )
+    problems += [
+        f"{name}=epoch: cannot take effect on a stream, whose epochs have no known end; use "
+        f"--{name} steps"
+        for name in ("eval_strategy", "save_strategy", "logging_strategy")
+        if str(getattr(getattr(args, name), "value", getattr(args, name))) == "epoch"
+    ]
+    for name, idle, remedy in (
+        ("num_buckets", None, "leave it out"),
+        ("auto_batch", False, "raise --groups_per_step for smaller micro-batches"),
+        ("max_tokens_per_device", None, "raise --groups_per_step for smaller micro-batches"),
+        ("dataloader_drop_last", False, "leave it out: a short step has all of its rows"),
+        ("dataloader_num_workers", 0, "leave it out: one thread reads ahead"),
+    ):
+        if getattr(args, name) != idle:
+            problems.append(
+                f"{name}={getattr(args, name)}: cannot take effect on a stream; {remedy}"
+            )
+    if args.batching == "packed":
+        problems.append(
+            "batching=packed: needs the lengths of all rows; use --batching tokens, or leave "
+            "--streaming out"
+        )
+    if static_shapes:
+        problems.append(
+            "streaming=True: devices that want few shapes of batches need the lengths of all rows; "
+            "leave --streaming out"
+        )
+    return problems
+
+
+class StreamLoader:
+    """This rank's micro-batches, without end; every step has ``accumulation`` of them.
+
+    Which rows make a step does not depend on the ranks, as with any other plan. Where a step has
+    fewer micro-batches, or a rank no row in one, a marked row that carries no loss stands in.
+    """
+
+    batch_size = None
+
+    def __init__(
+        self,
+        dataset: StreamedExamples,
+        *,
+        plan: Callable[[Any], EpochSampler],
+        collate: Callable[[list[Any]], Any],
+        rows_per_block: int,
+        accumulation: int,
+    ) -> None:
+        """``plan``: makes this rank's sampler for rows with lengths."""
+        self.dataset = dataset
+        self._plan = plan
+        self._collate = collate
+        self._rows_per_block = rows_per_block
+        self._accumulation = accumulation
+        self._begins: list[tuple[int, BlockPlace]] = []
+        self._start, self._skipped, self._first_step = BlockPlace(), 0, 0
+
+    def go_on(self, position: Mapping[str, Any], step: int) -> None:
+        """Begin at a ``position`` that was saved after ``step`` optimizer steps."""
+        self._start = BlockPlace.from_json(position)
+        self._skipped = int(position["step"])
+        self._first_step = step - self._skipped
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where training stands after ``step`` optimizer steps, in values that JSON holds."""
+        known = [begin for begin in self._begins if begin[0] <= step]
+        first, place = known[-1] if known else (self._first_step, self._start)
+        return {**place.as_json(), "step": step - first}
+
+    def __iter__(self) -> Iterator[Any]:
+        step, skipped = self._first_step, self._skipped
+        self._begins = []
+        # Reading and tokenising the next block takes as long as many batches do.
+        for block in ahead(self.dataset.blocks(self._start, rows=self._rows_per_block), count=1):
+            self._begins.append((step, block.start))
+            sampler = self._plan(_Rows(block))
+            sampler.set_epoch(block.start.epoch * BLOCKS_OF_EPOCH + block.start.block)
+            rows = MarkedRows(block)
+            for number in range(sampler.steps):
+                step += 1
+                if skipped:
+                    skipped -= 1
+                    continue
+                for batch in self._micro_batches(sampler, number):
+                    yield self._collate(rows.__getitems__(batch.of_rank(sampler.rank)))
+
+    def _micro_batches(self, sampler: EpochSampler, step: int) -> Iterator[MicroBatch]:
+        batches = list(sampler.divided(step))
+        nothing = [np.empty(0, dtype=np.int64)] * sampler.world_size
+        spare = MicroBatch(nothing, batches[-1].spare)
+        missing = self._accumulation - len(batches)
+        if missing < 0:
+            raise RuntimeError(f"{len(batches)} micro-batches in a step of {self._accumulation}")
+        return itertools.chain(batches, itertools.repeat(spare, missing))
+
+
+class _Rows:
+    """A block's lengths, as samplers read them."""
+
+    def __init__(self, block: Block) -> None:
+        self._lengths = block.lengths
+
+    def __len__(self) -> int:
+        return len(self._lengths[0])
+
+    def __getitem__(self, row: int) -> dict[str, int]:
+        source, target = (int(side[row]) for side in self._lengths)
+        return {"source_length": source, "target_length": target}
