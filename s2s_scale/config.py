@@ -32,7 +32,7 @@ DEFAULT_TOKENS_PER_ROW = 1024
 DEFAULT_PACKED_TOKENS = 8192
 DEFAULT_BUCKETS = 8
 DEFAULT_SHUFFLE_BUFFER = 10_000
-DEFAULT_HANG_SECONDS = 600.0
+DEFAULT_FAULT_SECONDS = 120.0
 DEFAULT_GRACE_SECONDS = 60.0
 CHECKPOINT_FORMATS = ("portable", "native")
 GENERATION_ENGINES = ("transformers", "ctranslate2")
@@ -353,11 +353,12 @@ class TrainingExtras:
     max_nonfinite_steps: int = setting(
         3, "training", "Stop after this many steps whose loss or gradient is not finite."
     )
-    hang_timeout_seconds: float = setting(
-        DEFAULT_HANG_SECONDS,
+    fault_timeout_seconds: float = setting(
+        DEFAULT_FAULT_SECONDS,
         "training",
-        "End a run of several ranks in which none has made progress for this long, and name the "
-        "rank that is behind. More than the longest step takes; 0: wait for ever.",
+        "A rank that dies, hangs or is cut off ends the whole run within this time, with exit code "
+        "75 and its name. More than the longest micro-batch takes; a first step may compile for "
+        "longer. 0: a hang is none.",
     )
     grace_seconds: float = setting(
         DEFAULT_GRACE_SECONDS,

@@ -23,11 +23,15 @@ from s2s_scale.supervision import Ended, supervise
 
 @dataclass(frozen=True)
 class Rank:
-    """Where one process runs: ``device`` is such as ``cpu`` or ``cuda:0``."""
+    """Where one process runs: ``device`` is such as ``cpu`` or ``cuda:0``.
+
+    ``slot``: its number on the host, where a host file gives one.
+    """
 
     rank: int
     host: str
     device: str
+    slot: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Wishes:
     master_addr: str | None = None
     master_port: int | None = None
     launcher_runner: str | None = None
+    max_restarts: int | None = None
+    min_processes: int | None = None
 
     def given(self) -> list[str]:
         """The names of those that are given."""
@@ -101,7 +107,10 @@ def plan_launch(
 # Launcher -> the flags that it has a use for.
 USES = {
     "none": {"num_processes"},
-    "torchrun": {"num_processes", "num_nodes", "node_rank", "master_addr", "master_port"},
+    "torchrun": {
+        *("num_processes", "num_nodes", "node_rank", "master_addr", "master_port"),
+        *("max_restarts", "min_processes"),
+    },
     "deepspeed": {*vars(Wishes())},
 }
 ONLY_WITH_HOSTFILE = ("num_nodes", "node_rank", "launcher_runner")
@@ -126,7 +135,10 @@ def _refuse_without_effect(profile: LauncherProfile, wishes: Wishes, words: Sequ
         why = "without --hostfile"
     else:
         why = f"with profile '{profile.name}' (launcher {profile.launcher})"
-    raise_problems([f"--{name}: has no effect {why}; leave it out" for name in useless])
+    problems = [f"--{name}: has no effect {why}; leave it out" for name in useless]
+    if wishes.min_processes and not wishes.max_restarts and "min_processes" not in useless:
+        problems.append("--min_processes: has no effect without --max_restarts; add it")
+    raise_problems(problems)
 
 
 def _on_each_host(profile: LauncherProfile, wishes: Wishes, words: Sequence[str]) -> str:
@@ -140,7 +152,7 @@ def _on_each_host(profile: LauncherProfile, wishes: Wishes, words: Sequence[str]
     )
     first = wishes.master_addr or next(iter(hosts))
     port = wishes.master_port or TORCHRUN_PORT
-    kept = shlex.join(_without_flags(words, {"hostfile", "include", "exclude", *USES["torchrun"]}))
+    kept = shlex.join(without_flags(words, {"hostfile", "include", "exclude", *USES["torchrun"]}))
     commands = [
         f"on {host}: s2s-scale {kept} --num_nodes {len(hosts)} --node_rank {number} "
         f"--num_processes {len(slots)} --master_addr {first} --master_port {port}"
@@ -152,7 +164,7 @@ def _on_each_host(profile: LauncherProfile, wishes: Wishes, words: Sequence[str]
     )
 
 
-def _without_flags(words: Sequence[str], names: set[str]) -> list[str]:
+def without_flags(words: Sequence[str], names: set[str]) -> list[str]:
     """The words without these flags and their values."""
     kept: list[str] = []
     skip = False
@@ -337,7 +349,7 @@ def _deepspeed(
     this = socket.gethostname()
     places = [(host, name) for host, names in hosts.items() for name in names]
     ranks = [
-        Rank(rank, this if host == "localhost" else host, _device(profile, name))
+        Rank(rank, this if host == "localhost" else host, _device(profile, name), name)
         for rank, (host, name) in enumerate(places)
     ]
     if wishes.node_rank is not None:

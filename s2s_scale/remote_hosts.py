@@ -110,6 +110,27 @@ def answer(token: str) -> str:
     )
 
 
+def answering(hosts: Sequence[str]) -> list[str]:
+    """The hosts that answer over ssh now."""
+    with ThreadPoolExecutor(max_workers=min(32, len(hosts))) as pool:
+        answers = list(pool.map(_answers, hosts))
+    return [host for host, answer in zip(hosts, answers, strict=True) if answer]
+
+
+def _answers(host: str) -> bool:
+    try:
+        done = subprocess.run(
+            [*SSH, host, "true"],
+            capture_output=True,
+            timeout=ANSWER_SECONDS,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
 def _ask(host: str, token: Path | None) -> Found | str:
     """What ``host`` says, or what is wrong with it."""
     call = f"from s2s_scale.remote_hosts import answer; print(answer({str(token or '')!r}))"

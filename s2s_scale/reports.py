@@ -23,6 +23,8 @@ REPORT_TO = "S2S_SCALE_REPORT_TO"
 """Environment variable: ``host:port`` of the process that started the run."""
 REPORT_TOKEN = "S2S_SCALE_REPORT_TOKEN"
 """Environment variable: what a report must begin with."""
+RUN_VARIABLE = "S2S_SCALE_RUN"
+"""Environment variable: what marks the checkpoints of one command, however often it restarts."""
 
 EXIT_USER_ERROR = 2
 ATTEMPTS = 3

@@ -322,7 +322,7 @@ _LEAST = {
     "weight_decay": 0,
     "max_grad_norm": 0,
     "max_nonfinite_steps": 1,
-    "hang_timeout_seconds": 0,
+    "fault_timeout_seconds": 0,
     "grace_seconds": 0,
     "max_compilations": 1,
 }

@@ -40,10 +40,14 @@ EXIT_FAULT = 75
 """Exit code of a rank whose watchdog ended it (sysexits' EX_TEMPFAIL: trying again may help)."""
 
 BEAT_SECONDS = 2.0
+SILENCE_SECONDS = 20.0
+"""Without a sign of life for so long a rank counts as cut off."""
 ORDERLY_SECONDS = 5.0
 """How long a rank may take to end by itself after another rank has failed with an error."""
-PAUSE_FACTOR = 6
-"""Work without marks (loading, tokenising, the report) may take this many ``hang_seconds``."""
+PAUSE_SECONDS = 3600.0
+"""How long work without marks may take: loading, tokenising, compiling the first step, a save."""
+HANG_SHARE = 0.85
+"""Share of ``fault_seconds`` after which a run that stands still hangs; the rest is for its end."""
 PLACES_SHOWN = 16
 
 GatherObjects = Callable[[Any], "list[Any]"]
@@ -139,12 +143,12 @@ class Judge:
         if not running:
             return
         paused = any(self.ranks[rank].paused for rank in running)
-        limit = self.hang_seconds * (PAUSE_FACTOR if paused else 1)
+        limit = max(PAUSE_SECONDS, self.hang_seconds) if paused else self.hang_seconds
         if now - max(self.ranks[rank].moved_at for rank in running) < limit:
             return
         behind = self._behind(running)
         also = ", ".join(f"rank {rank} on {self.ranks[rank].host}" for rank in behind[1:])
-        cause = f"no progress for {limit:g} s (--hang_timeout_seconds {self.hang_seconds:g}); "
+        cause = f"no progress for {limit:g} s (--fault_timeout_seconds); "
         cause += f"it stands {self.ranks[behind[0]].where}"
         self._found(behind[0], cause + (f"; likewise {also}" if also else ""))
 
@@ -241,7 +245,7 @@ class Watchdog:
         *,
         host: str,
         hang_seconds: float,
-        silence_seconds: float = 20,
+        silence_seconds: float = SILENCE_SECONDS,
         on_fault: Callable[[Fault], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -487,16 +491,25 @@ def pause(what: str) -> Iterator[None]:
 
 @contextmanager
 def watching(
-    rank: int, world_size: int, *, gather_objects: GatherObjects, hang_seconds: float
+    rank: int, world_size: int, *, gather_objects: GatherObjects, fault_seconds: float
 ) -> Iterator[None]:
     """A rank's work: watched where there are several, and its errors told to all who must know.
+
+    ``fault_seconds``: within this time after a rank has gone wrong, all have ended; 0: a hang does
+    not count.
 
     Every rank must enter it. An error inside is reported before anything is closed, because the
     other ranks fail as soon as this one's connections close.
     """
     global _active
     host = socket.gethostname()
-    watchdog = Watchdog(rank, world_size, host=host, hang_seconds=hang_seconds)
+    watchdog = Watchdog(
+        rank,
+        world_size,
+        host=host,
+        hang_seconds=HANG_SHARE * fault_seconds,
+        silence_seconds=min(SILENCE_SECONDS, fault_seconds / 2) or SILENCE_SECONDS,
+    )
     if world_size > 1:
         watchdog.start(gather_objects)
         _active = watchdog

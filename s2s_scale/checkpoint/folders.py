@@ -68,12 +68,18 @@ def check_whole(folder: Path) -> None:
         verify(folder)
 
 
-def newest_verified(output_dir: Path, note: Note = lambda text: None) -> Path | None:
+def newest_verified(
+    output_dir: Path,
+    note: Note = lambda text: None,
+    *,
+    among: Callable[[Path], bool] = lambda folder: True,
+) -> Path | None:
     """The newest checkpoint whose files are what its manifest says; None if there is none.
 
     ``note`` is told of each newer one that is skipped, with the reason. Every byte is read.
+    ``among`` says which are looked at.
     """
-    for folder in reversed(checkpoints(output_dir)):
+    for folder in filter(among, reversed(checkpoints(output_dir))):
         try:
             check_whole(folder)
             return folder

@@ -8,16 +8,22 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from s2s_scale import __version__
 from s2s_scale.cli.verbs import Verb, verbs
-from s2s_scale.config import DEFAULT_GRACE_SECONDS
+from s2s_scale.config import DEFAULT_FAULT_SECONDS, DEFAULT_GRACE_SECONDS
 from s2s_scale.errors import UserError, did_you_mean
 from s2s_scale.maintenance import MaintenanceWatch
 from s2s_scale.preemption import EXIT_RESUME, Stopped, guarding
 from s2s_scale.rank_variables import adopt
 from s2s_scale.settings import Settings
 from s2s_scale.settings.values import TRUE_WORDS
+
+if TYPE_CHECKING:
+    from s2s_scale.launch import Launch, Wishes
+    from s2s_scale.restarts import Command
+    from s2s_scale.supervision import Ended
 
 EXIT_USER_ERROR = 2
 HELP_WORDS = ("-h", "--help")
@@ -133,8 +139,9 @@ def version_line() -> str:
 def _launched(verb: Verb, words: list[str]) -> int:
     """A verb that a profile starts: the launcher's environment first, then the runner."""
     from s2s_scale.cli.build import build_settings
-    from s2s_scale.launch import describe, plan_launch, start, wishes_of
+    from s2s_scale.launch import describe, plan_launch, wishes_of
     from s2s_scale.remote_hosts import check_hosts
+    from s2s_scale.restarts import Command
 
     settings = build_settings(verb, words[1:])
     assert settings.profile is not None  # every verb that comes here has --profile
@@ -155,10 +162,7 @@ def _launched(verb: Verb, words: list[str]) -> int:
             address = check_hosts(launch.hosts, Path(folder) if folder else None)
             wishes = dataclasses.replace(wishes, master_addr=wishes.master_addr or address)
             launch = plan_launch(settings.profile, bare, environ=os.environ, wishes=wishes)
-        for note in launch.notes:
-            print(f"note: {note}", file=sys.stderr)
-        grace = float(settings.get("grace_seconds", DEFAULT_GRACE_SECONDS))
-        return start(launch, environ=os.environ, grace_seconds=grace).code
+        return _start(settings, launch, Command(tuple(bare), wishes, settings.values))
     with guarding(float(settings.get("grace_seconds", DEFAULT_GRACE_SECONDS))) as guard:
         if guard is None or settings.profile.device != "tpu":
             return _work(verb, settings, launch.environment)
@@ -168,6 +172,27 @@ def _launched(verb: Verb, words: list[str]) -> int:
             return _work(verb, settings, launch.environment)
         finally:
             watch.stop()
+
+
+def _start(settings: Settings, launch: Launch, command: Command) -> int:
+    """Start the ranks, and again after a fault where that is wanted."""
+    from s2s_scale.launch import plan_launch, start
+    from s2s_scale.restarts import run_to_its_end
+
+    profile = settings.profile
+    assert profile is not None
+    grace = float(settings.get("grace_seconds", DEFAULT_GRACE_SECONDS))
+
+    def plan(words: tuple[str, ...], wishes: Wishes) -> Launch:
+        return plan_launch(profile, words, environ=os.environ, wishes=wishes)
+
+    def begin(launch: Launch) -> Ended:
+        for note in launch.notes:
+            print(f"note: {note}", file=sys.stderr)
+        return start(launch, environ=os.environ, grace_seconds=grace)
+
+    fault = float(settings.get("fault_timeout_seconds", DEFAULT_FAULT_SECONDS))
+    return run_to_its_end(launch, command, plan=plan, start=begin, fault_seconds=fault)
 
 
 def _work(verb: Verb, settings: Settings, environment: Mapping[str, str]) -> int:

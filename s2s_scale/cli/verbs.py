@@ -57,6 +57,22 @@ LAUNCH = (
         "What DeepSpeed reaches the hosts by. Default: pdsh.",
         choices=("pdsh", "openmpi", "mpich", "mvapich", "slurm", "impi"),
     ),
+    option(
+        "max_restarts",
+        "int",
+        None,
+        "launch",
+        "After a fault (a rank killed, hung or cut off) start the run again from its newest "
+        "checkpoint, at most so often. Default: 0.",
+    ),
+    option(
+        "min_processes",
+        "int",
+        None,
+        "launch",
+        "Start it again with fewer processes where a host or device is gone, but with no fewer "
+        "than this; steps keep their rows. Default: all are needed.",
+    ),
     option("dry_run", "bool", False, "launch", "Show what would be started, and start nothing."),
 )
 # Training options that also matter where a model is only evaluated.
@@ -297,7 +313,8 @@ def _check_train(given: Mapping[str, Any]) -> list[str]:
 
 
 def _check_launch(given: Mapping[str, Any]) -> list[str]:
-    problems = _below(given, 1, "num_processes", "num_nodes") + _below(given, 0, "node_rank")
+    problems = _below(given, 1, "num_processes", "num_nodes", "min_processes")
+    problems += _below(given, 0, "node_rank", "max_restarts")
     port = given.get("master_port")
     if port is not None and not 1 <= port <= 65535:
         problems.append(f"--master_port: expected a port from 1 to 65535, got {port}")

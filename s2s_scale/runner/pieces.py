@@ -16,7 +16,7 @@ import transformers
 from s2s_scale import models
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.config import (
-    DEFAULT_HANG_SECONDS,
+    DEFAULT_FAULT_SECONDS,
     DEFAULT_SHUFFLE_BUFFER,
     DataArguments,
     ModelArguments,
@@ -65,7 +65,7 @@ def open_backend(settings: Settings) -> Iterator[Backend]:
     backend = make_backend(profile.backend, profile.device, profile.mesh)
     raise_problems(list(backend.problems()))
     backend.prepare_process()
-    hang_seconds = float(settings.get("hang_timeout_seconds", DEFAULT_HANG_SECONDS))
+    fault_seconds = float(settings.get("fault_timeout_seconds", DEFAULT_FAULT_SECONDS))
     # Its bars over the shards of a file say nothing that our own lines do not.
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -73,7 +73,7 @@ def open_backend(settings: Settings) -> Iterator[Backend]:
             backend.data_rank,
             backend.data_world_size,
             gather_objects=backend.gather_objects,
-            hang_seconds=hang_seconds,
+            fault_seconds=fault_seconds,
         ):
             yield backend
     finally:

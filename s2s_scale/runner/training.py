@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from s2s_scale.backends import Backend
 from s2s_scale.checkpoint import (
     STATE_FILE,
+    DamagedCheckpoint,
     check_writable,
+    newest_verified,
     refuse_earlier_run,
     remove_earlier_run,
     resolve_resume,
@@ -22,12 +25,14 @@ from s2s_scale.checkpoint import (
     writing,
 )
 from s2s_scale.checkpoint.lock import locked
+from s2s_scale.checkpoint.portable import SETTINGS, read_json
 from s2s_scale.data.sources import Split, has_split, load_pairs
 from s2s_scale.data.streams import open_stream
 from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.evaluation.metrics import TextMetrics
 from s2s_scale.planner import shape_rows
 from s2s_scale.report.results import Results, print_table, write_run_report
+from s2s_scale.reports import RUN_VARIABLE
 from s2s_scale.runner.pieces import (
     Run,
     build_trainer,
@@ -55,9 +60,7 @@ def train(settings: Settings) -> int:
     with open_backend(settings) as backend, ExitStack() as stack:
         run = read_settings(settings, backend, trains=True)
         args = run.training_args
-        resume = on_main(
-            backend, lambda: resolve_resume(args.resume_from_checkpoint, run.output_dir, print_note)
-        )
+        resume = on_main(backend, lambda: _resume(args.resume_from_checkpoint, run.output_dir))
         if resume is None and not args.overwrite_output_dir:
             refuse_earlier_run(run.output_dir)
         check_writable(run.output_dir)
@@ -80,6 +83,22 @@ def train(settings: Settings) -> int:
         stack.callback(trainer.wait_for_background_save)
         on_main(backend, lambda: tidy(run.output_dir))
         return _train(run, trainer, examples, resume)
+
+
+def _resume(value: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint to go on from: after a restart this command's own, else what was asked for."""
+    mark = os.environ.get(RUN_VARIABLE)
+
+    def own(folder: Path) -> bool:
+        try:
+            return bool(read_json(folder / SETTINGS).get("run") == mark)
+        except (OSError, DamagedCheckpoint):
+            return False
+
+    found = None
+    if mark and (found := newest_verified(output_dir, print_note, among=own)):
+        print_note(f"goes on from {found}")
+    return found or resolve_resume(value, output_dir, print_note)
 
 
 def on_main(backend: Backend, find: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -15,6 +16,7 @@ from s2s_scale.data.cache import hash_tokenizer
 from s2s_scale.data.fingerprint import rows_fingerprint
 from s2s_scale.data.samplers import EpochSampler, PlanSampler
 from s2s_scale.data.streamed_examples import StreamedExamples
+from s2s_scale.reports import RUN_VARIABLE
 from s2s_scale.trainer.graphs import GraphTrainer
 from s2s_scale.training_arguments import TOKEN_OPTIONS
 
@@ -86,7 +88,11 @@ class PositionTrainer(GraphTrainer):
         given = self.settings_of_run or {}
         settings = {n: {"value": value, "origin": origin} for n, (value, origin) in given.items()}
         versions = {"s2s-scale": __version__, **{name: _version(name) for name in _VERSIONED}}
-        return {"settings": settings, "versions": {k: v for k, v in versions.items() if v}}
+        return {
+            "settings": settings,
+            "versions": {k: v for k, v in versions.items() if v},
+            "run": os.environ.get(RUN_VARIABLE),
+        }
 
     def _optimizer_name(self) -> str:
         """The kind of optimizer, whatever is wrapped around it; fused or not is the same kind."""

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.trainer_callback import ExportableState
 
+from s2s_scale import watchdog
 from s2s_scale.checkpoint import (
     STATE_FILE,
     TRAINING_STATE,
@@ -76,7 +77,7 @@ class SavingTrainer(PositionTrainer):
         if self.state.best_global_step and (best == final or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
         self._collect_for_saving()
-        with self._not_training():
+        with self._not_training(), watchdog.pause("saving"):
             self.settle_background_save(wait=True)
             if self.args.save_in_background:
                 self._save_in_background(final)

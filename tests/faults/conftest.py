@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import Task, make_task
+from tests.faults.runs import EVALUATES, Task, make_task
 from tests.support.forkserver import ForkServer
 
 
@@ -25,5 +25,5 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 def whole(server: ForkServer, task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of the run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
-    server.run(task.words(folder / "run"), ranks=1, folder=folder)
+    server.run(task.words(folder / "run", *EVALUATES), ranks=1, folder=folder)
     return folder / "run"

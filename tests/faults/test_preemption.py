@@ -9,7 +9,7 @@ import pytest
 
 from s2s_scale.checkpoint import newest_verified
 from s2s_scale.preemption import EXIT_RESUME
-from tests.faults.runs import BOUND, EVALUATED, STEPS, deviation, history
+from tests.faults.runs import BOUND, EVALUATED, EVALUATES, STEPS, deviation, history
 from tests.support.moments import MARK, MOMENT
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ def test_a_run_that_is_stopped_four_times_is_the_run_that_was_not(
 ):
     output, seconds = tmp_path / "run", {}
     profile = "cpu" if count == 1 else "cpu-ddp"
-    words = task.words(output, profile=profile, ranks=count)
+    words = task.words(output, *EVALUATES, profile=profile, ranks=count)
     for moment, (number, more, step) in MOMENTS.items():
         mark = tmp_path / moment
         ranks = server.start(

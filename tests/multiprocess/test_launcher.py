@@ -15,6 +15,7 @@ from s2s_scale.models.new_model import new_model
 from tests.support.command import finish, run_command, start_command
 from tests.support.copying import write_copy_task
 from tests.support.faults import HANG, MESSAGE, RAISE, faulty_path
+from tests.support.processes import rank_below
 
 COMMON = """--per_device_train_batch_size 8 --learning_rate 1e-3 --logging_steps 1 --disable_tqdm
     --report_to none --dropout 0 --seed 0""".split()
@@ -76,7 +77,7 @@ def test_a_mistake_in_the_data_is_one_line_that_names_the_rank(model, data, tmp_
 FAULTS = {
     "killed": (signal.SIGKILL, 128 + signal.SIGKILL, "SIGKILL"),
     "raising": (RAISE, 1, MESSAGE),
-    "hanging": (HANG, 75, "no progress for 12 s"),
+    "hanging": (HANG, 75, "no progress for 11.9 s"),
 }
 
 
@@ -86,9 +87,9 @@ def test_a_fault_ends_the_run_and_names_the_rank(model, data, tmp_path, monkeypa
     monkeypatch.setenv("PYTHONPATH", faulty_path(tmp_path / "faults"))
     process = start_command(
         *words(model, data, tmp_path / "run", *ENDLESS, "--profile", "cpu-ddp"),
-        *("--hang_timeout_seconds", 12),
+        *("--fault_timeout_seconds", 14),
     )
-    victim = _rank(process.pid, "1", tmp_path / "run")
+    victim = rank_below(process.pid, "1", tmp_path / "run")
     began = time.monotonic()
     os.kill(victim, number)
     outcome = finish(process, limit_s=90)
@@ -101,31 +102,6 @@ def test_a_fault_ends_the_run_and_names_the_rank(model, data, tmp_path, monkeypa
     assert words_of_fault in line
     if fault == "hanging":
         assert "it stands at " in line and "(step " in line and ", in hang, " in line
-
-
-def _rank(ancestor: int, rank: str, output: Path) -> int:
-    """Process id of a rank below ``ancestor``, once the run has saved something."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if list(output.glob("checkpoint-*")):
-            for pid in _descendants(ancestor):
-                try:
-                    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                except OSError:
-                    continue
-                if f"RANK={rank}".encode() in environment:
-                    return pid
-        time.sleep(0.2)
-    raise AssertionError(f"rank {rank} never saved a checkpoint")
-
-
-def _descendants(pid: int) -> list[int]:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    below = [int(child) for child in children]
-    return below + [found for child in below for found in _descendants(child)]
 
 
 def test_generate_refuses_several_ranks(model):

@@ -47,6 +47,10 @@ class Host:
         """Pull the cable."""
         _run("ip", "-n", self.name, "link", "set", INTERFACE, "down")
 
+    def connect(self) -> None:
+        """Put the cable back."""
+        _run("ip", "-n", self.name, "link", "set", INTERFACE, "up")
+
     def command(self, words: Sequence[object]) -> list[str]:
         """The words, run on this host."""
         return ["ip", "netns", "exec", self.name, *map(str, words)]

@@ -20,6 +20,7 @@ LAYERS = (
         "profiles",
         "rank_variables",
         "remote_hosts",
+        "restarts",
         "launch",
         "torchrun",
         "data",

@@ -79,7 +79,7 @@ def test_contradicting_twins_are_an_error_that_names_both(tmp_path, values, name
         ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
         ({"dropout": 1.5}, "dropout=1.5"),
         ({"max_nonfinite_steps": 0}, "max_nonfinite_steps=0"),
-        ({"hang_timeout_seconds": -1}, "hang_timeout_seconds=-1: expected at least 0"),
+        ({"fault_timeout_seconds": -1}, "fault_timeout_seconds=-1: expected at least 0"),
         ({"lr_power": 2.0}, "lr_power=2.0: has no effect on the schedule 'linear'"),
         (
             {

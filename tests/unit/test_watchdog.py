@@ -97,8 +97,8 @@ def test_one_rank_that_goes_on_is_progress_enough():
 def test_work_without_marks_has_a_longer_limit():
     story = Story()
     loading = beat(0, "at preparing", paused=True)
-    assert story.passes(350, r0=loading, r1=beat(1, waits=True)) is None
-    assert "no progress for 360 s" in str(story.passes(15, r0=loading, r1=beat(1, waits=True)))
+    assert story.passes(3590, r0=loading, r1=beat(1, waits=True)) is None
+    assert "no progress for 3600 s" in str(story.passes(15, r0=loading, r1=beat(1, waits=True)))
 
 
 def test_the_judge_that_stood_still_itself_blames_nobody():

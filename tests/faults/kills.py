@@ -1,0 +1,155 @@
+"""Runs whose ranks are killed at random moments, and started again by the same command."""
+
+from __future__ import annotations
+
+import queue
+import random
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.faults.runs import BOUND, STEPS, Task, deviation, history
+from tests.support.forkserver import ForkServer, Rank
+from tests.support.moments import NO_REPORT
+
+PROFILES = (
+    ("cpu", 1),
+    ("cpu-ddp", 2),
+    ("cpu-zero2", 2),
+    ("cpu", 1),
+    ("cpu-oss", 2),
+    ("cpu-zero1", 2),
+    ("cpu-zero3", 2),
+)
+FLAGS = "--save_steps 2 --save_total_limit 2".split()
+IN_A_SAVE = 0.55
+"""Share of kills that are aimed at a save; some of them come too late."""
+LONGEST_SECONDS = 4.0
+"""A kill that is aimed at no save comes within so many seconds of the start."""
+SAVE_SECONDS = 0.12
+LEAVE_SECONDS = 60.0
+"""How long the ranks that are left may take to see that one is gone."""
+
+
+@dataclass
+class Kill:
+    """A kill: which ranks of how many, and whether a checkpoint was being written."""
+
+    victims: int
+    ranks: int
+    in_a_save: bool
+    before_the_first: bool
+
+    @property
+    def of_all(self) -> bool:
+        return self.victims == self.ranks
+
+
+@dataclass
+class Outcome:
+    """What became of a run. ``trouble``: why it needed a hand; empty where it did not."""
+
+    profile: str
+    kills: list[Kill] = field(default_factory=list)
+    deviation: float = float("inf")
+    trouble: str = ""
+    seconds: float = 0.0
+
+
+def kill_runs(
+    count: int, task: Task, folder: Path, *, seed: int = 0, workers: int = 2
+) -> Iterator[Outcome]:
+    """So many runs, each killed one to three times and brought to its end."""
+    with ForkServer(["deepspeed"]) as server:
+        server.run(task.words(folder / "whole", *FLAGS), ranks=1, folder=folder / "logs", **_QUIET)
+    with ExitStack() as stack:
+        free: queue.Queue[ForkServer] = queue.Queue()
+        for _ in range(workers):
+            free.put(stack.enter_context(ForkServer(["deepspeed"])))
+
+        def work(number: int) -> Outcome:
+            server = free.get()
+            try:
+                return one_run(server, task, folder, number, random.Random(f"{seed}-{number}"))
+            finally:
+                free.put(server)
+
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(work, range(count))
+
+
+_QUIET = {"environment": {NO_REPORT: "1"}}
+
+
+def one_run(
+    server: ForkServer, task: Task, folder: Path, number: int, chance: random.Random
+) -> Outcome:
+    """Kill a run one to three times, go on by the same command, and look at what it gave."""
+    profile, count = PROFILES[number % len(PROFILES)]
+    output, logs = folder / f"run-{number}", folder / f"logs-{number}"
+    words = task.words(output, *FLAGS, profile=profile, ranks=count)
+    outcome, began = Outcome(profile), time.monotonic()
+    for leg in range(chance.randint(1, 3)):
+        ranks = server.start(words, ranks=count, folder=logs / str(leg), **_QUIET)
+        kill = _kill(server, ranks, output, chance)
+        if kill is not None:
+            outcome.kills.append(kill)
+        try:
+            codes = server.wait(ranks, limit=LEAVE_SECONDS)
+        except AssertionError as error:
+            outcome.trouble = f"ranks that were left did not end: {error}"
+            return outcome
+        if 0 in codes and set(codes) != {0}:
+            outcome.trouble = f"a rank ended well although another was killed: {codes}"
+            return outcome
+        wrong = [code for code in codes if code not in (0, 75, -signal.SIGKILL)]
+        if wrong:
+            outcome.trouble = f"exit codes {codes}:\n" + "\n".join(r.text for r in ranks)
+            return outcome
+    try:
+        server.run(words, ranks=count, folder=logs / "last", **_QUIET)
+        outcome.deviation = deviation(output, folder / "whole")
+        losses = history(output, "loss")
+        if outcome.deviation > BOUND:
+            outcome.trouble = f"final weights are off by {outcome.deviation:.1e}"
+        elif list(losses) != list(range(1, STEPS + 1)):
+            outcome.trouble = f"steps in the log: {list(losses)}"
+    except AssertionError as error:
+        outcome.trouble = f"it did not go on: {error}"
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def _kill(
+    server: ForkServer, ranks: Sequence[Rank], output: Path, chance: random.Random
+) -> Kill | None:
+    """Kill one rank or all of them at a random moment; None if the run was over before."""
+    if chance.random() < IN_A_SAVE:
+        _wait_for_save(server, ranks, output, chance.randint(1, 3))
+        time.sleep(chance.random() * SAVE_SECONDS)
+    else:
+        time.sleep(chance.random() * LONGEST_SECONDS)
+    if any(server.code(rank) is not None for rank in ranks):
+        return None
+    victims = list(ranks) if chance.random() < 0.5 else [chance.choice(ranks)]
+    for rank in victims:
+        rank.signal(signal.SIGKILL)
+    # A killed rank 0 writes no more, so what it was writing still stands there.
+    saving = any(output.glob(".checkpoint-*"))
+    return Kill(len(victims), len(ranks), saving, not any(output.glob("checkpoint-*")))
+
+
+def _wait_for_save(server: ForkServer, ranks: Sequence[Rank], output: Path, wanted: int) -> None:
+    """Until the so-many-th checkpoint is being written, or the run is over."""
+    seen: set[str] = set()
+    looks = 0
+    while len(seen) < wanted:
+        seen |= {path.name for path in output.glob(".checkpoint-*.incomplete")}
+        looks += 1
+        if looks % 50 == 0 and any(server.code(rank) is not None for rank in ranks):
+            return
+        time.sleep(0.002)

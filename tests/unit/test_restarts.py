@@ -1,0 +1,115 @@
+"""After which ends a run is started again, and with what."""
+
+from __future__ import annotations
+
+import pytest
+
+from s2s_scale import restarts
+from s2s_scale.errors import UserError
+from s2s_scale.launch import Launch, Rank, Wishes
+from s2s_scale.reports import RUN_VARIABLE
+from s2s_scale.restarts import Command, divided, is_fault, run_to_its_end
+from s2s_scale.supervision import Ended
+
+WORDS = ("train", "--per_device_train_batch_size=4", "--data_dir", "d")
+
+
+def launch_on(*hosts, words=WORDS, remote=True):
+    ranks = tuple(Rank(n, host, "cpu", str(n % 2)) for n, host in enumerate(hosts))
+    return Launch(command=words, environment={}, ranks=ranks, in_process=False, remote=remote)
+
+
+class Story:
+    """Ends of a run one after the other, and what was started for each."""
+
+    def __init__(self, *ends, hosts=("a", "a", "b", "b")):
+        self.ends = list(ends)
+        self.hosts = hosts
+        self.started = []
+
+    def plan(self, words, wishes):
+        if wishes.include:
+            hosts = [p.split(":")[0] for p in wishes.include.split("@") for _ in range(2)]
+        else:
+            hosts = self.hosts
+        return launch_on(*hosts, words=words)
+
+    def start(self, launch):
+        self.started.append(launch)
+        return self.ends.pop(0)
+
+    def run(self, *, values=None, **wishes):
+        command = Command(WORDS, Wishes(**wishes), values or {"per_device_train_batch_size": 4})
+        return run_to_its_end(
+            launch_on(*self.hosts), command, plan=self.plan, start=self.start, fault_seconds=0.1
+        )
+
+
+@pytest.fixture(autouse=True)
+def all_answer(monkeypatch):
+    monkeypatch.setattr(restarts, "answering", list)
+    monkeypatch.setattr(restarts, "LOOK_SECONDS", 0.01)
+
+
+FAULT, KILLED, DONE = Ended(75), Ended(137), Ended(0)
+
+
+@pytest.mark.parametrize("ended", [DONE, Ended(1), Ended(2), Ended(85), Ended(137, asked=True)])
+def test_ends_that_are_no_fault(ended):
+    assert not is_fault(ended)
+    story = Story(ended)
+    assert story.run(max_restarts=3) == ended.code and len(story.started) == 1
+
+
+def test_a_run_is_started_again_after_each_fault_under_one_mark(capsys):
+    story = Story(FAULT, KILLED, DONE)
+    assert story.run(max_restarts=2) == 0
+    assert len({launch.environment[RUN_VARIABLE] for launch in story.started}) == 1
+    assert [launch.command for launch in story.started] == [WORDS] * 3
+    assert "(2 of --max_restarts 2)" in capsys.readouterr().err
+
+
+def test_the_last_fault_is_the_end():
+    story = Story(FAULT, FAULT)
+    assert story.run(max_restarts=1) == 75 and len(story.started) == 2
+    assert Story(FAULT).run() == 75
+
+
+def test_a_host_that_is_gone_is_left_out_and_steps_keep_their_rows(monkeypatch, capsys):
+    monkeypatch.setattr(restarts, "answering", lambda hosts: [h for h in hosts if h == "a"])
+    story = Story(FAULT, DONE)
+    assert story.run(max_restarts=1, min_processes=2) == 0
+    assert [rank.host for rank in story.started[1].ranks] == ["a", "a"]
+    assert story.started[1].command == (
+        *("train", "--data_dir", "d"),
+        *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"),
+    )
+    assert "without b, which does not answer" in capsys.readouterr().err
+
+
+def test_tokens_need_no_other_step():
+    story = Story(FAULT, DONE, hosts=("a", "a", "b", "b"))
+    values = {"batching": "tokens"}
+    assert story.run(max_restarts=1, values=values) == 0
+
+
+def test_fewer_than_allowed_end_the_run(monkeypatch):
+    monkeypatch.setattr(restarts, "answering", lambda hosts: [h for h in hosts if h == "a"])
+    with pytest.raises(UserError, match="2 of 4 processes are left; expected 4 or more"):
+        Story(FAULT, DONE).run(max_restarts=1)
+    with pytest.raises(UserError, match="2 of 4 processes are left; expected 3 or more"):
+        Story(FAULT, DONE).run(max_restarts=1, min_processes=3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "processes", "most", "found"),
+    [
+        (32, 2, 8, (8, 2)),
+        (48, 3, 12, (8, 2)),
+        (48, 3, 16, (16, 1)),
+        (32, 3, 8, None),
+        (2, 2, 8, (1, 1)),
+    ],
+)
+def test_rows_of_a_step_on_fewer_processes(rows, processes, most, found):
+    assert divided(rows, processes, most) == found
