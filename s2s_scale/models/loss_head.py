@@ -54,10 +54,17 @@ class LossHead:
         model: one for which ``loss_head_problem`` is None; not what it was wrapped in.
         smoothing: label smoothing epsilon.
         static_shapes: see ``linear_cross_entropy``.
+        compiled: the model is one of ``torch.compile``. It cannot trace the loss, which then runs
+            between two of its graphs.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, smoothing: float = 0.0, static_shapes: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        smoothing: float = 0.0,
+        static_shapes: bool = False,
+        compiled: bool = False,
     ) -> None:
         family = FAMILIES[model.config.model_type]
         self.model = model
@@ -67,7 +74,8 @@ class LossHead:
         self._labels: Tensor | None = None
         self._logits_bias: Tensor | None = None
         # One function object for all calls: torch.compile compiles anew for another one.
-        self._forward = self._sums
+        self._forward = torch.compiler.disable(self._sums) if compiled else self._sums
+        self._no_bias: Tensor | None = None
 
     @contextmanager
     def ends_in_loss(self, labels: Tensor) -> Iterator[None]:
@@ -81,7 +89,9 @@ class LossHead:
         if self._bias_name is not None:
             # The model adds it to what comes out of the projection: here it goes in.
             self._logits_bias = getattr(self.model, self._bias_name)
-            setattr(self.model, self._bias_name, self._logits_bias.new_zeros(1, 1))
+            if self._no_bias is None or self._no_bias.device != self._logits_bias.device:
+                self._no_bias = self._logits_bias.new_zeros(1, 1)
+            setattr(self.model, self._bias_name, self._no_bias)
         try:
             yield
         finally:

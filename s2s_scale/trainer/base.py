@@ -66,12 +66,13 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         self.backend = backend or make_backend("local")
         self.data_args = data_args
         rows = given.get("train_dataset")
+        compiles = self.backend.static_shapes or given["args"].torch_compile
         if isinstance(rows, StreamedExamples):
             given["args"].tokens_by_default()
-            problems = streaming_problems(given["args"], static_shapes=self.backend.static_shapes)
+            problems = streaming_problems(given["args"], static_shapes=compiles)
             raise_problems(problems)
             given["args"].ignore_data_skip = True  # the stream itself begins where it left off
-        elif self.backend.static_shapes and has_length(rows):
+        elif compiles and has_length(rows):
             given["args"].tokens_by_default()
         self.text_evaluation_for = text_evaluation_for
         super().__init__(**given)

@@ -32,8 +32,11 @@ from s2s_scale.trainer.meters import TrainingMeter
 from s2s_scale.trainer.optimization import OptimizationTrainer
 from s2s_scale.trainer.sampling import make_sampler
 from s2s_scale.trainer.streaming import StreamLoader
+from s2s_scale.training_arguments import TOKEN_OPTIONS
 
 MEASURED_STEPS = 200
+GRAPHS_PER_SHAPE = 2
+"""In training and in evaluation, of each of a model's functions that torch.compile compiles."""
 
 
 class BatchTrainer(OptimizationTrainer):
@@ -77,7 +80,10 @@ class BatchTrainer(OptimizationTrainer):
     @property
     def _num_buckets(self) -> int | None:
         """How many shapes the batches of a data set may have; None: any."""
-        default = DEFAULT_BUCKETS if self.backend.static_shapes else None
+        compiles = self.backend.static_shapes or (
+            self.args.torch_compile and self.args.batching in TOKEN_OPTIONS
+        )
+        default = DEFAULT_BUCKETS if compiles else None
         return default if self.args.num_buckets is None else self.args.num_buckets
 
     def plan_summary(self) -> PlanSummary | None:
@@ -112,6 +118,8 @@ class BatchTrainer(OptimizationTrainer):
         sampler = self._get_train_sampler()
         assert isinstance(sampler, EpochSampler)
         self._step_callback.sampler = sampler
+        if self.args.torch_compile:
+            self._allow_graphs()
         if sampler.accumulation != self.args.gradient_accumulation_steps:
             self.backend.set_accumulation(self.args, sampler.accumulation)
         dataset, collate = self._model_columns(self.train_dataset, "training")
@@ -123,6 +131,16 @@ class BatchTrainer(OptimizationTrainer):
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.backend.data_rank),
             **loader_options(self.args),
         )
+
+    def _allow_graphs(self) -> None:
+        """Let torch.compile keep a graph for each shape; past its own bound it goes on uncompiled.
+
+        Training and evaluation each have graphs of their own.
+        """
+        wanted = GRAPHS_PER_SHAPE * (self._num_buckets or DEFAULT_BUCKETS)
+        from torch._dynamo import config as settings
+
+        settings.recompile_limit = max(settings.recompile_limit, wanted)
 
     def _find_budget(self) -> int:
         """Padded tokens of the largest micro-batch that fits; every rank must call it.

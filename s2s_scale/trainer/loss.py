@@ -84,7 +84,8 @@ class LossTrainer(TrainerBase):
             self._loss_head = LossHead(
                 model,
                 smoothing=self.args.label_smoothing or 0.0,
-                static_shapes=self.backend.static_shapes or self.args.torch_compile,
+                static_shapes=self.backend.static_shapes,
+                compiled=self.args.torch_compile,
             )
         return self._loss_head
 
