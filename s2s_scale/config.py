@@ -33,6 +33,8 @@ DEFAULT_PACKED_TOKENS = 8192
 DEFAULT_BUCKETS = 8
 DEFAULT_SHUFFLE_BUFFER = 10_000
 DEFAULT_FAULT_SECONDS = 120.0
+DEFAULT_SPIKE_WINDOW = 50
+BAD_STEPS = ("skip", "rollback")
 DEFAULT_GRACE_SECONDS = 60.0
 CHECKPOINT_FORMATS = ("portable", "native")
 GENERATION_ENGINES = ("transformers", "ctranslate2")
@@ -352,6 +354,23 @@ class TrainingExtras:
     )
     max_nonfinite_steps: int = setting(
         3, "training", "Stop after this many steps whose loss or gradient is not finite."
+    )
+    loss_spike_factor: float | None = setting(
+        None,
+        "training",
+        "Take a step as bad, like one that is not finite, if its loss is above this many times the "
+        f"median of the last {DEFAULT_SPIKE_WINDOW} steps. Default: no loss is too high.",
+    )
+    max_loss_spikes: int | None = setting(
+        None, "training", "Stop after this many such steps. Default: 10."
+    )
+    on_bad_step: str = setting(
+        "skip",
+        "training",
+        "What a step whose loss is not finite or a spike brings about. 'skip': its update is left "
+        "out. 'rollback': training also goes back to the newest checkpoint, and leaves the step's "
+        "rows out when it comes to them again.",
+        choices=BAD_STEPS,
     )
     fault_timeout_seconds: float = setting(
         DEFAULT_FAULT_SECONDS,

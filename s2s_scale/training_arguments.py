@@ -11,6 +11,7 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from s2s_scale.config import (
+    BAD_STEPS,
     BATCHING_MODES,
     CHANGES,
     CHECKPOINT_FORMATS,
@@ -259,6 +260,16 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             for name in self.accept_changes or ()
             if name not in CHANGES
         ]
+        if self.on_bad_step == "rollback" and self.checkpoint_format == "native":
+            problems.append(
+                "on_bad_step=rollback: cannot go back to a checkpoint in the native format; use "
+                "--checkpoint_format portable, or --on_bad_step skip"
+            )
+        if self.max_loss_spikes is not None and self.loss_spike_factor is None:
+            problems.append(
+                f"max_loss_spikes={self.max_loss_spikes}: has no effect without "
+                "--loss_spike_factor; add it, or leave it out"
+            )
         if self.save_in_background and self.checkpoint_format == "native":
             problems.append(
                 "save_in_background=True: has no effect with checkpoint_format=native; use "
@@ -274,6 +285,7 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             str(unknown_name(name, getattr(self, name), known))
             for name, known in (
                 ("loss_reduction", LOSS_REDUCTIONS),
+                ("on_bad_step", BAD_STEPS),
                 ("linear_cross_entropy", LINEAR_CROSS_ENTROPY),
                 ("generation_engine", GENERATION_ENGINES),
                 ("cpu_functions", CPU_FUNCTIONS),
@@ -322,6 +334,8 @@ _LEAST = {
     "weight_decay": 0,
     "max_grad_norm": 0,
     "max_nonfinite_steps": 1,
+    "loss_spike_factor": 1,
+    "max_loss_spikes": 1,
     "fault_timeout_seconds": 0,
     "grace_seconds": 0,
     "max_compilations": 1,

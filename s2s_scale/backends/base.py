@@ -202,6 +202,11 @@ class Backend(abc.ABC):
     def flush(self) -> None:
         """Run what was recorded and not yet run, so that later operations begin anew."""
 
+    @property
+    @abc.abstractmethod
+    def looks_before_update(self) -> bool:
+        """Whether an update is made after ``drop_update_where``, which then can keep it away."""
+
     @abc.abstractmethod
     def drop_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
         """Make the next ``optimizer.step`` change nothing if ``bad`` is true on any rank.

@@ -110,6 +110,10 @@ class DeepSpeedBackend(LocalBackend):
             return _cpu_adam(groups, options)
         return super().build_optimizer(optimizer_class, groups, options)
 
+    @property
+    def looks_before_update(self) -> bool:
+        return not self._config  # its engine updates at the end of the backward pass
+
     def after_prepare(self, optimizer: Optimizer) -> None:
         # transformers' polynomial schedule reads the defaults, which ZeRO's wrapper leaves out.
         zero: Any = getattr(optimizer, "optimizer", optimizer)

@@ -169,6 +169,10 @@ class LocalBackend(Backend):
     def flush(self) -> None:
         return None
 
+    @property
+    def looks_before_update(self) -> bool:
+        return True
+
     def drop_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
         anywhere = self.total(bad.float()) > 0
         if anywhere:

@@ -80,6 +80,7 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     samples: list[tuple[str, str, str, str]] = field(default_factory=list)
     shapes: list[tuple[str, ...]] = field(default_factory=list)
+    bad_steps: list[tuple[str, ...]] = field(default_factory=list)
 
 
 def write_report(record: RunRecord, output_dir: Path | str) -> tuple[Path, Path]:
@@ -115,6 +116,7 @@ def _page(record: RunRecord) -> str:
         _samples(record.samples),
         _results(record.results),
         _shapes(record.shapes),
+        _bad_steps(record.bad_steps),
         _settings(record.settings),
         _versions(record.versions),
     )
@@ -209,6 +211,17 @@ def _results(results: dict[str, float | str]) -> str:
     if texts:
         table += _name_table(texts)
     return f'<h2>Results</h2>\n<div class="wide">\n{table}\n</div>'
+
+
+def _bad_steps(steps: Sequence[tuple[str, ...]]) -> str:
+    """Step, what was wrong with it, what became of it, its rows."""
+    if not steps:
+        return ""
+    rows = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in steps
+    )
+    head = "<tr><th>step</th><th>found</th><th>then</th><th>training rows</th></tr>"
+    return f"<h2>Steps that were left out</h2>\n<table>\n{head}\n{rows}\n</table>"
 
 
 def _shapes(shapes: Sequence[tuple[str, ...]]) -> str:

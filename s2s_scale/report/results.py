@@ -99,6 +99,7 @@ def write_run_report(
     results: Results,
     settings: Mapping[str, tuple[Any, str]],
     shapes: Sequence[tuple[str, ...]] = (),
+    bad_steps: Sequence[tuple[str, ...]] = (),
 ) -> tuple[Path, Path]:
     """``report.html`` and ``report.png`` in ``output_dir``."""
     # Not before a run has ended: matplotlib is a tenth of the time that imports take.
@@ -115,6 +116,7 @@ def write_run_report(
         versions=versions(),
         samples=results.samples,
         shapes=list(shapes),
+        bad_steps=list(bad_steps),
     )
     return write_report(record, output_dir)
 

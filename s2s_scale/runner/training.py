@@ -229,6 +229,7 @@ def _finish(
         results=results,
         settings=run.given,
         shapes=[] if planned is None else shape_rows(planned),
+        bad_steps=trainer.bad_steps(),
     )
     print_table(results, title=f"results in {output_dir}")
     print(f"model:   {output_dir}\nreport:  {html}\npicture: {png}")

@@ -2,7 +2,8 @@
 
 The class is one, in a chain of files by subject, each overriding transformers' hooks of that
 subject: ``base`` (construction) <- ``loss`` <- ``optimization`` <- ``batches`` <- ``evaluating``
-<- ``graphs`` <- ``position`` <- ``saving`` <- ``resuming`` <- ``stopping``. Beside them stand the
+<- ``graphs`` <- ``position`` <- ``saving`` <- ``resuming`` <-
+``rolling_back`` <- ``stopping``. Beside them stand the
 pieces that the hooks use: ``callbacks``, ``compilations``, ``loaders``, ``meters``, ``nonfinite``
 and ``randomness``.
 """

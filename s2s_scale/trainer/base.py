@@ -106,6 +106,9 @@ class TrainerBase(transformers.Seq2SeqTrainer):
             limit=self.args.max_nonfinite_steps,
             output_dir=Path(str(self.args.output_dir)),
             device=self.args.device,
+            spike_factor=self.args.loss_spike_factor,
+            max_spikes=self.args.max_loss_spikes,
+            rolls_back=self.args.on_bad_step == "rollback",
         )
         self._step_callback = StepCallback(self._guard, self.backend)
         self.add_callback(self._step_callback)

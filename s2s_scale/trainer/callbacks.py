@@ -45,6 +45,11 @@ class StepCallback(TrainerCallback):
             self._next_epoch = state.global_step // self.sampler.plan.steps
         self.backend.start_training(model, optimizer, accumulation=args.gradient_accumulation_steps)
 
+    def go_to(self, step: int) -> None:
+        """Training goes on after ``step``, whatever came before; then an epoch begins."""
+        if self.sampler is not None:
+            self._next_epoch = step // self.sampler.plan.steps
+
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:

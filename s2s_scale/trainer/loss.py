@@ -251,6 +251,7 @@ class LossTrainer(TrainerBase):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
         self._guard.observe(loss)
+        self._guard.add_loss(loss)
         if not self.args.logging_nan_inf_filter:
             loss = torch.where(torch.isfinite(loss), loss, torch.zeros_like(loss))
         self.backend.finish_micro_batch(self.model, last=self.accelerator.sync_gradients)
@@ -276,10 +277,16 @@ class LossTrainer(TrainerBase):
             logs.update(self._meter.read(self.backend.total))
             if self._guard.steps:
                 logs["nonfinite_steps"] = len(self._guard.steps)
+            if self._guard.spikes:
+                logs["loss_spikes"] = len(self._guard.spikes)
             if self.args.fp16:
                 logs["overflow_steps"] = self._step_callback.overflow_steps
         if "train_loss" in logs:  # the summary at the end, which becomes the results
             logs["train_nonfinite_steps"] = len(self._guard.steps)
+            if self._guard.detector is not None:
+                logs["train_loss_spikes"] = len(self._guard.spikes)
+            if self._guard.rolls_back:
+                logs["train_rollbacks"] = len(self._guard.left_out)
             if self._meter.pad_share is not None:
                 logs["train_pad_share"] = self._meter.pad_share
             if self.args.fp16:

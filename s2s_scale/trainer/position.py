@@ -66,7 +66,7 @@ class PositionTrainer(GraphTrainer):
                 "rule": "each step is seeded by (seed, step, data rank)",
             },
             "skipped": {
-                "nonfinite_steps": list(self._guard.steps),
+                **self._guard.state(),
                 "overflow_steps": self._step_callback.overflow_steps,
             },
             "pending": dict(self._pending),

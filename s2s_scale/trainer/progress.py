@@ -19,6 +19,7 @@ _SHOWN = {
     "exact_match": ("exact match %", "{:.2f}"),
     "overflow_steps": ("overflow steps", "{:.0f}"),
     "nonfinite_steps": ("non-finite steps", "{:.0f}"),
+    "loss_spikes": ("loss spikes", "{:.0f}"),
 }
 
 

@@ -216,7 +216,7 @@ class ResumingTrainer(SavingTrainer):
             )
 
     def _restore_counts(self, skipped: dict[str, Any]) -> None:
-        self._guard.steps = list(skipped.get("nonfinite_steps", ()))
+        self._guard.load(skipped)
         self._step_callback.overflow_steps = int(skipped.get("overflow_steps", 0))
 
     def _load_best_model(self) -> None:

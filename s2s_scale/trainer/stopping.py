@@ -11,7 +11,7 @@ from s2s_scale import preemption
 from s2s_scale.checkpoint import TRAINING_STATE, newest_verified
 from s2s_scale.checkpoint.portable import read_json
 from s2s_scale.preemption import Stopped
-from s2s_scale.trainer.resuming import ResumingTrainer
+from s2s_scale.trainer.rolling_back import RollBackTrainer
 
 
 class _EvaluationStopped(BaseException):
@@ -42,7 +42,7 @@ class BoundaryCallback(TrainerCallback):
         self.epoch_ended = True
 
 
-class StoppingTrainer(ResumingTrainer):
+class StoppingTrainer(RollBackTrainer):
     """Stops at the end of a step, or between two batches of an evaluation."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

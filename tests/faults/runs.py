@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ EVALUATED = (4, 8, 12)
 BOUND = 1e-5
 EVALUATES = """--eval_strategy steps --eval_steps 4 --per_device_eval_batch_size 2
     --save_steps 5""".split()
+
+_LOADING = threading.Lock()
+"""transformers switches torch's default device while it loads: one thread at a time."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,11 @@ def history(output: Path, name: str) -> dict[int, float]:
 def deviation(output: Path, whole: Path) -> float:
     """How far the final weights are off another run's, relative to each tensor's largest value."""
     # Loaded as a user does: under which names tied weights are stored differs between backends.
-    ours, theirs = (
-        dict(AutoModelForSeq2SeqLM.from_pretrained(folder).named_parameters())
-        for folder in (output, whole)
-    )
+    with _LOADING:
+        ours, theirs = (
+            dict(AutoModelForSeq2SeqLM.from_pretrained(folder).named_parameters())
+            for folder in (output, whole)
+        )
     assert ours.keys() == theirs.keys() and len(ours) > 10
     return max(_off(ours[name], theirs[name]) for name in theirs)
 
