@@ -74,6 +74,7 @@ def options_of_command(arguments: list[str] | None = None) -> argparse.Namespace
         choices=CLOCKS,
         help="cpu: seconds of all threads together, where others use the machine as well",
     )
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"rows of the data set ({ROWS:,})")
     parser.add_argument("--data_dir", type=Path, help="folder with train.source and train.target")
     parser.add_argument("--tokenizer", help="of --data_dir's tokens; without it words are counted")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="for our side")
@@ -173,8 +174,8 @@ def title(size: str, lengths: Lengths, options: argparse.Namespace) -> str:
     pads = share_of_pads_at_random(lengths)
     return (
         f"{options.family.upper()}, d {shape.width}, {layers}, V {shape.vocabulary:,}, smoothing "
-        f"0.1; {options.pairs} turns of {options.steps} steps, {options.clock} time; random "
-        f"batches of 32 hold {pads:.0%} pads"
+        f"0.1; {options.pairs} turns of {options.steps} steps, {options.clock} time; "
+        f"{len(lengths[0]):,} rows, random batches of 32 hold {pads:.0%} pads"
     )
 
 
@@ -182,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print the tables, and write them where asked to."""
     options = options_of_command(arguments)
     if options.data_dir is None:
-        lengths = long_tailed(ROWS, longest=512)
+        lengths = long_tailed(options.rows, longest=512)
     else:
         lengths = lengths_of_files(options.data_dir, options.tokenizer)
     peaks = in_fresh_process(measure_peaks, (options.device, options.clock))
@@ -196,7 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
             heads=HEADS,
             rows=rows_of_table(entries),
             entries=entries,
-            machine=machine(options.device) | {"peaks": peaks},
+            machine=machine(options.device)
+            | {f"{name} products": f"{rate / 1e9:,.0f} GFLOP/s" for name, rate in peaks.items()},
         )
         console.print(as_table(report))
         if options.results is not None:
