@@ -26,6 +26,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rich.console import Console
 
 from benchmarks.fresh import in_fresh_process, machine
@@ -206,8 +207,10 @@ def curves(runs: Mapping[tuple[str, str], Sequence[dict[str, Any]]]) -> Figure:
     for place, task in enumerate(tasks):
         axes = figure.add_subplot(1, len(tasks), place + 1)
         for mode, colour in MODES.items():
+            if (task, mode) not in runs:
+                continue
             figures = runs[task, mode]
-            tokens = figures[0]["tokens"]
+            tokens = [count / 1e6 for count in figures[0]["tokens"]]
             for entry in figures:
                 axes.plot(tokens, entry["nll"], color=colour, alpha=0.25, linewidth=1)
             means = [
@@ -215,9 +218,11 @@ def curves(runs: Mapping[tuple[str, str], Sequence[dict[str, Any]]]) -> Figure:
             ]
             axes.plot(tokens, means, color=colour, marker="o", markersize=3, label=mode)
         axes.set_title(task)
-        axes.set_xlabel("real tokens, source and target")
+        axes.set_xlabel("million real tokens, source and target")
         axes.set_ylabel("validation NLL per target token")
         axes.set_yscale("log")
+        axes.set_yticks([0.1, 0.2, 0.5, 1, 2], labels=["0.1", "0.2", "0.5", "1", "2"])
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

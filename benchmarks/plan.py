@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from s2s_scale.config import DEFAULT_GROUPS_PER_STEP
 from s2s_scale.data.lengths import Lengths
 from s2s_scale.data.packed_sampler import PackedSampler
 from s2s_scale.data.samplers import EpochSampler, PlanSampler, TokenSampler
@@ -53,7 +54,7 @@ def sampler_of(mode: str, lengths: Lengths, world_size: int = RANKS) -> EpochSam
     return TokenSampler(
         lengths,
         tokens_per_step=TOKENS_PER_STEP,
-        groups_per_step=4,
+        groups_per_step=DEFAULT_GROUPS_PER_STEP,
         world_size=world_size,
         num_buckets=8 if "shapes" in mode else None,
     )

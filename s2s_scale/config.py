@@ -27,7 +27,11 @@ SCHEDULES = (
     "constant_w_warmup",
 )
 DEFAULT_TOKENS_PER_STEP = 32_768
-DEFAULT_GROUPS_PER_STEP = 4
+DEFAULT_STEPS_PER_EPOCH = 256
+LEAST_TOKENS_PER_STEP = 4096
+DEFAULT_GROUPS_PER_STEP = 16
+LEAST_GROUPS_PER_STEP = 4
+STREAM_GROUP_TOKENS = 512
 DEFAULT_TOKENS_PER_ROW = 1024
 DEFAULT_PACKED_TOKENS = 8192
 DEFAULT_BUCKETS = 8
@@ -296,20 +300,22 @@ class TrainingExtras:
         "by length inside, longest first. 'tokens': groups of like length; a step has "
         "--tokens_per_step and some groups of every length. 'packed': --tokens_per_step in rows "
         "that hold several pairs each, which see nothing of each other. Default: 'fixed'; 'tokens' "
-        "where the device wants few shapes and no batch size was given.",
+        "for streams and where the device wants few shapes, if no batch size was given.",
         choices=BATCHING_MODES,
     )
     tokens_per_step: int | None = setting(
         None,
         "batching",
         "Source and target tokens of a step over all devices, pads not counted, with --batching "
-        f"tokens or packed. Default: {DEFAULT_TOKENS_PER_STEP}.",
+        f"tokens or packed. Default: {DEFAULT_TOKENS_PER_STEP}, less for data that would make "
+        f"fewer than {DEFAULT_STEPS_PER_EPOCH} steps an epoch.",
     )
     groups_per_step: int | None = setting(
         None,
         "batching",
-        "How many groups of rows of like length make a step with --batching tokens. Default: "
-        f"{DEFAULT_GROUPS_PER_STEP}.",
+        "How many groups of rows of like length make a step with --batching tokens: with few, "
+        "steps are less like each other and less is learnt from as many tokens. Default: "
+        f"{DEFAULT_GROUPS_PER_STEP}, less where groups would be too small.",
     )
     max_tokens_per_device: int | None = setting(
         None,

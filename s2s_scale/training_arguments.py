@@ -19,8 +19,10 @@ from s2s_scale.config import (
     DEFAULT_GROUPS_PER_STEP,
     DEFAULT_TOKENS_PER_STEP,
     GENERATION_ENGINES,
+    LEAST_GROUPS_PER_STEP,
     LINEAR_CROSS_ENTROPY,
     LOSS_REDUCTIONS,
+    STREAM_GROUP_TOKENS,
     TrainingExtras,
 )
 from s2s_scale.data.batching import Mode
@@ -129,10 +131,24 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
         return "sequential" if in_order else cast("Mode", self.batching)
 
     def tokens_by_default(self) -> None:
-        """Choose 'tokens' as the batching mode unless something about batches was given."""
+        """Choose 'tokens' as the batching mode unless something about batches was given.
+
+        For whoever knows the data: their lengths must be at hand.
+        """
         if not self._batches_given:
             self.batching = "tokens"
-            self._fill_in_token_options()
+
+    def settle_token_sizes(self) -> None:
+        """Fill in the sizes of a step of 'tokens' that are left open, where no lengths are known.
+
+        Where they are, the data decide (``trainer.sampling``).
+        """
+        if self.batching != "tokens":
+            return
+        self.tokens_per_step = self.tokens_per_step or DEFAULT_TOKENS_PER_STEP
+        if self.groups_per_step is None:
+            few = max(LEAST_GROUPS_PER_STEP, self.tokens_per_step // STREAM_GROUP_TOKENS)
+            self.groups_per_step = min(DEFAULT_GROUPS_PER_STEP, few)
 
     @property
     def plan_seed(self) -> int:
@@ -211,7 +227,7 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
         self._batches_given = bool(chosen or sizes or token_options or self.auto_find_batch_size)
         if self.batching is None:
             by_tokens = "packed" if "tokens_per_row" in token_options else "tokens"
-            by_default = by_tokens if token_options else "fixed"
+            by_default = by_tokens if token_options or self.auto_batch else "fixed"
             self.batching = "sortish" if wants_sorted else by_default
         fits = strategy == "random" or (strategy == LENGTH_SORTED_STRATEGY and wants_sorted)
         if self.batching in ("sortish", *TOKEN_OPTIONS) and not fits:
@@ -221,7 +237,6 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             own = TOKEN_OPTIONS[self.batching]
             unused |= {name: value for name, value in token_options.items() if name not in own}
             remedy = f"use {' and '.join(f'--{name}' for name in own)} instead"
-            self._fill_in_token_options()
         else:
             unused, remedy = token_options, "use --batching tokens, or leave it out"
         problems += [
@@ -232,12 +247,6 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             if getattr(self, name) is None:
                 setattr(self, name, _HF_DEFAULTS[name])
         self.sortish_sampler = self.batching == "sortish"
-
-    def _fill_in_token_options(self) -> None:
-        if self.tokens_per_step is None:
-            self.tokens_per_step = DEFAULT_TOKENS_PER_STEP
-        if self.batching == "tokens" and self.groups_per_step is None:
-            self.groups_per_step = DEFAULT_GROUPS_PER_STEP
 
     def _check_auto_batch(self, problems: list[str]) -> None:
         if self.auto_batch and self.batching != "tokens":

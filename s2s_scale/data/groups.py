@@ -19,6 +19,9 @@ from s2s_scale.errors import UserError
 
 MAX_BANDS = 64
 MAX_TARGETS = 1000  # bands x targets must fit into uint16
+POOL_ROWS, POOLS = 64, 64
+"""Rows that change places with each other between epochs: about so many, but no larger a part of
+all than this."""
 ROWS_STEP = 8
 """Rows of a group of fixed shape are a multiple of this, so that 2, 4 or 8 devices share them."""
 
@@ -30,9 +33,10 @@ class GroupLayout:
     """Where an epoch's rows are cut, once they are sorted by cell, a class of lengths.
 
     ``rows``: int64 [rows], all row ids by cell. ``cells``: int64 [cells + 1], where each cell ends
-    in them. ``offsets``: int64 [groups + 1], where each group does. ``widths``: int64 [groups, 2],
-    source and target widths that hold every row of a group, whatever the epoch. ``shapes``: int64
-    [groups], the number of the group's shape in the grid, or None where widths are free.
+    in them, or each pool of several small ones. ``offsets``: int64 [groups + 1], where each group
+    does. ``widths``: int64 [groups, 2], source and target widths that hold every row of a group,
+    whatever the epoch. ``shapes``: int64 [groups], the number of the group's shape in the grid, or
+    None where widths are free.
     """
 
     rows: Rows
@@ -148,9 +152,30 @@ def _cut_by_tokens(lengths: Lengths, tokens_per_step: int, groups_per_step: int)
     targets = spread_levels(target, MAX_TARGETS)
     cells = _snake(lengths, bands, targets)
     n_cells = len(bands) * len(targets)
-    rows = np.bincount(cells, minlength=n_cells)
-    offsets = _token_offsets(rows, _sums(cells, lengths, n_cells), groups)
-    return _layout(cells, rows, offsets, _widths(rows, offsets, bands, targets))
+    counts = np.bincount(cells, minlength=n_cells)
+    tokens = _sums(cells, lengths, n_cells)
+    offsets = _token_offsets(counts, tokens, groups)
+    pools = _pools(counts, tokens, most=min(POOL_ROWS, len(cells) // POOLS))
+    # 16-bit keys: numpy sorts them by radix, in linear time
+    rows = np.argsort(cells, kind="stable")
+    widths = _widths(counts, offsets, pools, bands, targets)
+    ends = np.concatenate([[0], np.cumsum(counts[counts > 0])])
+    return GroupLayout(rows, ends[pools], offsets, widths)
+
+
+def _pools(counts: Counts, tokens: npt.NDArray[np.float64], *, most: int) -> Counts:
+    """Join small cells to pools of about ``most`` rows of like length: int64 [pools + 1].
+
+    The first of the filled cells of each pool, and the number of these cells. ``counts``,
+    ``tokens``: of each cell. A pool's rows change places with each other between epochs; where
+    cells have a row or two, the same rows would share a group in every epoch.
+    """
+    filled = counts > 0
+    before = (np.cumsum(counts) - counts)[filled]
+    fraction, exponent = np.frexp(tokens[filled] / counts[filled])
+    length = exponent * 8 + (fraction * 16).astype(np.int64)  # steps of a sixteenth to an eighth
+    other = np.diff(before // max(1, most), prepend=-1) | np.diff(length, prepend=-1)
+    return np.append(np.flatnonzero(other), len(before))
 
 
 def _snake(lengths: Lengths, bands: Counts, targets: Counts) -> npt.NDArray[np.uint16]:
@@ -188,17 +213,22 @@ def _token_offsets(rows: Counts, real: npt.NDArray[np.float64], groups: int) -> 
     return offsets.astype(np.int64)
 
 
-def _widths(rows: Counts, offsets: Counts, bands: Counts, targets: Counts) -> Counts:
-    """The widest source and target of the cells that each group touches: int64 [groups, 2]."""
-    filled = np.flatnonzero(rows)
-    ends = np.cumsum(rows[filled])
-    first = np.searchsorted(ends, offsets[:-1], side="right")
-    last = np.searchsorted(ends, offsets[1:] - 1, side="right")
+def _widths(
+    counts: Counts, offsets: Counts, pools: Counts, bands: Counts, targets: Counts
+) -> Counts:
+    """The widest source and target of the pools that each group touches: int64 [groups, 2]."""
+    filled = np.flatnonzero(counts)
     band, place = np.divmod(filled, len(targets))
     place = np.where(band % 2, len(targets) - 1 - place, place)
+    ends = np.cumsum(counts[filled])[pools[1:] - 1]
+    first = np.searchsorted(ends, offsets[:-1], side="right")
+    last = np.searchsorted(ends, offsets[1:] - 1, side="right")
     spans = np.stack([first, last + 1], axis=1).reshape(-1)
-    sides = (np.append(bands[band], 0), np.append(targets[place], 0))  # the last span may end there
-    return np.stack([np.maximum.reduceat(side, spans)[::2] for side in sides], axis=1)
+    widths = []
+    for side in (bands[band], targets[place]):
+        of_pools = np.append(np.maximum.reduceat(side, pools[:-1]), 0)  # the last span ends there
+        widths.append(np.maximum.reduceat(of_pools, spans)[::2])
+    return np.stack(widths, axis=1)
 
 
 def plan_groups(

@@ -8,8 +8,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from s2s_scale.config import (
+    DEFAULT_GROUPS_PER_STEP,
+    DEFAULT_STEPS_PER_EPOCH,
+    DEFAULT_TOKENS_PER_STEP,
+    LEAST_GROUPS_PER_STEP,
+    LEAST_TOKENS_PER_STEP,
+)
 from s2s_scale.data.cache import entry_of, read_lengths
 from s2s_scale.errors import UserError
+
+ROWS_OF_GROUP = 16
+_SOURCES = ("source_length", "length", "input_ids")
 
 Lengths = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
@@ -30,6 +40,41 @@ def row_lengths(dataset: Any, *, length_column: str = "length") -> Lengths:
     pairs = [_of_row(dataset[row], length_column=length_column) for row in range(len(dataset))]
     lengths = np.array(pairs, dtype=np.int32).reshape(-1, 2)
     return lengths[:, 0].copy(), lengths[:, 1].copy()
+
+
+def has_length_columns(dataset: Any) -> bool:
+    """Whether lengths can be had from columns, without reading row after row."""
+    columns = getattr(dataset, "column_names", None) or ()
+    return any(name in columns for name in _SOURCES)
+
+
+def usual_tokens_per_step(lengths: Lengths) -> int:
+    """Real tokens of a step where none are given: few enough for some hundred steps an epoch.
+
+    There is room for four groups with the longest row.
+    """
+    total = sum(int(side.sum(dtype=np.int64)) for side in lengths)
+    least = max(LEAST_TOKENS_PER_STEP, LEAST_GROUPS_PER_STEP * _longest_pair(lengths))
+    return max(least, min(DEFAULT_TOKENS_PER_STEP, total // DEFAULT_STEPS_PER_EPOCH))
+
+
+def usual_groups_per_step(lengths: Lengths, tokens_per_step: int, *, fixed_shapes: bool) -> int:
+    """Groups of a step where no number is given: as many as have room for the longest row.
+
+    With ``fixed_shapes``, where short groups are filled up, they also hold some rows of mean
+    length.
+    """
+    groups = tokens_per_step // max(1, _longest_pair(lengths))
+    if fixed_shapes:
+        mean = sum(float(side.mean()) for side in lengths) if len(lengths[0]) else 1.0
+        groups = min(
+            groups, max(LEAST_GROUPS_PER_STEP, int(tokens_per_step / (ROWS_OF_GROUP * mean)))
+        )
+    return max(1, min(DEFAULT_GROUPS_PER_STEP, groups))
+
+
+def _longest_pair(lengths: Lengths) -> int:
+    return int((lengths[0] + lengths[1]).max(initial=0))
 
 
 def _of_arrow(dataset: Any, *, length_column: str) -> Lengths:

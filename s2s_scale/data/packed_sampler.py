@@ -108,6 +108,8 @@ class PackedSampler(EpochSampler):
     ) -> None:
         super().__init__(rank=rank, world_size=world_size, seed=seed)
         self.lengths = lengths
+        self.tokens_per_step = tokens_per_step
+        self.tokens_per_row = tokens_per_row
         self.drop_last = drop_last  # no step is shorter than the others
         self.layout = lay_out_packed(
             lengths, tokens_per_step=tokens_per_step, tokens_per_row=tokens_per_row

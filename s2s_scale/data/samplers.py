@@ -280,6 +280,7 @@ class TokenSampler(EpochSampler):
         super().__init__(rank=rank, world_size=world_size, seed=seed)
         self.lengths = lengths
         self.drop_last = drop_last
+        self.tokens_per_step = tokens_per_step
         self.groups_per_step = groups_per_step
         self.grid = None
         if num_buckets is not None and len(lengths[0]):

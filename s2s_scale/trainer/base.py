@@ -69,6 +69,7 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         compiles = self.backend.static_shapes or given["args"].torch_compile
         if isinstance(rows, StreamedExamples):
             given["args"].tokens_by_default()
+            given["args"].settle_token_sizes()
             problems = streaming_problems(given["args"], static_shapes=compiles)
             raise_problems(problems)
             given["args"].ignore_data_skip = True  # the stream itself begins where it left off

@@ -30,7 +30,7 @@ from s2s_scale.trainer.auto_batch import Trial, find_budget, keep, read_kept
 from s2s_scale.trainer.loaders import EvaluationLoader, TrainingLoader, loader_options
 from s2s_scale.trainer.meters import TrainingMeter
 from s2s_scale.trainer.optimization import OptimizationTrainer
-from s2s_scale.trainer.sampling import make_sampler
+from s2s_scale.trainer.sampling import make_sampler, token_sizes
 from s2s_scale.trainer.streaming import StreamLoader
 from s2s_scale.training_arguments import TOKEN_OPTIONS
 
@@ -156,7 +156,6 @@ class BatchTrainer(OptimizationTrainer):
                 "when training begins; give --max_tokens_per_device"
             )
         lengths, args = row_lengths(self.train_dataset), self.args
-        assert args.tokens_per_step is not None and args.groups_per_step is not None
         longest = (int(lengths[0].max(initial=1)), int(lengths[1].max(initial=1)))
         model, folder = self._plain_model(), Path(str(args.output_dir))
         key = {
@@ -167,7 +166,9 @@ class BatchTrainer(OptimizationTrainer):
         }
         kept = read_kept(folder, key)
         if kept is None:
-            share = args.tokens_per_step // (args.groups_per_step * self.backend.data_world_size)
+            fixed = self._num_buckets is not None
+            tokens, groups = token_sizes(args, lengths, fixed_shapes=fixed)
+            share = tokens // (groups * self.backend.data_world_size)
             trial = Trial(
                 self._try_batch,
                 list(model.parameters()),

@@ -17,6 +17,7 @@ from s2s_scale.data.batching import (
     evaluation_batches,
     row_lengths,
 )
+from s2s_scale.data.lengths import has_length_columns
 from s2s_scale.data.samplers import MarkedRows, PlanBatchSampler, ShapedRows
 from s2s_scale.data.shapes import ShapeGrid, Widths, choose_shapes
 from s2s_scale.errors import UserError
@@ -80,7 +81,7 @@ class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
     ) -> None:
         """``rows_per_batch``: of one rank; ``max_tokens``: see ``_budget``."""
         n_rows = len(source)  # type: ignore[arg-type]
-        known = num_buckets is not None or max_tokens is not None or _has_lengths(source)
+        known = num_buckets is not None or max_tokens is not None or has_length_columns(source)
         lengths = row_lengths(source) if known else None
         if num_buckets is None and lengths is not None and n_rows:
             max_tokens = _budget(lengths, rows_per_batch=rows_per_batch, given=max_tokens)
@@ -148,9 +149,3 @@ def _widths_of_rounds(
     )
     grid = choose_shapes((source, target), num_buckets=num_buckets)
     return grid, [grid.widths[number] for number in grid.fit((source, target))]
-
-
-def _has_lengths(dataset: Any) -> bool:
-    """Whether lengths can be had from columns, without reading row after row."""
-    columns = getattr(dataset, "column_names", None) or ()
-    return any(name in columns for name in ("source_length", "length", "input_ids"))

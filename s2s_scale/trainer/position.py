@@ -149,7 +149,7 @@ class PositionTrainer(GraphTrainer):
         else:
             per_device = "max_tokens_per_device"  # free to change: it moves no pair to another step
             names = (name for name in TOKEN_OPTIONS[args.plan_mode] if name != per_device)
-            size = {name: getattr(args, name) for name in names}
+            size = {name: getattr(sampler or args, name) for name in names}
         return {
             **size,
             "batching": args.plan_mode,

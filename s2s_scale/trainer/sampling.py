@@ -5,9 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from s2s_scale.data.batching import row_lengths
+from s2s_scale.data.lengths import Lengths, usual_groups_per_step, usual_tokens_per_step
 from s2s_scale.data.packed_sampler import PackedSampler
 from s2s_scale.data.samplers import EpochSampler, PlanSampler, TokenSampler
 from s2s_scale.training_arguments import TOKEN_OPTIONS, Seq2SeqTrainingArguments
+
+
+def token_sizes(
+    args: Seq2SeqTrainingArguments, lengths: Lengths, *, fixed_shapes: bool
+) -> tuple[int, int]:
+    """Tokens and groups of a step: as given, else what suits the data."""
+    tokens = args.tokens_per_step or usual_tokens_per_step(lengths)
+    usual = usual_groups_per_step(lengths, tokens, fixed_shapes=fixed_shapes)
+    return tokens, args.groups_per_step or usual
 
 
 def make_sampler(
@@ -36,20 +46,22 @@ def make_sampler(
         "drop_last": args.dataloader_drop_last,
     }
     if args.batching in TOKEN_OPTIONS:
-        per_device = args.max_tokens_per_device
+        lengths, per_device = row_lengths(dataset), args.max_tokens_per_device
         shared["max_tokens"] = None if per_device is None else per_device * rows_multiple
-        shared |= {"tokens_per_step": args.tokens_per_step, "rows_multiple": rows_multiple}
+        shared["tokens_per_step"], groups = token_sizes(
+            args, lengths, fixed_shapes=num_buckets is not None
+        )
+        shared["rows_multiple"] = rows_multiple
     if args.batching == "packed":
         return PackedSampler(
-            row_lengths(dataset),
+            lengths,
             tokens_per_row=args.tokens_per_row,
             one_shape=num_buckets is not None,
             **shared,
         )
     shared["num_buckets"] = num_buckets
     if args.batching == "tokens":
-        assert args.groups_per_step is not None
-        return TokenSampler(row_lengths(dataset), groups_per_step=args.groups_per_step, **shared)
+        return TokenSampler(lengths, groups_per_step=groups, **shared)
     needs_lengths = args.plan_mode == "sortish" or num_buckets is not None
     return PlanSampler(
         row_lengths(dataset) if needs_lengths else None,

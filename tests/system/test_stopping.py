@@ -35,6 +35,7 @@ def words_of(model: Path, data: Path, output_dir: Path, *more: object) -> list[o
     """A training that saves and logs every step."""
     words: list[object] = ["train", "--profile", "cpu", "--model_name_or_path", model]
     words += ["--data_dir", data, "--output_dir", output_dir, "--save_steps", 1]
+    words += ["--per_device_train_batch_size", 8]
     return [*words, "--logging_steps", 1, "--report_to", "none", "--disable_tqdm", *more]
 
 

@@ -184,12 +184,12 @@ def test_the_longest_rows_come_first() -> None:
             assert set(first) <= set(group[1].tolist())
 
 
-@pytest.mark.parametrize("budget", [None, 6000])
-def test_loads_of_eight_ranks_are_level(budget: int | None) -> None:
+@pytest.mark.parametrize(("groups", "budget"), [(4, None), (4, 6000), (16, None)])
+def test_loads_of_eight_ranks_are_level(groups: int, budget: int | None) -> None:
     """Padded cost, source, target and attention, of every rank in every step: within 3 %."""
     lengths = long_tailed(60_000)
     sampler = TokenSampler(
-        lengths, tokens_per_step=131_072, groups_per_step=4, world_size=8, max_tokens=budget
+        lengths, tokens_per_step=131_072, groups_per_step=groups, world_size=8, max_tokens=budget
     )
     padded = real = 0
     for step in range(sampler.steps):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -66,6 +67,16 @@ def test_other_ways_to_compute_give_the_same_numbers(tmp_path, family, more):
     plain = figures(trainer_of(tmp_path, family=family, **values))
     found = figures(trainer_of(tmp_path, family=family, **values, **more))
     assert found[0] == pytest.approx(plain[0], rel=2e-3 if "bf16" in more else 1e-6)
+
+
+def test_rows_of_a_mapped_file_give_the_same_batches(tmp_path):
+    plain = trainer_of(tmp_path)
+    mapped = trainer_of(tmp_path)
+    mapped.train_dataset = datasets.Dataset.from_list(plain.train_dataset)
+    batches, same = (list(trainer.get_train_dataloader()) for trainer in (plain, mapped))
+    assert len(batches) == len(same) > 3
+    for batch, other in zip(batches, same, strict=True):
+        assert all(torch.equal(batch[name], other[name]) for name in batch)
 
 
 def test_batches_that_another_process_makes_are_the_same(tmp_path):
@@ -320,7 +331,7 @@ def test_settings_without_effect_are_refused(tmp_path):
     refused("tokens_per_row=0: expected at least 1", tokens_per_row=0)
     refused("sortish_sampler=True and batching=packed", sortish_sampler=True, batching="packed")
     args = Seq2SeqTrainingArguments(output_dir="x", tokens_per_row=99)
-    assert (args.batching, args.tokens_per_step, args.groups_per_step) == ("packed", 32_768, None)
+    assert (args.batching, args.tokens_per_step, args.groups_per_step) == ("packed", None, None)
     with pytest.raises(UserError, match="max_tokens_per_device=20: expected at least"):
         trainer_of(tmp_path, max_tokens_per_device=20).train()
     with pytest.raises(UserError, match="tokens_per_step=9: expected at least"):

@@ -12,10 +12,12 @@ from torch.utils.data import IterableDataset
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.data.collate import PadToWidths, Seq2SeqCollator
+from s2s_scale.data.lengths import usual_groups_per_step, usual_tokens_per_step
 from s2s_scale.data.samplers import PlanSampler, ShapedExamples, TokenSampler
 from s2s_scale.errors import UserError
 from s2s_scale.planner import shape_rows
 from s2s_scale.trainer.sampling import make_sampler
+from tests.support.lengths import long_tailed
 from tests.support.simulated import SimulatedBackend
 from tests.support.training import fresh, history, our_trainer, ragged_rows, settings
 
@@ -270,10 +272,36 @@ def test_settings_without_effect_are_refused() -> None:
     refused("num_buckets=0: expected at least 1", num_buckets=0)
     refused("sortish_sampler=True and batching=tokens", batching="tokens", sortish_sampler=True)
     args = Seq2SeqTrainingArguments(output_dir="x", batching="tokens")
-    assert (args.tokens_per_step, args.groups_per_step, args.max_tokens_per_device) == (
-        32_768, 4, None,
-    )  # fmt: skip
+    found = (args.tokens_per_step, args.groups_per_step, args.max_tokens_per_device)
+    assert found == (None, None, None)
     assert Seq2SeqTrainingArguments(output_dir="x").per_device_train_batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(1_000, 4_096), (20_000, 4_627), (1_000_000, 32_768)]
+)
+def test_steps_are_smaller_where_data_are_few(rows: int, expected: int) -> None:
+    lengths = long_tailed(rows)
+    tokens = usual_tokens_per_step(lengths)
+    assert tokens == pytest.approx(expected, rel=0.01)
+    groups = usual_groups_per_step(lengths, tokens, fixed_shapes=False)
+    sampler = TokenSampler(lengths, tokens_per_step=tokens, groups_per_step=groups)
+    assert sampler.steps >= min(256, sum(int(side.sum()) for side in lengths) // 4_200)
+    few = (lengths[0][:40] * 30, lengths[1][:40] * 30)
+    assert usual_tokens_per_step(few) == 4 * int((few[0] + few[1]).max()) > 4_096
+    assert usual_groups_per_step(few, usual_tokens_per_step(few), fixed_shapes=False) == 4
+
+
+def test_a_step_has_as_many_groups_as_have_room() -> None:
+    lengths = long_tailed(20_000)
+    longest, mean = int(sum(lengths).max()), float(sum(lengths).mean())
+    for fixed in (False, True):
+        assert usual_groups_per_step(lengths, 131_072, fixed_shapes=fixed) == 16
+    assert usual_groups_per_step(lengths, 3 * longest, fixed_shapes=False) == 3
+    tokens = round(7.5 * 16 * mean)
+    assert usual_groups_per_step(lengths, tokens, fixed_shapes=True) == 7
+    assert usual_groups_per_step(lengths, tokens, fixed_shapes=False) == min(16, tokens // longest)
+    assert usual_groups_per_step(lengths, 9, fixed_shapes=False) == 1
 
 
 def test_too_small_budgets_are_refused(tmp_path: Path) -> None:

@@ -433,7 +433,7 @@ def test_a_loss_function_passed_in_is_used(tmp_path):
     model = fresh("bart")
     trainer = Seq2SeqTrainer(
         model=model,
-        args=Seq2SeqTrainingArguments(**settings(tmp_path, max_steps=1)),
+        args=Seq2SeqTrainingArguments(**settings(tmp_path, max_steps=1, batching="fixed")),
         train_dataset=ragged_rows(model, 8),
         data_collator=Seq2SeqCollator(1),
         compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.sum() * 0 + 7,
@@ -501,7 +501,7 @@ def poisoned(model, bad_step):
 def test_a_bad_step_is_skipped_counted_and_the_weights_stay_finite(tmp_path):
     model = fresh("t5")
     poisoned(model, {2})
-    trainer = our_trainer(model, tmp_path, ragged_rows(model, 32), max_steps=4)
+    trainer = our_trainer(model, tmp_path, ragged_rows(model, 32), max_steps=4, batching="fixed")
     trainer.train()
     assert trainer.state.global_step == 4
     assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -515,6 +515,7 @@ def test_too_many_bad_steps_stop_the_run_and_name_the_rows_and_checkpoint(tmp_pa
         model,
         tmp_path,
         ragged_rows(model, 32),
+        batching="fixed",
         max_steps=20,
         save_strategy="steps",
         save_steps=2,
