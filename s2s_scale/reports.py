@@ -27,6 +27,8 @@ RUN_VARIABLE = "S2S_SCALE_RUN"
 """Environment variable: what marks the checkpoints of one command, however often it restarts."""
 
 EXIT_USER_ERROR = 2
+EXIT_FAULT = 75
+"""Exit code where a rank was lost (sysexits' EX_TEMPFAIL: trying again may help)."""
 ATTEMPTS = 3
 ANSWER_SECONDS = 5.0
 
@@ -168,11 +170,12 @@ def report_failure(
 
 def report_error(error: BaseException, *, rank: int) -> bool:
     """Tell the process that started the run of an exception; False if nobody listens."""
+    lost = lost_contact(error)
     return report_failure(
         problems_of(error),
         rank=rank,
-        code=EXIT_USER_ERROR if isinstance(error, UserError) else 1,
-        certainty=Certainty.CONSEQUENCE if lost_contact(error) else Certainty.SAID,
+        code=EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAULT if lost else 1,
+        certainty=Certainty.CONSEQUENCE if lost else Certainty.SAID,
     )
 
 

@@ -13,9 +13,8 @@ from typing import Any
 from s2s_scale.errors import UserError
 from s2s_scale.launch import Launch, Wishes, without_flags
 from s2s_scale.remote_hosts import answering
-from s2s_scale.reports import RUN_VARIABLE
+from s2s_scale.reports import EXIT_FAULT, RUN_VARIABLE
 from s2s_scale.supervision import Ended
-from s2s_scale.watchdog import EXIT_FAULT
 
 LOOK_SECONDS = 2.0
 PATIENCE_SECONDS = 30.0

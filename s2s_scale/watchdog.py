@@ -28,6 +28,7 @@ from s2s_scale.lines import LineClient, LineServer, Message
 from s2s_scale.preemption import EXIT_RESUME, Stopped
 from s2s_scale.preemption import active as active_guard
 from s2s_scale.reports import (
+    EXIT_FAULT,
     Certainty,
     lost_contact,
     problems_of,
@@ -35,9 +36,6 @@ from s2s_scale.reports import (
     report_error,
     report_failure,
 )
-
-EXIT_FAULT = 75
-"""Exit code of a rank whose watchdog ended it (sysexits' EX_TEMPFAIL: trying again may help)."""
 
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 20.0

@@ -77,6 +77,7 @@ class ForkServer:
     def __exit__(self, *_: object) -> None:
         assert self._process is not None and self._process.stdin is not None
         self._process.stdin.close()
+        self._process.kill()  # its ranks have been waited for
         self._process.wait(30)
 
     def start(
