@@ -23,11 +23,11 @@ METRICS = ("test_bleu", "test_chrf", "test_exact_match", "test_gen_len")
 # Trained for so long only that it still makes mistakes, and of different lengths.
 TRAINING = """--max_steps 25 --per_device_train_batch_size 32 --learning_rate 1e-3 --warmup_steps 40
     --adam_beta2 0.98 --dropout 0 --seed 0 --report_to none --disable_tqdm --profile cpu
-    --save_strategy no""".split()
+    --save_strategy no --bf16 false""".split()
 # One step that changes no weight: after it the model is wrapped as in training.
 STEP = """--max_steps 1 --learning_rate 0 --per_device_train_batch_size 1 --report_to none
     --disable_tqdm --save_strategy no --predict_with_generate --per_device_eval_batch_size 32
-    --val_max_target_length 12""".split()
+    --val_max_target_length 12 --bf16 false""".split()
 
 
 @dataclass(frozen=True)
