@@ -107,6 +107,9 @@ class _Stopping:
 
 def _verdict(code: int, reports: Reports, hosts: Mapping[int, str], stopping: _Stopping) -> int:
     failure, done = reports.first_failure(), reports.done_ranks
+    if failure is not None and stopping.reason is None and failure.certainty <= Certainty.MISSED:
+        _print_errors(failure.lines)  # the others were then asked to stop by their launcher
+        return failure.code or 1
     if EXIT_RESUME in done.values():
         return EXIT_RESUME  # whatever became of the others meanwhile
     if stopping.at_once:

@@ -110,6 +110,20 @@ def test_a_failure_counts_whatever_the_launcher_says(capfd):
     assert capfd.readouterr().err == "error: rank 1 on b: x\n"
 
 
+def test_a_failure_counts_although_its_launcher_has_then_asked_the_others_to_stop(capfd):
+    program = "report_failure(['a.txt:3: empty'], rank=1, code=2); report_done(rank=0, code=85)"
+    assert run(f"{program}; sys.exit(2)") == 2
+    assert "a.txt:3: empty" in capfd.readouterr().err
+
+
+def test_a_rank_that_lost_contact_with_one_that_was_asked_to_stop_is_no_failure():
+    program = (
+        "report_done(rank=0, code=85); "
+        "report_failure(['closed'], rank=1, certainty=Certainty.CONSEQUENCE); sys.exit(85)"
+    )
+    assert run(program) == EXIT_RESUME
+
+
 def test_an_interrupted_rank_is_not_success():
     assert run("report_done(rank=0, code=130); report_done(rank=1)") == 130
 
