@@ -176,11 +176,12 @@ class Backend(abc.ABC):
         """Whether a forward and a backward pass before training tell what training will need."""
 
     @abc.abstractmethod
-    def use_own_functions(self, *, in_place: bool) -> None:
+    def use_own_functions(self, wanted: bool, *, in_place: bool) -> None:
         """Let training's forward passes use functions of ours where those are faster.
 
-        Called before training. ``in_place``: gradients may be added to ``.grad`` as they are found,
-        since nothing but the trainer asks for them.
+        Called by each trainer before training; ``wanted`` False: the next one's use torch's.
+        ``in_place``: gradients may be added to ``.grad`` as they are found, since nothing but the
+        trainer asks for them.
         """
 
     @abc.abstractmethod

@@ -147,8 +147,9 @@ class LocalBackend(Backend):
     def tries_batches(self) -> bool:
         return type(self) is LocalBackend
 
-    def use_own_functions(self, *, in_place: bool) -> None:
-        if self.device == "cpu" and self._takes_own_functions:
+    def use_own_functions(self, wanted: bool, *, in_place: bool) -> None:
+        self._functions = None  # a trainer before this one may have wanted others
+        if wanted and self.device == "cpu" and self._takes_own_functions:
             self._functions = CpuFunctions(in_place=in_place and self._alone)
 
     @property

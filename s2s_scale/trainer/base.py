@@ -84,8 +84,10 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         self._check_loss()
         check_precision(self.config, fp16=self.args.fp16)
         self._check_dropouts()
-        if self.args.cpu_functions == "auto" and not self._computes_twice:
-            self.backend.use_own_functions(in_place=self._asks_for_no_gradients)
+        self.backend.use_own_functions(
+            self.args.cpu_functions == "auto" and not self._computes_twice,
+            in_place=self._asks_for_no_gradients,
+        )
         # Our loss is divided by the step's tokens already; these two (the first up to
         # transformers 5.17, the second after) keep the trainer from dividing once more.
         self.model_accepts_loss_kwargs = True
