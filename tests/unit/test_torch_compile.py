@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from tests.support.training import fresh, history, our_trainer, ragged_rows
 
 # Traced and compiled as ever, but without the C++ that inductor would write.
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
+
+# The loss runs between two graphs: before it the model, after it what wraps the model. The models
+# of older versions hold code that torch cannot trace, which divides them further.
+GRAPHS_PER_SHAPE = 2 if Version(transformers.__version__) >= Version("5.20") else 10
 
 
 def test_each_shape_is_compiled_once_and_the_loss_stays_the_same(tmp_path):
@@ -30,8 +36,7 @@ def test_each_shape_is_compiled_once_and_the_loss_stays_the_same(tmp_path):
         found[name] = history(trainer, "loss")
     assert found["compiled"] == pytest.approx(found["plain"], rel=1e-5)
     counts = [int(count) - before for count in history(trainer, "compilations")]
-    # The loss runs between two graphs: before it the model, after it what wraps the model.
-    assert 0 < counts[-1] <= 2 * shared["num_buckets"]
+    assert 0 < counts[-1] <= GRAPHS_PER_SHAPE * shared["num_buckets"]
     assert counts[-1] == counts[2], "nothing is compiled after the first epoch"
 
 
