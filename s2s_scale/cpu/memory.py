@@ -26,3 +26,11 @@ def keep_freed_memory() -> bool:
     wanted = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, _STEP))
     done = [mallopt(option, value) for option, value in wanted]
     return done == [1] * len(wanted)
+
+
+def give_freed_memory_back() -> None:
+    """Let the system have all that is free in this process, so that its size tells what is used."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        if trim is not None:
+            trim(0)

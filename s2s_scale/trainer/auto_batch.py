@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2s_scale.cpu.memory import give_freed_memory_back
 from s2s_scale.errors import UserError
 
 FILE = "auto_batch.json"
@@ -105,6 +106,7 @@ class Trial:
 
     def _growth(self, rows: int, longest: tuple[int, int]) -> int:
         """Bytes by which a pass over that many rows raised the process's peak, gradients apart."""
+        give_freed_memory_back()
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
         try:

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from s2s_scale.cpu import keep_freed_memory
 from s2s_scale.errors import UserError
 from s2s_scale.trainer import auto_batch
 from s2s_scale.trainer.auto_batch import Trial, find_budget, keep, read_kept
@@ -48,7 +49,12 @@ def trial(train):
 
 
 def test_on_a_cpu_it_is_what_one_row_and_two_take_that_decides(monkeypatch):
-    """A micro-batch that would need more than is free is not tried at all."""
+    """A micro-batch that would need more than is free is not tried at all.
+
+    Also where the process keeps what it has freed, as training on a CPU lets it do.
+    """
+    keep_freed_memory()
+    bytearray(100 * 2**20)
     monkeypatch.setattr(auto_batch, "_available", lambda: 400 * 2**20)
     train = Memory(mib_per_row=20)
     on_cpu = trial(train)
