@@ -239,10 +239,8 @@ class EvaluationTrainer(BatchTrainer):
         length = self._generation_length(options)
         generated = self._pad_tensors_to_max_len(generated, length)
         if labels is not None:
-            # Not with pads, as transformers: how many there are would depend on the batch.
-            labels = nn.functional.pad(
-                labels, (0, max(0, length - labels.shape[1])), value=IGNORE_INDEX
-            )
+            # As transformers' does: scripts decode them without looking for -100.
+            labels = self._pad_tensors_to_max_len(labels, length)
         return loss, generated, labels
 
     def _loss_alone(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:

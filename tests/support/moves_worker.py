@@ -28,36 +28,48 @@ class Interrupted(Exception):
     """Ends a run in the middle of an epoch, as a lost machine would."""
 
 
-class Rows(list[Any]):
-    """Rows that note which of them are read."""
-
-    def __init__(self, rows: list[Any]) -> None:
-        super().__init__(rows)
-        self.read: list[int] = []
-
-    def __getitem__(self, row: Any) -> Any:
-        self.read.append(int(row))
-        return super().__getitem__(row)
-
-
 class Ledger(TrainerCallback):
     """Rows of every step that was completed, on this rank; ends the run where it is told to."""
 
-    def __init__(self, rows: Rows, stop_at: int | None) -> None:
-        self.rows = rows
+    def __init__(self, rows: list[Any], stop_at: int | None) -> None:
+        self.number = {
+            (tuple(row["input_ids"]), tuple(row["labels"])): n for n, row in enumerate(rows)
+        }
+        assert len(self.number) == len(rows), "no row is there twice"
         self.stop_at = stop_at
+        self.read: list[int] = []
         self.steps: dict[int, list[int]] = {}
 
+    def see(self, batch: Any, pad: int) -> None:
+        """Note the rows of a batch by their tokens; rows that only fill a shape are none."""
+        if batch["input_ids"].device.type != "cpu":
+            return  # reading it would be one more graph
+        sides = (batch[name].tolist() for name in ("input_ids", "labels"))
+        for source, labels in zip(*sides, strict=True):
+            key = tuple(t for t in source if t != pad), tuple(t for t in labels if t != -100)
+            if key in self.number:
+                self.read.append(self.number[key])
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.rows.read.clear()
+        self.read.clear()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.stop_at:
             raise Interrupted
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.steps[state.global_step] = list(self.rows.read)
-        self.rows.read.clear()
+        self.steps[state.global_step] = list(self.read)
+        self.read.clear()
+
+
+class Watched(Seq2SeqTrainer):
+    """Our trainer, whose batches are shown to a ledger when they are trained on."""
+
+    ledger: Ledger
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **more: Any) -> Any:
+        self.ledger.see(inputs, self.config.pad_token_id)
+        return super().training_step(model, inputs, *args, **more)
 
 
 def main(path: Path) -> None:
@@ -93,9 +105,9 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
     values["per_device_train_batch_size"] = job["rows_per_step"] // devices
     args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
     model = tiny_model(job.get("family", "t5")).train()
-    rows = Rows(ragged_rows(model, job["rows"]))
+    rows = ragged_rows(model, job["rows"])
     ledger = Ledger(rows, one.get("stop_at"))
-    trainer = Seq2SeqTrainer(
+    trainer = Watched(
         model=model,
         args=args,
         train_dataset=rows,
@@ -103,6 +115,7 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
         backend=backend,
         callbacks=[ledger],
     )
+    trainer.ledger = ledger
     with contextlib.suppress(Interrupted):
         trainer.train(resume_from_checkpoint=one.get("resume"))
     weights = backend.full_weights(trainer.model)

@@ -60,7 +60,11 @@ def run(job: dict[str, Any], folder: Path, backend: Any) -> dict[str, Any]:
         "weights": weights.tolist(),
         "eval_loss": metrics["eval_loss"],
         "predictions": predictions.predictions.tolist(),
-        "labels": predictions.label_ids.tolist(),
+        # With what a row is filled up, pads or -100, depends on the batch that it was in.
+        "labels": [
+            [token for token in row if token not in (-100, model.config.pad_token_id)]
+            for row in predictions.label_ids.tolist()
+        ],
         "world_size": backend.data_world_size,
     }
 
