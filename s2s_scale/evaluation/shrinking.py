@@ -29,7 +29,7 @@ from s2s_scale.evaluation.static_generation.decoding import NO_CACHES
 from s2s_scale.evaluation.static_generation.generator import longest_text
 from s2s_scale.evaluation.static_generation.greedy import GreedySearch
 from s2s_scale.evaluation.static_generation.rules import History, Rule, make_rules
-from s2s_scale.evaluation.static_generation.settings import SearchSettings, only_id, token_ids
+from s2s_scale.evaluation.static_generation.settings import SearchSettings, settings_of
 
 LOOK_EVERY = 8
 """Steps between two looks at an accelerator's answer which rows have ended: each waits for it."""
@@ -132,17 +132,7 @@ def _settings(starts: Tensor, processors: Iterable[Any], config: Any) -> SearchS
         raise _LeftToTransformersError
     if starts.shape[1] != 1 or bool((starts != starts[0]).any()):
         raise _LeftToTransformersError
-    return SearchSettings(
-        max_length=int(config.max_length),
-        num_beams=int(config.num_beams),
-        num_return_sequences=int(config.num_return_sequences),
-        length_penalty=float(config.length_penalty),
-        early_stopping=config.early_stopping,
-        start=int(starts[0]),
-        pad=only_id(config._pad_token_tensor),
-        ends=token_ids(config._eos_token_tensor),
-        processors=tuple(processors),
-    )
+    return settings_of(config, start=int(starts[0]), processors=tuple(processors))
 
 
 def _known_options(config: Any) -> bool:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.ranks import free_port
+from tests.support.ranks import free_port, rank_variables
 
 LIMIT_SECONDS = 120
 PRELOADED = (
@@ -89,19 +89,12 @@ class ForkServer:
         environment: Mapping[str, str] | None = None,
     ) -> list[Rank]:
         """``s2s-scale WORDS`` on so many ranks, as a launcher starts them; one rank is alone."""
-        port, started = str(free_port()), []
+        port, started = free_port(), []
         folder.mkdir(parents=True, exist_ok=True)
         for rank in range(ranks):
             variables = {"OMP_NUM_THREADS": "1", **(environment or {})}
             if ranks > 1:
-                variables |= {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(ranks),
-                    "LOCAL_WORLD_SIZE": str(ranks),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                }
+                variables |= rank_variables(rank, ranks, port)
             log = folder / f"rank-{rank}.log"
             order = {"words": list(map(str, words)), "environment": variables, "log": str(log)}
             started.append(Rank(self._ask(order)["pid"], log))

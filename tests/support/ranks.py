@@ -29,6 +29,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What a launcher sets for a rank on this machine; ``port`` is rank 0's."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
 def run_ranks(
     arguments: list[str],
     *,
@@ -44,19 +56,14 @@ def run_ranks(
         AssertionError: a rank was still running after ``limit`` seconds; all are ended, and the
             message holds what each had printed, and where the hung ones stood.
     """
-    port = str(free_port())
+    port = free_port()
     logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
     processes = []
     for rank, log in enumerate(logs):
         variables = {
             **os.environ,
             **(environment or {}),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
+            **rank_variables(rank, ranks, port),
             "OMP_NUM_THREADS": "1",
             "PYTHONFAULTHANDLER": "1",  # so that a rank that hangs says where
         }

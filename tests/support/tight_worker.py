@@ -11,8 +11,6 @@ import gc
 import json
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, local, make_backend
 from s2s_scale.data.collate import Seq2SeqCollator
 from s2s_scale.models.tiny import ragged_rows
+from tests.support.limits import limited
 from tests.support.training import settings
 
 
@@ -86,7 +85,7 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
         backend=backend,
     )
     trainer.train()
-    with address_space(process_memory("VmSize") + job["slack_mib"] * MIB):
+    with limited(resource.RLIMIT_AS, process_memory("VmSize") + job["slack_mib"] * MIB):
         collected = fits_at_once(moments)
         trainer._save_checkpoint(trainer.model, trial=None)
     return {"moments": moments, "slack": job["slack_mib"] * MIB, "collected": collected}
@@ -99,17 +98,6 @@ def fits_at_once(count: int) -> bool:
     except MemoryError:
         return False
     return True
-
-
-@contextmanager
-def address_space(limit: int) -> Iterator[None]:
-    """Let this process have so many bytes of address space for the block."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from tests.support.command import (
     snapshot,
     start_command,
 )
+from tests.support.limits import limited
 
 ROOT = Path(__file__).parents[2]
 NO_SPACE = "No space left on device"
@@ -209,12 +210,8 @@ def test_a_full_disk_as_a_user_meets_it(mounts, sizes, model, data, earlier_run,
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """Writing beyond ``size`` bytes of a file fails with EFBIG (Python ignores SIGXFSZ)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
+    with limited(resource.RLIMIT_FSIZE, size):
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

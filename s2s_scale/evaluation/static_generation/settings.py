@@ -110,13 +110,18 @@ def read_settings(
     except ValueError as error:
         raise UserError(f"generation settings: {' '.join(str(error).split())}") from error
     _check_mode(config)
+    return settings_of(config, start=_start_token(config), processors=processors)
+
+
+def settings_of(config: Any, *, start: int, processors: tuple[Any, ...]) -> SearchSettings:
+    """The settings in a generation config whose special tokens ``generate`` has prepared."""
     return SearchSettings(
         max_length=int(config.max_length),
         num_beams=int(config.num_beams),
         num_return_sequences=int(config.num_return_sequences),
         length_penalty=float(config.length_penalty),
         early_stopping=config.early_stopping,
-        start=_start_token(config),
+        start=start,
         pad=only_id(config._pad_token_tensor),
         ends=token_ids(config._eos_token_tensor),
         processors=processors,
