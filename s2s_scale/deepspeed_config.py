@@ -97,6 +97,18 @@ def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     return dict(zero.get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
+def update_can_wait(config: Mapping[str, Any]) -> bool:
+    """Whether the update is that of plain ZeRO, which can be put off until it is looked at.
+
+    Others make it in pieces while the backward pass runs, or by an optimizer of their own.
+    """
+    zero, stage = dict(config.get("zero_optimization") or {}), zero_stage(config)
+    offload, data_types = zero.get("offload_optimizer") or {}, config.get("data_types") or {}
+    in_pieces = zero.get("zenflow") or offload.get("super_offload")
+    bf16_optimizer = stage == 1 and data_types.get("grad_accum_dtype") == "fp32"
+    return stage > 0 and not in_pieces and not bf16_optimizer
+
+
 def without_sections_of_flags(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration without ``optimizer`` and ``scheduler``: the flags make those.
 

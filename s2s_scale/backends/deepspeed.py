@@ -28,10 +28,12 @@ from s2s_scale.backends.zero_state import (
     write_scale,
     zero_optimizer,
 )
+from s2s_scale.backends.zero_update import HeldUpdate
 from s2s_scale.deepspeed_config import (
     contradictions,
     offloads_optimizer,
     read_config,
+    update_can_wait,
     without_sections_of_flags,
     zero_stage,
 )
@@ -50,6 +52,7 @@ class DeepSpeedBackend(LocalBackend):
     def __init__(self, device: str = "cpu", mesh: Mapping[str, int] | None = None) -> None:
         super().__init__(device, mesh)
         self._config: dict[str, Any] = {}
+        self._held: HeldUpdate | None = None
 
     def problems(self) -> Sequence[str]:
         missing = (
@@ -112,13 +115,23 @@ class DeepSpeedBackend(LocalBackend):
 
     @property
     def looks_before_update(self) -> bool:
-        return not self._config  # its engine updates at the end of the backward pass
+        return not self._config or update_can_wait(self._config)
 
     def after_prepare(self, optimizer: Optimizer) -> None:
         # transformers' polynomial schedule reads the defaults, which ZeRO's wrapper leaves out.
         zero: Any = getattr(optimizer, "optimizer", optimizer)
         if not hasattr(zero, "defaults"):
             zero.defaults = zero.optimizer.defaults
+        if not update_can_wait(self._config):
+            self._held = None
+        elif self._held is None or not self._held.belongs_to(zero):
+            self._held = HeldUpdate(zero, optimizer)
+
+    def drop_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
+        anywhere = super().drop_update_where(optimizer, bad)
+        if anywhere and self._held is not None:
+            self._held.drop()
+        return anywhere
 
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
         return {

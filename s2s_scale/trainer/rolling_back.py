@@ -34,8 +34,8 @@ class RollBackTrainer(ResumingTrainer):
         if given and not self.backend.looks_before_update:
             raise UserError(
                 f"{', '.join(given)}: cannot take effect here, where a step's update is made "
-                "before its loss can be looked at; leave it out, or take a profile with backend "
-                "local or fairscale_oss"
+                "before its loss can be looked at; leave it out, or take another profile or "
+                "another --deepspeed configuration"
             )
         if self.args.on_bad_step == "rollback" and self.backend.static_shapes:
             raise UserError(

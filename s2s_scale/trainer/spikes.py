@@ -34,9 +34,10 @@ class SpikeDetector:
         """Whether the step with this loss (a scalar, of all ranks) is a spike: a bool scalar."""
         loss = loss.detach().to(self._losses)
         middle = (len(self._losses) - 1) // 2
-        spike = loss > self.factor * self._losses.sort().values[middle]
+        finite = torch.isfinite(loss)
+        spike = finite & (loss > self.factor * self._losses.sort().values[middle])
         kept = torch.cat([self._losses[1:], loss.reshape(1)])
-        self._losses = torch.where(torch.isfinite(loss) & ~spike, kept, self._losses)
+        self._losses = torch.where(finite & ~spike, kept, self._losses)
         return spike
 
     def state(self) -> list[float | None]:

@@ -1,8 +1,9 @@
-"""DeepSpeed ZeRO: what each rank holds, saved runs that go on, schedules, overflow in fp16."""
+"""DeepSpeed ZeRO: what each rank holds, bad steps, saved runs, schedules, overflow in fp16."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,20 @@ SHARED = {
     "zero2": {"held", "gradients"},
     "zero3": {"held", "gradients", "parameters"},
 }
+BAD = {"4": "nan", "6": "inf", "9": "spike"}
+"""Steps whose loss is spoilt, and how; see ``Spoilt`` in the worker."""
+SPOILT = {
+    "spoilt": BAD,
+    "spike_window": 4,
+    "loss_spike_factor": 3.0,
+    "adam_epsilon": 1e-6,  # see docs/decisions.md
+}
 
 
 def one(config, *, ranks, family="t5", resume=None, **more):
     """A run with 8 rows a step under ``config`` (None: the plain backend)."""
-    own = {name: more.pop(name) for name in ("replicas", "fp16_anywhere") if name in more}
+    names = ("replicas", "fp16_anywhere", "spoilt", "spike_window")
+    own = {name: more.pop(name) for name in names if name in more}
     arguments = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 8 // ranks,
@@ -40,12 +50,19 @@ def one(config, *, ranks, family="t5", resume=None, **more):
 
 @pytest.fixture(scope="module", params=[2, 4])
 def stages(request, tmp_path_factory):
-    """(ranks, folder, results): a run under each stage, saved in the middle."""
+    """(ranks, folder, results): a run under each stage, saved in the middle, and a plain one.
+
+    All have bad steps; on two ranks one more run goes back at these.
+    """
     ranks, folder = request.param, tmp_path_factory.mktemp("zero") / "runs"
-    saving = {"save_strategy": "steps", "save_steps": 6}
-    runs = {
-        config: one(config, ranks=ranks, replicas=config != "zero3", **saving) for config in SHARED
-    }
+    saving = {"save_strategy": "steps", "save_steps": 6, **SPOILT}
+    # The plain one first: after a run with DeepSpeed accelerate uses it for the whole process.
+    runs = {"plain": one(None, ranks=ranks, replicas=False, **SPOILT)}
+    for config in SHARED:
+        runs[config] = one(config, ranks=ranks, replicas=config != "zero3", **saving)
+    if ranks == 2:
+        back = {**saving, "save_steps": 3, "on_bad_step": "rollback"}
+        runs["back"] = one("zero3", ranks=ranks, replicas=False, **back)
     return ranks, folder, run_all(folder, runs, ranks=ranks)
 
 
@@ -66,11 +83,39 @@ def test_each_rank_holds_its_share(stages, config):
     assert result["replicas_equal"] == [True] * (STEPS if config != "zero3" else 0)
 
 
+@pytest.mark.parametrize("config", SHARED)
+def test_bad_steps_are_left_out_as_by_the_plain_backend(stages, config):
+    """One rank's loss or gradient is not finite, or all ranks' loss is a spike."""
+    _, _, results = stages
+    plain, found = results["plain"], results[config]
+    kinds = [(step, kind) for step, kind, *_ in plain["bad_steps"]]
+    assert kinds == [("4", "not finite"), ("6", "not finite"), ("9", "loss spike")]
+    # 31 rows: the fourth step is an epoch's last.
+    assert [len(rows.split(", ")) for *_, rows in plain["bad_steps"]] == [7, 8, 8]
+    assert found["bad_steps"] == plain["bad_steps"]
+    assert found["learning_rate"] == plain["learning_rate"]
+    assert all(map(math.isfinite, found["weights"]))
+    assert found["weights"] == pytest.approx(plain["weights"], abs=1e-5)
+
+
+def test_going_back_ends_with_the_weights_of_skipping(stages):
+    ranks, _, results = stages
+    if ranks != 2:
+        pytest.skip("the run that goes back is made on two ranks")
+    skipped, rolled = results["plain"], results["back"]
+    assert [step for step, _, done, _ in rolled["bad_steps"] if done == "rolled back"] == list(BAD)
+    assert rolled["weights"] == pytest.approx(skipped["weights"], abs=1e-5)
+
+
 def test_saved_runs_go_on_as_if_they_had_not_stopped(stages, tmp_path):
     ranks, folder, results = stages
     runs = {
         config: one(
-            config, ranks=ranks, resume=str(folder / config / "checkpoint-6"), replicas=False
+            config,
+            ranks=ranks,
+            resume=str(folder / config / "checkpoint-6"),
+            replicas=False,
+            **SPOILT,
         )
         for config in SHARED
     }
@@ -80,6 +125,7 @@ def test_saved_runs_go_on_as_if_they_had_not_stopped(stages, tmp_path):
         assert resumed["loss"] == pytest.approx(through["loss"], rel=1e-6), config
         assert resumed["weights"] == pytest.approx(through["weights"], abs=1e-6), config
         assert resumed["learning_rate"] == through["learning_rate"], config
+        assert resumed["bad_steps"] == through["bad_steps"], config
 
 
 def test_schedules_step_as_without_deepspeed(tmp_path):

@@ -5,9 +5,11 @@ Usage: python -m tests.support.shares_worker JOB.json, with name -> run in it; s
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from transformers import TrainerCallback
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.trainer import nonfinite
+from s2s_scale.trainer.spikes import SpikeDetector
 from tests.support.families import tiny_model
 from tests.support.ranks import run_ranks
 from tests.support.training import Unpacked, history, ragged_rows, settings
@@ -55,7 +59,10 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
     watcher = Watcher(backend, replicas=job.get("replicas", True))
     if job.get("fp16_anywhere"):
         allow_fp16()
-    kind = Unpacked if job.get("unpacked") else Seq2SeqTrainer
+    if job.get("spike_window"):
+        short = functools.partial(SpikeDetector, window=job["spike_window"])
+        nonfinite.SpikeDetector = short  # type: ignore[misc,assignment]
+    kind = Unpacked if job.get("unpacked") else Spoilt
     trainer = kind(
         model=model,
         args=args,
@@ -64,10 +71,12 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
         backend=backend,
         callbacks=[watcher],
     )
+    trainer.spoilt = job.get("spoilt", {})
     assert trainer.is_deepspeed_enabled == (job["backend"] == "deepspeed"), "left by another run"
     trainer.train(resume_from_checkpoint=job.get("resume"))
     whole = backend.full_weights(model)
     return {
+        "bad_steps": trainer.bad_steps(),
         "logits": first_logits(trainer) if job.get("logits") else [],
         "loss": history(trainer, "loss"),
         "grad_norm": history(trainer, "grad_norm"),
@@ -90,7 +99,8 @@ def run_all(
 
     A run has ``backend`` and ``arguments`` (training arguments), and maybe ``family``, ``resume``
     (a checkpoint), ``replicas`` (False: the ranks' weights are not compared), ``fp16_anywhere``,
-    ``unpacked`` (the packed plan's steps without packing) and ``logits`` (of a batch, at the end).
+    ``unpacked`` (the packed plan's steps without packing), ``logits`` (of a batch, at the end),
+    ``spoilt`` (see ``Spoilt``) and ``spike_window`` (how many losses a spike is compared with).
     Its output folder is ``folder / name``.
     """
     folder.mkdir(parents=True)
@@ -109,6 +119,25 @@ def first_logits(trainer: Seq2SeqTrainer) -> list[float]:
         _, outputs = trainer.compute_loss(trainer.model_wrapped, batch, return_outputs=True)
     found: list[float] = outputs.logits[batch["labels"] != -100].flatten().tolist()
     return found
+
+
+class Spoilt(Seq2SeqTrainer):
+    """At some steps (``spoilt``: step -> how) the loss is another one.
+
+    nan: it is no number on the last rank alone. inf: it is infinite there, its gradients are what
+    they were. spike: a hundred times what it is, on all ranks.
+    """
+
+    spoilt: Mapping[str, str] = {}
+
+    def compute_loss(self, *args: Any, **more: Any) -> Any:
+        loss = super().compute_loss(*args, **more)
+        how = self.spoilt.get(str(self.state.global_step + 1)) if self.is_in_train else None
+        if how == "spike":
+            return loss * 100.0
+        if how is None or self.backend.data_rank < self.backend.data_world_size - 1:
+            return loss
+        return loss * math.nan if how == "nan" else loss + math.inf
 
 
 class Watcher(TrainerCallback):

@@ -37,7 +37,7 @@ def test_a_spike_is_a_loss_above_so_many_times_the_median_of_those_before():
 
 def test_losses_that_are_not_finite_are_no_spikes_and_do_not_count():
     detector = SpikeDetector(2.0, window=3)
-    for loss in (1.0, 1.0, 1.0, float("nan"), float("nan")):
+    for loss in (1.0, 1.0, 1.0, float("nan"), float("inf")):
         assert not detector.look(torch.tensor(loss))
     assert detector.look(torch.tensor(2.1)) and detector.state() == [1.0, 1.0, 1.0]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from transformers import TrainingArguments
 
+from s2s_scale.backends.deepspeed import DeepSpeedBackend
 from s2s_scale.deepspeed_config import (
     DEFAULTS,
     contradictions,
     offloads_optimizer,
+    update_can_wait,
     without_sections_of_flags,
     zero_stage,
 )
@@ -102,3 +104,23 @@ def test_adafactor_needs_whole_matrices(values):
     (problem,) = contradictions({"zero_optimization": {"stage": 2}}, values)
     assert "ZeRO 2 keeps flat pieces" in problem and "cpu-oss" in problem
     assert contradictions({"zero_optimization": {"stage": 0}}, values) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "waits"),
+    [
+        ({}, False),
+        ({"zero_optimization": {"stage": 0}}, False),
+        ({"zero_optimization": {"stage": 1}}, True),
+        ({"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}}, True),
+        ({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, False),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, True),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}}, False),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, False),
+    ],
+)
+def test_updates_that_cannot_be_put_off_are_known(config, waits):
+    backend = DeepSpeedBackend()
+    assert update_can_wait(config) is waits
+    backend.training_overrides({"deepspeed": config}, trains=True)
+    assert backend.looks_before_update is (waits or not config)
