@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.data.packed_collate import SEGMENTS
 from s2s_scale.models.tiny import ragged_rows, tiny_model
 from tests.support.training import settings
 
@@ -45,10 +46,23 @@ class Ledger(TrainerCallback):
         if batch["input_ids"].device.type != "cpu":
             return  # reading it would be one more graph
         sides = (batch[name].tolist() for name in ("input_ids", "labels"))
-        for source, labels in zip(*sides, strict=True):
+        for number, (source, labels) in enumerate(zip(*sides, strict=True)):
+            if SEGMENTS[0] in batch:
+                ids = [batch[name][number].tolist() for name in SEGMENTS]
+                self._see_packed(source, labels, *ids)
+                continue
             key = tuple(t for t in source if t != pad), tuple(t for t in labels if t != -100)
             if key in self.number:
                 self.read.append(self.number[key])
+
+    def _see_packed(self, source: Any, labels: Any, sources: Any, targets: Any) -> None:
+        """Note the rows that share a packed one: ``sources``, ``targets`` tell them apart."""
+        for pair in sorted(set(sources) - {0}):
+            key = (
+                tuple(t for t, of in zip(source, sources, strict=True) if of == pair),
+                tuple(t for t, of in zip(labels, targets, strict=True) if of == pair),
+            )
+            self.read.append(self.number[key])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.read.clear()
@@ -102,7 +116,8 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
     arguments = {**job["arguments"], **one["arguments"]}
     values = settings(Path(one.get("output") or folder), **arguments)
     devices = backend.data_world_size * backend.rows_multiple
-    values["per_device_train_batch_size"] = job["rows_per_step"] // devices
+    if "tokens_per_step" not in values:
+        values["per_device_train_batch_size"] = job["rows_per_step"] // devices
     args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
     model = tiny_model(job.get("family", "t5")).train()
     rows = ragged_rows(model, job["rows"])
