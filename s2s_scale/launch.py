@@ -17,7 +17,7 @@ from s2s_scale.config import DEFAULT_GRACE_SECONDS
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.hostfile import choose, read_hostfile
 from s2s_scale.profiles import AUTO, LauncherProfile, cuda_devices
-from s2s_scale.rank_variables import NAMES, STARTED_BY
+from s2s_scale.rank_variables import ALONE, NAMES, STARTED_BY
 from s2s_scale.supervision import Ended, supervise
 
 
@@ -113,6 +113,8 @@ USES = {
     },
     "deepspeed": {*vars(Wishes())},
 }
+RESTARTED = {"train", "evaluate"}
+"""Verbs whose only process may be started again; on TPUs it may be one of several hosts'."""
 ONLY_WITH_HOSTFILE = ("num_nodes", "node_rank", "launcher_runner")
 
 
@@ -129,7 +131,10 @@ def _refuse_without_effect(profile: LauncherProfile, wishes: Wishes, words: Sequ
         )
     if profile.launcher == "torchrun" and wishes.hostfile:
         raise UserError(_on_each_host(profile, wishes, words))
-    useless = [name for name in wishes.given() if name not in USES[profile.launcher]]
+    uses = USES[profile.launcher]
+    if profile.launcher == "none" and profile.device != "tpu" and {*words[:1]} & RESTARTED:
+        uses = uses | {"max_restarts"}
+    useless = [name for name in wishes.given() if name not in uses]
     if profile.launcher == "deepspeed" and not wishes.hostfile:
         useless += [name for name in wishes.given() if name in ONLY_WITH_HOSTFILE]
         why = "without --hostfile"
@@ -244,7 +249,7 @@ def _none(
     environ: Mapping[str, str],
     wishes: Wishes,
 ) -> Launch:
-    """No launcher: one process, which is this one.
+    """No launcher: one process, which is this one unless it may be started again.
 
     It sees one CUDA device only, the first of those it may use: given several, transformers would
     wrap the model in ``DataParallel``.
@@ -256,11 +261,12 @@ def _none(
         first = allowed.split(",")[0].strip()
         environment["CUDA_VISIBLE_DEVICES"] = first
         device = f"cuda:{first}"
+    apart = bool(wishes.max_restarts) and ALONE not in environ
     return Launch(
         command=(sys.executable, "-m", "s2s_scale", *words),
-        environment=environment,
+        environment={**environment, ALONE: "1"} if apart else environment,
         ranks=(Rank(rank=0, host=socket.gethostname(), device=device),),
-        in_process=True,
+        in_process=not apart,
     )
 
 

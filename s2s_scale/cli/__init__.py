@@ -16,7 +16,7 @@ from s2s_scale.config import DEFAULT_FAULT_SECONDS, DEFAULT_GRACE_SECONDS
 from s2s_scale.errors import UserError, did_you_mean
 from s2s_scale.maintenance import MaintenanceWatch
 from s2s_scale.preemption import EXIT_RESUME, Stopped, guarding
-from s2s_scale.rank_variables import adopt
+from s2s_scale.rank_variables import adopt, reporting_rank
 from s2s_scale.settings import Settings
 from s2s_scale.settings.values import TRUE_WORDS
 
@@ -81,11 +81,11 @@ def _told_launcher(error: UserError) -> bool:
 
 def _tell_done(code: int) -> None:
     """A rank says that it has come to an orderly end: 0, or interrupted."""
-    rank = os.environ.get("RANK", "")
-    if rank.isdigit():
+    rank = reporting_rank(os.environ)
+    if rank is not None:
         from s2s_scale.reports import report_done
 
-        report_done(rank=int(rank), code=code)
+        report_done(rank=rank, code=code)
 
 
 def _run(words: list[str]) -> int:

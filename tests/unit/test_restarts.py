@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import sys
+
 import pytest
 
 from s2s_scale import restarts
 from s2s_scale.errors import UserError
-from s2s_scale.launch import Launch, Rank, Wishes
+from s2s_scale.launch import Launch, Rank, Wishes, plan_launch, start
+from s2s_scale.profiles import resolve
 from s2s_scale.reports import RUN_VARIABLE
 from s2s_scale.restarts import Command, divided, is_fault, run_to_its_end
 from s2s_scale.supervision import Ended
@@ -113,3 +118,52 @@ def test_fewer_than_allowed_end_the_run(monkeypatch):
 )
 def test_rows_of_a_step_on_fewer_processes(rows, processes, most, found):
     assert divided(rows, processes, most) == found
+
+
+DIES_ONCE = """
+import os, pathlib, signal, sys
+from s2s_scale.rank_variables import reporting_rank
+from s2s_scale.reports import report_done
+marks = pathlib.Path(sys.argv[1])
+marks.write_text(marks.read_text() + os.environ["S2S_SCALE_RUN"] + "\\n")
+if len(marks.read_text().split()) == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+report_done(rank=reporting_rank(os.environ))
+"""
+
+
+def test_a_run_of_one_process_that_is_killed_starts_again(tmp_path, capfd):
+    """The launch is that of ``--profile cpu``; what it starts is a small program."""
+    marks, wishes = tmp_path / "marks", Wishes(max_restarts=2)
+    marks.touch()
+
+    def plan(words, wishes):
+        planned = plan_launch(resolve("cpu"), words, environ={}, wishes=wishes)
+        program = (sys.executable, "-c", DIES_ONCE, str(marks))
+        return dataclasses.replace(planned, command=program)
+
+    def begin(launch):
+        return start(launch, environ=os.environ)
+
+    first = plan(("train",), wishes)
+    command = Command(("train",), wishes, {})
+    assert run_to_its_end(first, command, plan=plan, start=begin, fault_seconds=1.0) == 0
+    one, other = marks.read_text().split()
+    assert one == other, "both belong to the same command"
+    error = capfd.readouterr().err
+    assert "ended with exit code 137; started again from the newest checkpoint (1 of" in error
+    assert "never said" not in error
+
+
+def test_a_process_that_may_be_started_again_is_not_this_one():
+    def planned(*, profile="cpu", verb="train", environ=None, **wishes):
+        words = (verb, "--x")
+        return plan_launch(resolve(profile), words, environ=environ or {}, wishes=Wishes(**wishes))
+
+    assert planned().in_process and planned(max_restarts=0).in_process
+    apart = planned(max_restarts=1)
+    assert not apart.in_process
+    assert planned(max_restarts=1, environ=apart.environment).in_process
+    for values in ({"verb": "generate"}, {"profile": "tpu-vm"}):
+        with pytest.raises(UserError, match="--max_restarts: has no effect with profile"):
+            planned(max_restarts=1, **values)
