@@ -15,13 +15,14 @@ from benchmarks.fresh import CLOCKS, process_memory
 from s2s_scale.data.lengths import Lengths
 
 ROWS_PER_BATCH = 32
-GROUPS_PER_STEP = 1
-"""A step of ours is one micro-batch of rows of like length, as it is with length grouping."""
 MEGABATCH = 50
 """Batches that transformers sorts by length together (of ``get_length_grouped_indices``)."""
 FIRST_WORD = 6
-DEFAULT, GROUPED, OURS = "default", "length grouping", "s2s-scale"
-SIDES = (DEFAULT, GROUPED, OURS)
+DEFAULT, GROUPED = "default", "length grouping"
+TOKENS, PACKED = "s2s-scale tokens", "s2s-scale packed"
+BATCHING = {TOKENS: "tokens", PACKED: "packed"}
+"""Our sides, each with every other setting as shipped, the number of groups of a step included."""
+SIDES = (DEFAULT, GROUPED, *BATCHING)
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,7 @@ def rows_of(case: Case) -> Any:
 
 
 class Recorder:
-    """A collator that keeps the lengths of the rows that went into each batch, and its size."""
-
-    padding_side = "right"
+    """Around a collator: keeps the lengths of the rows that went into each batch, and its size."""
 
     def __init__(self, collate: Any) -> None:
         self.collate = collate
@@ -165,25 +164,37 @@ def measure(case: Case) -> dict[str, float]:
     from s2s_scale.data.collate import Seq2SeqCollator
 
     model, rows = model_of(case), rows_of(case)
-    collate, timer = (
-        Recorder(Seq2SeqCollator(model.config.pad_token_id)),
-        _timer(case.device, case.clock),
-    )
+    collate = Seq2SeqCollator(model.config.pad_token_id)
+    timer = _timer(case.device, case.clock)
     with TemporaryDirectory() as folder:
-        make = our_trainer if case.side == OURS else stock_trainer
+        make = our_trainer if case.side in BATCHING else stock_trainer
         trainer = make(case, model, rows, collate, Path(folder))
         trainer.add_callback(timer)
+        recorder = record_batches(trainer)
         outcome = trainer.train()
     first, last = timer.until[0], timer.until[-1]
-    pairs = np.array([pair for batch in collate.lengths[first:last] for pair in batch])
+    pairs = np.array([pair for batch in recorder.lengths[first:last] for pair in batch])
     return {
         "seconds": timer.times[-1] - timer.times[0],
         "real": float(pairs.sum()),
-        "padded": float(sum(collate.padded[first:last])),
+        "padded": float(sum(recorder.padded[first:last])),
         "flops": training_flops(model.config, (pairs[:, 0], pairs[:, 1])),
         "peak": float(_peak(case.device)),
         "loss": float(outcome.training_loss),
     }
+
+
+def record_batches(trainer: Any) -> Recorder:
+    """Keeps what the trainer's own loader gives, whatever collator the trainer has put in it."""
+    recorder, make = Recorder(None), trainer.get_train_dataloader
+
+    def recorded() -> Any:
+        loader = make()
+        recorder.collate, loader.collate_fn = loader.collate_fn, recorder
+        return loader
+
+    trainer.get_train_dataloader = recorded
+    return recorder
 
 
 def _peak(device: str) -> int:
@@ -219,10 +230,12 @@ def our_trainer(case: Case, model: Any, rows: Any, collate: Any, folder: Path) -
     os.environ.update(profile.environment if case.device == "cpu" else {})
     backend = make_backend(profile.backend, profile.device, profile.mesh)
     backend.prepare_process()
-    values = {**profile.arguments, **_shared_settings(case, folder), "batching": "tokens"}
+    values = {
+        **profile.arguments,
+        **_shared_settings(case, folder),
+        "batching": BATCHING[case.side],
+    }
     values |= {"tokens_per_step": case.tokens_per_step, **dict(case.settings)}
-    if values["batching"] == "tokens":
-        values.setdefault("groups_per_step", GROUPS_PER_STEP)
     args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
     return Seq2SeqTrainer(
         model=model, args=args, train_dataset=rows, data_collator=collate, backend=backend

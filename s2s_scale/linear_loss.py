@@ -23,10 +23,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from s2s_scale.cpu.gradients import SharedCasts, active, add_scaled, can_add_to
+from s2s_scale.cpu.products import usual_count
 from s2s_scale.losses import IGNORE_INDEX, TokenLoss, count_tokens
 
 _CHUNK_VALUES = {"cpu": 2**25}
@@ -89,6 +91,12 @@ def _counted_only(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     hidden = hidden.reshape(-1, hidden.shape[-1])
     if counted.numel() < flat.numel():
         hidden, flat = hidden.index_select(0, counted), flat.index_select(0, counted)
+    if hidden.device.type == "cpu" and hidden.dtype.itemsize < 4:
+        missing = usual_count(len(flat)) - len(flat)  # zeros that count nothing
+        hidden, flat = (
+            F.pad(hidden, (0, 0, 0, missing)),
+            F.pad(flat, (0, missing), value=IGNORE_INDEX),
+        )
     return hidden.unsqueeze(0), flat.unsqueeze(0)
 
 
@@ -96,7 +104,7 @@ def chunk_positions(vocabulary: int, *, device: str, training: bool) -> int:
     """How many positions share a chunk."""
     values = _CHUNK_VALUES.get(device, _ACCELERATOR_CHUNK_VALUES)
     least = _LEAST_TRAINING_CHUNK if training else _LEAST_CHUNK
-    return max(values // vocabulary, least)
+    return max(values // vocabulary // 64 * 64, least)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,14 @@ from torch.overrides import TorchFunctionMode
 from s2s_scale.cpu.attention import attention
 from s2s_scale.cpu.dropout import dropout
 from s2s_scale.cpu.gradients import StepMemory, activated
-from s2s_scale.cpu.products import Embedding, Linear
+from s2s_scale.cpu.products import Embedding, Linear, filled_up
 
 KEPT_SCORES = 512 * 512
 """Up to so many scores of a row and head, attention keeps them for its backward pass."""
+
+FEW_SCORES = 128 * 128
+"""Up to so many, products of attention are in fp32 under bf16 as well: they are small, and oneDNN
+would compile those in bf16 for each shape anew."""
 
 
 class CpuFunctions(TorchFunctionMode):
@@ -76,11 +81,9 @@ class CpuFunctions(TorchFunctionMode):
             return Linear.apply(x, weight, bias, low, weight_low, bias_low, self.memory.in_place)
 
     def _low(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x`` in the type of products; queries, keys and values share one cast."""
-        if x.dtype == dtype:
-            return x.detach()
-        if self._last is None or self._last[0] is not x:
-            self._last = (x, x.detach().to(dtype))
+        """``x`` as products take it; queries, keys and values share one cast."""
+        if self._last is None or self._last[0] is not x or self._last[1].dtype != dtype:
+            self._last = (x, filled_up(x, dtype))
         return self._last[1]
 
     def _dropout(
@@ -112,6 +115,10 @@ class CpuFunctions(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        by_pairs = self._by_pairs(attn_mask)
+        if by_pairs is not None and query.dim() == 4 and not (is_causal or enable_gqa):
+            with torch.autocast("cpu", enabled=False):
+                return by_pairs(query, key, value, partial(attention, p=dropout_p, scale=scale))
         dtype = autocast_type()
         learnt = attn_mask is not None and attn_mask.requires_grad
         small = query.shape[-2] * key.shape[-2] <= KEPT_SCORES
@@ -127,12 +134,25 @@ class CpuFunctions(TorchFunctionMode):
                 scale=scale,
                 enable_gqa=enable_gqa,
             )
-        if dtype is not None:
-            query, key, value = (part.to(dtype) for part in (query, key, value))
+        kind = query.dtype if dtype is None else dtype
+        few = query.shape[-2] * key.shape[-2] <= FEW_SCORES and kind.itemsize < 4
+        query, key, value = (
+            part.to(torch.float32 if few else kind) for part in (query, key, value)
+        )
         with torch.autocast("cpu", enabled=False):
             return attention(
                 query, key, value, attn_mask, p=dropout_p, causal=is_causal, scale=scale
-            )
+            ).to(kind)
+
+    def _by_pairs(self, mask: Tensor | None) -> Any:
+        """What attends pair by pair where ``mask`` is one of packed rows, whole and as it was."""
+        if mask is None:
+            return None
+        for known, attention in self.memory.segmented:
+            same = (mask.data_ptr(), mask.shape) == (known.data_ptr(), known.shape)
+            if same and mask.dtype == known.dtype:
+                return attention
+        return None
 
 
 def autocast_type() -> torch.dtype | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ class StepMemory:
     def __init__(self, *, in_place: bool) -> None:
         self.in_place = in_place
         self.casts = SharedCasts()
+        self.segmented: list[tuple[Tensor, Any]] = []
+        """Masks of packed rows, each with the ``SegmentedAttention`` that answers for it."""
 
 
 _active: list[StepMemory] = []

@@ -19,10 +19,38 @@ _LARGE = 2**20
 positions 0.9 ms against 1.5 (2,048 to 512), 1.2 against 1.3 (512 to 2,048), one thread."""
 
 
+def usual_count(count: int) -> int:
+    """The least number of positions that products in a type below fp32 are made of.
+
+    oneDNN compiles a product anew for each shape, which takes two to seven times as long as the
+    product itself (one thread, AMX, 900 positions: 256 to 1,024 4.3 ms instead of 0.5). With a few
+    round numbers shapes come back; at most a sixteenth is added where there are 512 or more.
+    """
+    step = 32
+    while count > 16 * step:
+        step *= 2
+    return -(-count // step) * step
+
+
+def filled_up(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """``rows`` [..., K] as [n, K] in ``dtype``, below fp32 with zeros up to the usual count."""
+    flat = rows.detach().reshape(-1, rows.shape[-1])
+    if dtype.itemsize >= 4:
+        return flat.to(dtype)
+    wanted = usual_count(len(flat))
+    if wanted == len(flat):
+        return flat.to(dtype)
+    filled = flat.new_empty((wanted, flat.shape[1]), dtype=dtype)
+    filled[: len(flat)] = flat
+    filled[len(flat) :] = 0
+    return filled
+
+
 class Linear(torch.autograd.Function):
     """``F.linear(x, weight, bias)`` with products of ``low``'s type.
 
-    ``low``, ``weight_low``, ``bias_low``: ``x`` [..., K], ``weight`` [N, K] and ``bias`` [N] in it.
+    ``low``: ``x`` [..., K] as ``filled_up`` gives it; ``weight_low``, ``bias_low``: ``weight``
+    [N, K] and ``bias`` [N] in its type.
     """
 
     @staticmethod
@@ -37,22 +65,23 @@ class Linear(torch.autograd.Function):
         in_place: bool,
     ) -> Tensor:
         ctx.save_for_backward(low, weight_low, weight, bias)
-        ctx.kind, ctx.in_place = x.dtype, in_place
-        return F.linear(low, weight_low, bias_low)
+        ctx.kind, ctx.shape, ctx.in_place = x.dtype, x.shape, in_place
+        y = F.linear(low, weight_low, bias_low)
+        return y[: x.shape[:-1].numel()].view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_y: Tensor) -> tuple[Tensor | None, ...]:
         low, weight_low, weight, bias = ctx.saved_tensors
-        flat = by_y.reshape(-1, by_y.shape[-1])
+        flat = filled_up(by_y, low.dtype)
         by_x = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
-            by_x = (flat @ weight_low).view(low.shape).to(ctx.kind)
+            by_x = (flat @ weight_low)[: ctx.shape[:-1].numel()].view(ctx.shape).to(ctx.kind)
         if ctx.needs_input_grad[1]:
-            inputs, columns = low.reshape(-1, low.shape[-1]), flat.t()
+            columns = flat.t()
             if weight.numel() >= _LARGE and flat.dtype != weight.dtype:
                 columns = columns.contiguous()
-            by_weight = _given(weight, columns, inputs, in_place=ctx.in_place)
+            by_weight = _given(weight, columns, low, in_place=ctx.in_place)
         if bias is not None and ctx.needs_input_grad[2]:
             by_bias = flat.sum(0).to(bias.dtype)
         return by_x, by_weight, by_bias, None, None, None, None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from s2s_scale.cpu.segments import attended_by_pairs
 from s2s_scale.data.packed_collate import DecoderStart
 from s2s_scale.errors import UserError
 from s2s_scale.models.families import FAMILIES, start_token
@@ -108,6 +109,13 @@ class PackedModel:
         decoder = additive(same_segment(target, target, causal=True), dtype)
         cross = additive(same_segment(target, source), dtype)
         with ExitStack() as replaced:
+            if device == "cpu":
+                masks = [
+                    (encoder, source, source, False),
+                    (decoder, target, target, True),
+                    (cross, target, source, False),
+                ]
+                replaced.enter_context(attended_by_pairs(masks, MASKED))
             for side, segments in (("encoder", source), ("decoder", target)):
                 self._place(replaced, getattr(self._parts, side), segments)
             if self._family.masks_in_attention:

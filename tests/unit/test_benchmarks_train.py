@@ -16,8 +16,9 @@ from benchmarks.peaks import training_flops
 from benchmarks.train_runs import (
     DEFAULT,
     GROUPED,
-    OURS,
+    PACKED,
     ROWS_PER_BATCH,
+    SIDES,
     Case,
     Recorder,
     grouped_rows,
@@ -32,7 +33,7 @@ LENGTHS = long_tailed(train.ROWS, longest=512)
 def case(**values):
     return Case(
         **{
-            "side": OURS,
+            "side": PACKED,
             "bf16": False,
             "size": "quick",
             "family": "bart",
@@ -91,7 +92,7 @@ def test_ratios_are_those_of_runs_of_the_same_turn():
     runs = {
         (DEFAULT, "fp32"): [run(4.0), run(8.0)],
         (GROUPED, "fp32"): [run(2.0), run(2.0)],
-        (OURS, "fp32"): [run(1.0), run(1.0)],
+        (PACKED, "fp32"): [run(1.0), run(1.0)],
     }
     ours = train.summary(runs, {"fp32": 1e10})[-1]
     assert ours["times_default_fp32"] == Spread(6.0, 4.0, 8.0)
@@ -103,8 +104,8 @@ def test_a_quick_run_writes_its_table_its_picture_and_its_figures(tmp_path, caps
     train.main(["--quick", "--precision", "fp32", "--results", str(tmp_path)])
     assert "s2s-scale" in capsys.readouterr().out
     written = json.loads((tmp_path / "train-quick-cpu.json").read_text())
-    assert [entry["trainer"] for entry in written["entries"]] == [DEFAULT, GROUPED, OURS]
+    assert [entry["trainer"] for entry in written["entries"]] == [*SIDES]
     assert all(entry["tokens_per_second"]["median"] > 0 for entry in written["entries"])
     assert written["machine"]["torch"] == torch.__version__
-    assert (tmp_path / "train-quick-cpu.md").read_text().count("\n| ") == 5
+    assert (tmp_path / "train-quick-cpu.md").read_text().count("\n| ") == 2 + len(SIDES)
     assert (tmp_path / "train-quick-cpu.png").read_bytes().startswith(b"\x89PNG")
