@@ -14,7 +14,13 @@ from rich.table import Table
 
 from benchmarks.fresh import Spread
 
-COLOURS = {"s2s-scale": "#1f5fa8", "length grouping": "#d9730d", "default": "#8a8a8a"}
+COLOURS = {
+    "s2s-scale": "#1f5fa8",
+    "s2s-scale packed": "#1f5fa8",
+    "s2s-scale tokens": "#7ba4d9",
+    "length grouping": "#d9730d",
+    "default": "#8a8a8a",
+}
 
 
 @dataclass(frozen=True)
@@ -86,4 +92,4 @@ def bars(report: Report) -> Figure:
 
 
 def _owner(trainer: str) -> str:
-    return trainer if trainer == "s2s-scale" else f"transformers, {trainer}"
+    return trainer if trainer.startswith("s2s-scale") else f"transformers, {trainer}"

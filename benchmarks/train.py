@@ -1,10 +1,12 @@
 """Training speed, ours beside transformers': ``python -m benchmarks.train``.
 
 Real tokens per second of our ``Seq2SeqTrainer`` with what the shipped ``cpu`` profile says (``gpu``
-with ``--device cuda``), of transformers' with its defaults (random batches of 32 rows), and of
-transformers' with its length grouping, in fp32 and in bf16, label smoothing 0.1. All of them train
-the same random weights on the same rows; a step of ours has as many real tokens as 32 rows have on
-average, so that all make as many steps. Lengths are those of ``tests/support/lengths.py``: source
+with ``--device cuda``), under ``--batching packed`` and ``--batching tokens`` with every other
+setting as shipped, so that it is a setting which ``benchmarks.learning`` has followed; of
+transformers' with its defaults (random batches of 32 rows), and of transformers' with its length
+grouping; in fp32 and in bf16, label smoothing 0.1. All of them train the same random weights on the
+same rows; a step of ours has as many real tokens as 32 rows have on average, so that all make as
+many steps. Lengths are those of ``tests/support/lengths.py``: source
 log-normal with mean 26 and sigma 0.62, target 1.15 times as long with a log-normal factor of sigma
 0.2, for which random batches of 32 hold 68 % pads; or those of ``--data_dir``.
 

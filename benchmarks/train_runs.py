@@ -167,10 +167,13 @@ def measure(case: Case) -> dict[str, float]:
     collate = Seq2SeqCollator(model.config.pad_token_id)
     timer = _timer(case.device, case.clock)
     with TemporaryDirectory() as folder:
-        make = our_trainer if case.side in BATCHING else stock_trainer
-        trainer = make(case, model, rows, collate, Path(folder))
+        if case.side in BATCHING:
+            trainer = our_trainer(case, model, rows, collate, Path(folder))
+            recorder = record_batches(trainer)
+        else:
+            recorder = Recorder(collate)
+            trainer = stock_trainer(case, model, rows, recorder, Path(folder))
         trainer.add_callback(timer)
-        recorder = record_batches(trainer)
         outcome = trainer.train()
     first, last = timer.until[0], timer.until[-1]
     pairs = np.array([pair for batch in recorder.lengths[first:last] for pair in batch])
@@ -185,7 +188,7 @@ def measure(case: Case) -> dict[str, float]:
 
 
 def record_batches(trainer: Any) -> Recorder:
-    """Keeps what the trainer's own loader gives, whatever collator the trainer has put in it."""
+    """Keeps what our trainer's loader gives, whatever collator it has put in it."""
     recorder, make = Recorder(None), trainer.get_train_dataloader
 
     def recorded() -> Any:

@@ -148,10 +148,10 @@ class CpuFunctions(TorchFunctionMode):
         """What attends pair by pair where ``mask`` is one of packed rows, whole and as it was."""
         if mask is None:
             return None
-        for known, attention in self.memory.segmented:
+        for known, by_pairs in self.memory.segmented:
             same = (mask.data_ptr(), mask.shape) == (known.data_ptr(), known.shape)
             if same and mask.dtype == known.dtype:
-                return attention
+                return by_pairs
         return None
 
 

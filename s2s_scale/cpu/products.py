@@ -27,7 +27,7 @@ def usual_count(count: int) -> int:
     round numbers shapes come back; at most a sixteenth is added where there are 512 or more.
     """
     step = 32
-    while count > 16 * step:
+    while count > 32 * step:
         step *= 2
     return -(-count // step) * step
 

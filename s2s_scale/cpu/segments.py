@@ -117,8 +117,8 @@ class SegmentedAttention:
         rows, heads, _, _ = query.shape
         of_queries, of_keys = self._of_heads(heads)
         found = [
-            attend(*parts, group.mask)
-            for group, *parts in zip(
+            attend(queries, keys, values, group.mask)
+            for group, queries, keys, values in zip(
                 self._groups,
                 self._taken(query, of_queries, 0),
                 self._taken(key, of_keys, 1),

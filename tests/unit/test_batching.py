@@ -11,14 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2s_scale.data.batching import (
+    LARGE_PERMUTATION,
     STEPS_PER_CHUNK,
     EpochPlan,
     Lengths,
     Mode,
+    _longest_first,
+    _permutation,
+    _stable_order,
     divide_step,
     evaluation_batches,
     micro_batches_of_step,
     plan_epoch,
+    random_state,
     steps_per_epoch,
 )
 
@@ -179,6 +184,26 @@ def test_sortish_sorts_inside_random_chunks() -> None:
     assert firsts[0] == count - 1
     assert firsts != sorted(firsts, reverse=True)
     assert STEPS_PER_CHUNK == 50
+
+
+@pytest.mark.parametrize("scale", [1, 2**40])
+def test_the_fast_sorts_give_the_order_of_numpy_s_stable_ones(scale: int) -> None:
+    """Short lengths, whose key shares 64 bits with the place, and ones too long for that."""
+    random = np.random.default_rng(0)
+    source, target = (random.integers(1, 9, 3_000).astype(np.int64) * scale for _ in range(2))
+    if scale > 1:
+        target //= scale
+    key, bits = _longest_first(source, target)
+    expected = np.lexsort((-target, -source))
+    assert (_stable_order(key, bits) == expected).all()
+    assert key.itemsize == (4 if scale == 1 else 8)
+
+
+def test_a_large_permutation_is_the_order_of_its_keys() -> None:
+    count = LARGE_PERMUTATION + 12_345
+    keys = random_state(3, 1).randint(0, 2**63 >> count.bit_length(), count, dtype=np.int64)
+    expected = np.argsort(keys, kind="stable")
+    assert (_permutation(random_state(3, 1), count) == expected).all()
 
 
 def test_neighbours_in_length_share_a_micro_batch() -> None:

@@ -14,8 +14,11 @@ from s2s_scale.cpu import CpuFunctions
 from s2s_scale.cpu.attention import attention
 from s2s_scale.cpu.dropout import dropout, dropped_levels, kept_at_random
 from s2s_scale.cpu.gradients import SharedCasts, can_add_to
+from s2s_scale.cpu.products import filled_up, usual_count
+from s2s_scale.cpu.segments import SegmentedAttention
 from s2s_scale.data.collate import Seq2SeqCollator
 from s2s_scale.models import decoder_inputs_from_labels
+from s2s_scale.models.packed import MASKED, additive, same_segment
 from tests.support.families import FAMILY_NAMES
 from tests.support.training import fresh, history, our_trainer, ragged_rows
 
@@ -231,3 +234,47 @@ def test_gradients_are_left_to_torch_where_a_subclass_has_a_loss_of_its_own(tmp_
     assert plain.backend.autocast().memory.in_place
     assert not trainer.backend.autocast().memory.in_place
     assert trainer.seen.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "cross"])
+def test_attention_by_pairs_is_attention_under_the_mask_of_the_pairs(kind):
+    """Value and gradients against torch's with the whole mask, in float64; pads give 0."""
+    torch.manual_seed(0)
+    source = torch.tensor([[1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3, 0], [1, 2, 2, 2] + [0] * 8])
+    target = torch.tensor([[1, 2, 2, 2, 2, 3, 3, 0, 0], [1, 1, 1, 2, 2, 2, 2, 2, 0]])
+    queries, keys = {
+        "encoder": (source, source),
+        "decoder": (target, target),
+        "cross": (target, source),
+    }[kind]
+    causal = kind == "decoder"
+    shapes = [(2, 4, side.shape[1], 8) for side in (queries, keys, keys)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    mask = additive(same_segment(queries, keys, causal=causal), torch.float64)
+    real = (queries > 0)[:, None, :, None]
+    by_pairs = SegmentedAttention(queries, keys, causal=causal, masked=MASKED)
+    ours = by_pairs(
+        *inputs, lambda *sides: F.scaled_dot_product_attention(*sides[:3], sides[3].double())
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(*inputs, mask) * real
+    weights = torch.randn_like(expected)
+    assert torch.allclose(ours, expected, atol=1e-12)
+    for own, reference in zip(
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        assert torch.allclose(own, reference, atol=1e-12)
+
+
+def test_counts_of_positions_are_few_and_not_much_larger():
+    """Below 2,048 there are at most 48 of them, and from 512 on at most a sixteenth is added."""
+    counts = {n: usual_count(n) for n in range(1, 20_000)}
+    assert all(n <= usual for n, usual in counts.items())
+    assert all(usual <= n * 17 / 16 for n, usual in counts.items() if n >= 512)
+    assert len({usual for n, usual in counts.items() if n < 2_048}) <= 48
+    rows = torch.randn(3, 11, 5)
+    filled = filled_up(rows, torch.bfloat16)
+    assert filled.shape == (64, 5) and (filled[33:] == 0).all()
+    assert (filled[:33].view(3, 11, 5) == rows.bfloat16()).all()
+    assert filled_up(rows, torch.float32).shape == (33, 5)

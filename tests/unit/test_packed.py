@@ -1,11 +1,14 @@
 """Packed rows on stock models: logits, loss and gradients of the pairs run one by one."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from s2s_scale.cpu import CpuFunctions
+from s2s_scale.cpu.segments import SegmentedAttention
 from s2s_scale.errors import UserError
 from s2s_scale.models import LossHead, decoder_inputs_from_labels
 from s2s_scale.models.packed import PackedModel, positions_within, same_segment
@@ -60,12 +63,13 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "own functions"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_packed_rows_give_what_their_pairs_give_alone(family, implementation):
+def test_packed_rows_give_what_their_pairs_give_alone(family, implementation, monkeypatch):
     model = fresh(family, layers=2)
+    own = implementation == "own functions"
     if family != "fsmt":  # it has no other than its own
-        model.set_attn_implementation(implementation)
+        model.set_attn_implementation("sdpa" if own else implementation)
     alone = copy.deepcopy(model)
     pairs = pairs_of(model)
     expected, losses = [], []
@@ -79,8 +83,17 @@ def test_packed_rows_give_what_their_pairs_give_alone(family, implementation):
         pairs, model.config.pad_token_id
     )
     assert (target_segments == 0).any() and (source_segments == 0).any()
-    with PackedModel(model).packs(source_segments, target_segments) as masks:
+    by_pairs, plain = [], SegmentedAttention.__call__
+    monkeypatch.setattr(
+        SegmentedAttention, "__call__", lambda *args: by_pairs.append(1) or plain(*args)
+    )
+    with (
+        CpuFunctions(in_place=True) if own else nullcontext(),
+        PackedModel(model).packs(source_segments, target_segments) as masks,
+    ):
         logits = model(input_ids=source, decoder_input_ids=inputs, **masks, use_cache=False).logits
+    # T5 adds its relative positions to the mask, and FSMT's attention is its own.
+    assert len(by_pairs) == (3 * 2 if own and family not in ("t5", "fsmt") else 0)
     for row, members in enumerate(PLAN):
         for number, pair in enumerate(members, start=1):
             found = logits[row][target_segments[row] == number]
