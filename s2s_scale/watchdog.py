@@ -450,9 +450,11 @@ class Watchdog:
 
 _WAITING = (
     os.path.join("torch", "distributed", ""),
+    os.path.join("torch", "nn", "parallel", ""),
     os.path.join("torch", "autograd", "graph.py"),
     os.path.join("torch", "cuda", ""),
     os.path.join("deepspeed", "comm", ""),
+    os.path.join("fairscale", ""),
 )
 
 

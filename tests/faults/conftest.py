@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import EVALUATES, Task, make_task
-from tests.support.forkserver import ForkServer
+from tests.support.forkserver import ForkServer, shared
 
 
 @pytest.fixture(scope="session")
 def server():
-    with ForkServer(["deepspeed"]) as running:
-        yield running
+    return shared()
 
 
 @pytest.fixture(scope="session")

@@ -64,12 +64,12 @@ def kill_runs(
     count: int, task: Task, folder: Path, *, seed: int = 0, workers: int = 2
 ) -> Iterator[Outcome]:
     """So many runs, each killed one to three times and brought to its end."""
-    with ForkServer(["deepspeed"]) as server:
+    with ForkServer() as server:
         server.run(task.words(folder / "whole", *FLAGS), ranks=1, folder=folder / "logs", **_QUIET)
     with ExitStack() as stack:
         free: queue.Queue[ForkServer] = queue.Queue()
         for _ in range(workers):
-            free.put(stack.enter_context(ForkServer(["deepspeed"])))
+            free.put(stack.enter_context(ForkServer()))
 
         def work(number: int) -> Outcome:
             server = free.get()
@@ -153,7 +153,7 @@ def _kill(
         return None
     victims = list(ranks) if chance.random() < 0.5 else [chance.choice(ranks)]
     for rank in victims:
-        rank.signal(signal.SIGKILL)
+        rank.send_signal(signal.SIGKILL)
     # A killed rank 0 writes no more, so what it was writing still stands there.
     saving = any(output.glob(".checkpoint-*"))
     return Kill(len(victims), len(ranks), saving, not any(output.glob("checkpoint-*")))

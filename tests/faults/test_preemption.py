@@ -50,7 +50,7 @@ def test_a_run_that_is_stopped_four_times_is_the_run_that_was_not(
         )
         wait_for(mark, ranks, server)
         began = time.monotonic()
-        ranks[-1].signal(number)
+        ranks[-1].send_signal(number)
         codes = server.wait(ranks)
         seconds[moment] = time.monotonic() - began
         texts = "\n".join(rank.text for rank in ranks)

@@ -137,7 +137,7 @@ def launch(
     job = {"rows": ROWS, "rows_per_step": ROWS_PER_STEP, "runs": runs}
     path = folder / "job.json"
     path.write_text(json.dumps({**job, "arguments": {**common, **arguments}}), encoding="utf-8")
-    worker = ["-m", "tests.support.moves_worker", str(path)]
+    worker = ["tests.support.moves_worker", str(path)]
     environment = {**resolve("cpu-xla").environment, "CPU_NUM_DEVICES": str(ranks)}
     results = run_ranks(
         worker,
@@ -145,7 +145,7 @@ def launch(
         folder=folder,
         limit=2400,
         environment=environment if xla_python else None,
-        python=xla_python or sys.executable,
+        python=xla_python,
     )
     for rank, result in enumerate(results):
         assert result.code == 0, f"rank {rank}:\n{result.output}"

@@ -18,6 +18,6 @@ CASES = [(name, ranks) for name in HERE for ranks in (1, 2) if (name, ranks) != 
 
 @pytest.mark.parametrize(("name", "ranks"), CASES)
 def test_contract(tmp_path, name, ranks):
-    words = ["-m", "tests.support.contract_worker", name, str(tmp_path)]
+    words = ["tests.support.contract_worker", name, str(tmp_path)]
     for rank, result in enumerate(run_ranks(words, ranks=ranks, folder=tmp_path)):
         assert result.code == 0, f"rank {rank}:\n{result.output}"

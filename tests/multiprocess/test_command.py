@@ -20,7 +20,7 @@ TRAINING = """
 def train(folder, *, ranks, model, data):
     """Train with 16 rows a step on ``ranks`` ranks; the logs, results and generated texts."""
     folder.mkdir()
-    words = ["-m", "s2s_scale", "train", "--profile", "cpu", "--model", str(model)]
+    words = ["s2s_scale", "train", "--profile", "cpu", "--model", str(model)]
     words += ["--data_dir", str(data), "--output_dir", str(folder / "run"), *TRAINING]
     words += ["--per_device_train_batch_size", str(16 // ranks)]
     results = run_ranks(words, ranks=ranks, folder=folder)

@@ -36,7 +36,7 @@ def figures(folder, *, family, ranks, smoothing, accumulation=1, rows=31):
     }
     path = folder / "job.json"
     path.write_text(json.dumps(job), encoding="utf-8")
-    results = run_ranks(["-m", "tests.support.rank_worker", str(path)], ranks=ranks, folder=folder)
+    results = run_ranks(["tests.support.rank_worker", str(path)], ranks=ranks, folder=folder)
     for rank, result in enumerate(results):
         assert result.code == 0, f"rank {rank}:\n{result.output}"
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -37,11 +38,12 @@ def test_a_sharded_state_is_saved_by_ranks_that_could_not_hold_it(tmp_path):
     path = tmp_path / "job.json"
     path.write_text(json.dumps(job), encoding="utf-8")
     ranks = run_ranks(
-        ["-m", "tests.support.tight_worker", str(path)],
+        ["tests.support.tight_worker", str(path)],
         ranks=2,
         folder=tmp_path,
         # Arenas of other threads would take 64 MiB of address space each, used or not.
         environment={"MALLOC_ARENA_MAX": "1"},
+        python=sys.executable,
     )
     for rank, result in enumerate(ranks):
         assert result.code == 0, f"rank {rank}:\n{result.output}"

@@ -54,7 +54,7 @@ def write_model(folder: Path) -> Path:
 def evaluated(work: Path, folder: Path, *, profile: str, ranks: int) -> dict[int, Texts]:
     """Beams -> texts and metrics under ``profile`` on so many ranks."""
     folder.mkdir(parents=True)
-    words = ["-m", "tests.support.evaluation_worker", ",".join(map(str, BEAMS))]
+    words = ["tests.support.evaluation_worker", ",".join(map(str, BEAMS))]
     words += ["--profile", profile, "--model", str(work / "model")]
     words += ["--data_dir", str(work / "data"), "--output_dir", str(folder / "run"), *STEP]
     for rank, result in enumerate(run_ranks(words, ranks=ranks, folder=folder, limit=600)):

@@ -59,7 +59,7 @@ def run_jobs(
     for name, job in jobs.items():
         (folder / name).mkdir(parents=True)
         job.write(folder / name / "job.json")
-    worker = ["-m", "tests.support.parity_worker", backend, *(str(folder / name) for name in jobs)]
+    worker = ["tests.support.parity_worker", backend, *(str(folder / name) for name in jobs)]
     logs = folder / next(iter(jobs))
     results = run_ranks(
         worker,

@@ -1,7 +1,7 @@
-"""Ranks of ``s2s-scale`` as forks of one process that has imported everything.
+"""Processes of ``s2s-scale``, and of any module, as forks of one that has imported everything.
 
 A fresh process imports torch, transformers and the rest for six seconds; a fork starts at once. The
-ranks are ordinary processes, with variables, a log and a process group of their own, to be killed
+forks are ordinary processes, with variables, a log and a process group of their own, to be killed
 like any other.
 """
 
@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
+import functools
+import importlib.util
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.ranks import free_port, rank_variables
+from tests.support.variables import free_port, rank_variables
 
 LIMIT_SECONDS = 120
 PRELOADED = (
@@ -36,37 +41,45 @@ PRELOADED = (
     "matplotlib.figure",
     "sacrebleu",
     "rouge_score.rouge_scorer",
+    "datasets",
+    "accelerate",
 )
+#: Loaded where they are installed.
+OPTIONAL = ("deepspeed", "fairscale.optim.oss", "torch_xla")
 
 
 @dataclass
 class Rank:
-    """A running rank: its process and where it writes."""
+    """A running process: its number, where it writes, and who knows how it ended."""
 
     pid: int
     log: Path
+    server: ForkServer
 
     @property
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def signal(self, number: int) -> None:
+    def poll(self) -> int | None:
+        """The exit code, as ``subprocess`` says it; None while the process runs."""
+        return self.server.code(self)
+
+    def send_signal(self, number: int) -> None:
         """Send a signal, if the process is still there."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
 
 class ForkServer:
-    """The process that forks ranks; a context. ``libraries`` are imported beside our own."""
+    """The process that forks; a context."""
 
-    def __init__(self, libraries: Sequence[str] = ()) -> None:
-        self._libraries = list(libraries)
+    def __init__(self) -> None:
         self._codes: dict[int, int] = {}
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> ForkServer:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.forkserver", *self._libraries],
+            [sys.executable, "-m", "tests.support.forkserver"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -96,9 +109,22 @@ class ForkServer:
             if ranks > 1:
                 variables |= rank_variables(rank, ranks, port)
             log = folder / f"rank-{rank}.log"
-            order = {"words": list(map(str, words)), "environment": variables, "log": str(log)}
-            started.append(Rank(self._ask(order)["pid"], log))
+            environment_now = {**os.environ, **variables}
+            started.append(self.fork("s2s_scale", words, log=log, environment=environment_now))
         return started
+
+    def fork(
+        self, module: str, words: Sequence[object], *, log: Path, environment: Mapping[str, str]
+    ) -> Rank:
+        """``python -m MODULE WORDS`` with exactly these variables; it prints into ``log``."""
+        order = {
+            "module": module,
+            "words": list(map(str, words)),
+            "environment": dict(environment),
+            "log": str(log.resolve()),
+            "folder": os.getcwd(),
+        }
+        return Rank(self._ask(order)["pid"], log, self)
 
     def code(self, rank: Rank) -> int | None:
         """How the rank ended, as ``subprocess`` says it; None while it runs."""
@@ -116,7 +142,7 @@ class ForkServer:
         while None in (codes := [self.code(rank) for rank in ranks]):
             if time.monotonic() > deadline:
                 for rank in ranks:
-                    rank.signal(signal.SIGKILL)
+                    rank.send_signal(signal.SIGKILL)
                 texts = "\n".join(rank.text for rank in ranks)
                 raise AssertionError(f"{codes} after {limit:g} s:\n{texts}")
             time.sleep(0.02)
@@ -139,17 +165,23 @@ class ForkServer:
         return answer
 
 
-def main(libraries: Sequence[str]) -> None:
-    """Answer orders until there are no more; in a fork, be a rank."""
+@functools.cache
+def shared() -> ForkServer:
+    """One server for all tests of this process; it ends with it."""
+    server = ForkServer().__enter__()
+    atexit.register(server.__exit__)
+    return server
+
+
+def main() -> None:
+    """Answer orders until there are no more; in a fork, run what was ordered."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import importlib
-
-    from s2s_scale import cli
-    from tests.support import moments
-
     # Loaded lazily by our own code: here once for all.
-    for name in (*PRELOADED, *libraries):
+    for name in PRELOADED:
         importlib.import_module(name)
+    for name in OPTIONAL:
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)
     for line in sys.stdin:
         order = json.loads(line)
         if not order:
@@ -157,15 +189,32 @@ def main(libraries: Sequence[str]) -> None:
             continue
         pid = os.fork()
         if pid == 0:
-            _become_rank(order)
-            moments.install()
-            code = cli.main(order["words"])
+            _begin(order)
+            code = _run(order["module"], order["words"])
             # What a process does at its end, without taking all it has imported to pieces.
             threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
             sys.stdout.flush()
             os._exit(code)
         _answer({"pid": pid})
+
+
+def _run(module: str, words: Sequence[str]) -> int:
+    """The module as ``python -m`` runs it; its exit code."""
+    from tests.support import moments
+
+    moments.install()
+    sys.argv = [module, *words]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001 - as the interpreter does at its end
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _answer(answer: dict[str, Any]) -> None:
@@ -184,15 +233,20 @@ def _ended() -> dict[int, int]:
     return found
 
 
-def _become_rank(order: dict[str, Any]) -> None:
+def _begin(order: dict[str, Any]) -> None:
+    """Become the process that was ordered: folder, variables, log, process group."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     null = os.open(os.devnull, os.O_RDONLY)
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for target, source in ((0, null), (1, log), (2, log)):
         os.dup2(source, target)
+    os.chdir(order["folder"])
+    os.environ.clear()
     os.environ.update(order["environment"])
+    if os.environ.get("PYTHONFAULTHANDLER"):
+        faulthandler.enable()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

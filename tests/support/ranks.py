@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.forkserver import Rank, shared
+from tests.support.variables import free_port, rank_variables
+
 LIMIT_SECONDS = 180
+Process = Rank | subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
@@ -22,25 +24,6 @@ class RankResult:
     output: str
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What a launcher sets for a rank on this machine; ``port`` is rank 0's."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
 def run_ranks(
     arguments: list[str],
     *,
@@ -48,9 +31,12 @@ def run_ranks(
     folder: Path,
     limit: float = LIMIT_SECONDS,
     environment: dict[str, str] | None = None,
-    python: str = sys.executable,
+    python: str | None = None,
 ) -> list[RankResult]:
-    """``python ARGUMENTS`` once per rank, with the variables that a launcher sets, and more.
+    """``python -m ARGUMENTS`` once per rank, with the variables that a launcher sets, and more.
+
+    ``arguments``: a module and its arguments. ``python``: an interpreter that is started anew for
+    each rank; unless one is given, ranks are forks of one process, which start sooner.
 
     Raises:
         AssertionError: a rank was still running after ``limit`` seconds; all are ended, and the
@@ -58,7 +44,7 @@ def run_ranks(
     """
     port = free_port()
     logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
-    processes = []
+    processes: list[Process] = []
     for rank, log in enumerate(logs):
         variables = {
             **os.environ,
@@ -67,39 +53,40 @@ def run_ranks(
             "OMP_NUM_THREADS": "1",
             "PYTHONFAULTHANDLER": "1",  # so that a rank that hangs says where
         }
-        with log.open("wb") as out:
-            processes.append(
-                subprocess.Popen(
-                    [python, *arguments],
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    env=variables,
-                )
-            )
+        if python is None:
+            module, *words = arguments
+            processes.append(shared().fork(module, words, log=log, environment=variables))
+        else:
+            processes.append(_started([python, "-m", *arguments], log, variables))
     _wait(processes, limit)
     texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
-    hung = [rank for rank, process in enumerate(processes) if process.returncode in _ENDED]
+    codes = [process.poll() for process in processes]
+    hung = [rank for rank, code in enumerate(codes) if code in _ENDED]
     assert not hung, f"ranks {hung} were still running after {limit:.0f} s:\n" + "\n".join(texts)
-    return [
-        RankResult(process.returncode, text) for process, text in zip(processes, texts, strict=True)
-    ]
+    return [RankResult(code or 0, text) for code, text in zip(codes, texts, strict=True)]
+
+
+def _started(words: list[str], log: Path, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    with log.open("wb") as out:
+        return subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=variables)
 
 
 _ENDED = (-signal.SIGABRT, -signal.SIGKILL)
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], limit: float) -> None:
+def _wait(processes: list[Process], limit: float) -> None:
     """Wait for all; a rank that fails gives the others ten seconds, as a launcher would."""
     deadline = time.monotonic() + limit
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if any(process.poll() not in (None, 0) for process in processes):
+    while None in (codes := [process.poll() for process in processes]):
+        if any(codes):
             deadline = min(deadline, time.monotonic() + 10)
-        time.sleep(0.1)
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(signal.SIGABRT)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    for number in (signal.SIGABRT, signal.SIGKILL):
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+        deadline = time.monotonic() + 10
+        while None in [process.poll() for process in processes] and time.monotonic() < deadline:
+            time.sleep(0.05)

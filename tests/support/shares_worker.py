@@ -106,7 +106,7 @@ def run_all(
     folder.mkdir(parents=True)
     path = folder / "job.json"
     path.write_text(json.dumps(runs), encoding="utf-8")
-    worker = ["-m", "tests.support.shares_worker", str(path)]
+    worker = ["tests.support.shares_worker", str(path)]
     for rank, result in enumerate(run_ranks(worker, ranks=ranks, folder=folder, limit=300)):
         assert result.code == 0, f"rank {rank}:\n{result.output}"
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))

@@ -38,7 +38,7 @@ def run_jobs(
     for name, job in jobs.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    words = ["-m", "tests.support.xla_worker", *(str(folder / name) for name in jobs)]
+    words = ["tests.support.xla_worker", *(str(folder / name) for name in jobs)]
     (result,) = run_ranks(
         words, ranks=1, folder=folder, limit=limit, environment=virtual_devices(devices)
     )
