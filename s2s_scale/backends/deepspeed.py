@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from s2s_scale.backends.base import ParameterState, ReadState
-from s2s_scale.backends.build_locks import extensions_folder, remove_abandoned_locks
+from s2s_scale.backends.build_locks import use_own_locks
 from s2s_scale.backends.local import LocalBackend, on_host, whole
 from s2s_scale.backends.zero_state import (
     is_whole,
@@ -75,7 +75,7 @@ class DeepSpeedBackend(LocalBackend):
         backend = "nccl" if self.device == "cuda" else "gloo"
         if not dist.is_initialized():
             dist.init_process_group(backend)
-        remove_abandoned_locks(extensions_folder())
+        use_own_locks()
         _own_tools_first()
         import deepspeed
 
