@@ -29,7 +29,7 @@ def use_own_locks() -> None:
     """Make torch lock extensions with ``BuildLock``, in this process."""
     from torch.utils import cpp_extension
 
-    cpp_extension.FileBaton = BuildLock  # type: ignore[assignment]
+    cpp_extension.FileBaton = BuildLock  # type: ignore[attr-defined,assignment]
 
 
 class BuildLock:

@@ -6,6 +6,7 @@ which spares the seconds that importing torch takes. What both return reads the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from s2s_scale import cli
+from tests.support.processes import descendants
 
 COMMAND = (sys.executable, "-m", "s2s_scale")
 LIMIT_S = 180
@@ -55,11 +57,13 @@ def start_command(*words: object, before: tuple[str, ...] = (), **options: Any) 
 
 
 def finish(process: subprocess.Popen, *, limit_s: float = LIMIT_S) -> Outcome:
-    """Wait for a started command; past the limit, end its whole process group and fail."""
+    """Wait for a started command; past the limit, end it and all that it started, and fail."""
     try:
         out, err = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in (process.pid, *descendants(process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         out, err = process.communicate()
         pytest.fail(f"{shlex.join(process.args)} ran past {limit_s} s\n{out}\n{err}")
     return Outcome(process.returncode, out, err)

@@ -11,6 +11,7 @@ import gc
 import json
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,19 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
         backend=backend,
     )
     trainer.train()
+    settle()
     with limited(resource.RLIMIT_AS, process_memory("VmSize") + job["slack_mib"] * MIB):
         collected = fits_at_once(moments)
         trainer._save_checkpoint(trainer.model, trial=None)
     return {"moments": moments, "slack": job["slack_mib"] * MIB, "collected": collected}
+
+
+def settle(*, seconds: float = 10) -> None:
+    """Wait until threads that have done their work are gone, and their memory with them."""
+    gc.collect()
+    deadline, size = time.monotonic() + seconds, 0
+    while size != (size := process_memory("VmSize")) and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def fits_at_once(count: int) -> bool:
