@@ -413,8 +413,8 @@ class TrainingExtras:
     checkpoint_shard_mib: int = setting(
         1024,
         "output",
-        "Size of a portable checkpoint's files, in MiB, from which on there are several. The "
-        "writing process holds one file's tensors at a time beside its own share of the model.",
+        "Size of a portable checkpoint's files, in MiB, from which on a process writes several. It "
+        "holds one file's tensors at a time beside its own share of the model.",
     )
     accept_changes: list[str] = field(
         default_factory=list,

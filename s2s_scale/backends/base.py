@@ -251,12 +251,22 @@ class Backend(abc.ABC):
         """Parameter name -> shape of the whole parameter, on every rank."""
 
     @abc.abstractmethod
-    def state(self, model: nn.Module, optimizer: Any) -> Iterator[ParameterState]:
+    def writers(self, model: nn.Module, optimizer: Any) -> dict[str, int]:
+        """Parameter name -> rank that has least to fetch for saving it, or else equal shares.
+
+        The same on every rank.
+        """
+
+    @abc.abstractmethod
+    def state(
+        self, model: nn.Module, optimizer: Any, writers: Mapping[str, int] | None = None
+    ) -> Iterator[ParameterState]:
         """The state of every parameter, one after the other, in the order of the model.
 
-        On rank 0; on the others each item has the name alone. Without an ``optimizer`` there are
-        weights alone. ``model`` is the trainer's, not what it was wrapped in. Tensors are valid
-        until training goes on. Every rank must read the stream to its end.
+        On the rank that ``writers`` say for it, rank 0 where they do not; on the others each item
+        has the name alone. Without an ``optimizer`` there are weights alone. ``model`` is the
+        trainer's, not what it was wrapped in. Tensors are valid until training goes on. Every rank
+        must read the stream to its end.
         """
 
     @abc.abstractmethod

@@ -134,10 +134,11 @@ class DeepSpeedBackend(LocalBackend):
         return anywhere
 
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        main = self.data_rank == 0
         return {
             name: whole(weight)
             for name, parameter in model.named_parameters()
-            if (weight := self._whole_weight(parameter)) is not None
+            if (weight := self._whole_weight(parameter, wanted=main)) is not None
         }
 
     def whole_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -146,8 +147,11 @@ class DeepSpeedBackend(LocalBackend):
             for name, parameter in model.named_parameters()
         }
 
-    def _whole_weight(self, parameter: nn.Parameter) -> Tensor | None:
-        """The whole weight in fp32 where there is a master copy; on rank 0, else None."""
+    def _whole_weight(self, parameter: nn.Parameter, *, wanted: bool) -> Tensor | None:
+        """The whole weight, in fp32 where there is a master copy; None on ranks that want none.
+
+        Every rank must call it.
+        """
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -155,30 +159,33 @@ class DeepSpeedBackend(LocalBackend):
         # A frozen parameter has no master copy, but under ZeRO 3 it is shared out too.
         frozen = master is None and hasattr(parameter, "ds_id")
         with GatheredParameters([parameter], enabled=frozen):
-            if self.data_rank > 0:
+            if not wanted:
                 return None
             if master is not None:
                 return master
             return parameter.detach().clone() if frozen else parameter.detach()
 
-    def state(self, model: nn.Module, optimizer: Any) -> Iterator[ParameterState]:
+    def state(
+        self, model: nn.Module, optimizer: Any, writers: Mapping[str, int] | None = None
+    ) -> Iterator[ParameterState]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         zero = zero_optimizer(optimizer)
         if optimizer is not None and zero is None:
-            yield from super().state(model, optimizer)
+            yield from super().state(model, optimizer, writers)
             return
         if zero is not None:
             link_state(zero)
         flat_states = {} if zero is None else state_by_parameter(zero)
         for name, parameter in model.named_parameters():
-            weight = self._whole_weight(parameter)
+            mine = self.data_rank == (writers or {}).get(name, 0)
+            weight = self._whole_weight(parameter, wanted=mine)
             moments: dict[str, Any] = {}
             for moment, value in flat_states.get(id(parameter), {}).items():
                 if is_whole(value):
                     value = safe_get_full_optimizer_state(parameter, moment)
                 moments[moment] = value
-            if self.data_rank > 0:
+            if not mine:
                 yield ParameterState(name, None, {})
             else:
                 moments = {moment: on_host(value) for moment, value in moments.items()}

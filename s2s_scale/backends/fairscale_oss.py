@@ -65,15 +65,25 @@ class FairScaleBackend(LocalBackend):
         finally:
             sharded.forget_whole_state()
 
-    def state(self, model: nn.Module, optimizer: Any) -> Iterator[ParameterState]:
+    def writers(self, model: nn.Module, optimizer: Any) -> dict[str, int]:
+        if optimizer is None:
+            return super().writers(model, optimizer)
+        owners = sharded_optimizer(optimizer).owners()
+        return {name: owners.get(id(p), RECIPIENT) for name, p in model.named_parameters()}
+
+    def state(
+        self, model: nn.Module, optimizer: Any, writers: Mapping[str, int] | None = None
+    ) -> Iterator[ParameterState]:
         sharded = sharded_optimizer(optimizer) if optimizer is not None else None
         owners = sharded.owners() if sharded is not None else {}
         for name, parameter in model.named_parameters():
-            owner = owners.get(id(parameter), RECIPIENT)
+            writer = (writers or {}).get(name, RECIPIENT)
+            owner = owners.get(id(parameter), writer)
             moments = {} if sharded is None else sharded.optim.state.get(parameter, {})
-            if owner != RECIPIENT:
-                moments = _pass_on(moments, owner, rank=self.data_rank, device=parameter.device)
-            if self.data_rank == RECIPIENT:
+            if owner != writer:
+                ranks = (self.data_rank, owner, writer)
+                moments = _pass_on(moments, ranks, device=parameter.device)
+            if self.data_rank == writer:
                 moments = {k: on_host(v) for k, v in moments.items() if v is not None}
                 yield ParameterState(name, on_host(parameter), moments)
             else:
@@ -233,12 +243,16 @@ def _travels(value: Any) -> bool:
 
 
 def _pass_on(
-    moments: dict[str, Any], owner: int, *, rank: int, device: torch.device
+    moments: dict[str, Any], ranks: tuple[int, int, int], *, device: torch.device
 ) -> dict[str, Any]:
-    """One parameter's state from its owner to the recipient, who gets it; others get nothing."""
+    """One parameter's state from its owner to the recipient, who gets it; others get nothing.
+
+    ``ranks``: this one, the owner, and the recipient.
+    """
+    rank, owner, recipient = ranks
     if rank == owner:
-        _send({"state": {0: moments}}, RECIPIENT)
-    if rank == RECIPIENT:
+        _send({"state": {0: moments}}, recipient)
+    if rank == recipient:
         return dict(_receive(owner, device)["state"][0])
     return {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2s_scale.backends.base import Backend, Batch, ParameterState, ReadState
+from s2s_scale.backends.shares import equal_shares
 from s2s_scale.cpu import CpuFunctions, keep_freed_memory
 from s2s_scale.data.prefetch import ahead
 
@@ -212,10 +214,16 @@ class LocalBackend(Backend):
     def whole_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
-    def state(self, model: nn.Module, optimizer: Any) -> Iterator[ParameterState]:
+    def writers(self, model: nn.Module, optimizer: Any) -> dict[str, int]:
+        sizes = {name: math.prod(shape) for name, shape in self.whole_shapes(model).items()}
+        return equal_shares(sizes, self.data_world_size)
+
+    def state(
+        self, model: nn.Module, optimizer: Any, writers: Mapping[str, int] | None = None
+    ) -> Iterator[ParameterState]:
         held = innermost(optimizer).state if optimizer is not None else {}
         for name, parameter in model.named_parameters():
-            if self.data_rank > 0:
+            if self.data_rank != (writers or {}).get(name, 0):
                 yield ParameterState(name, None, {})
                 continue
             moments = {k: on_host(v) for k, v in held.get(parameter, {}).items() if v is not None}

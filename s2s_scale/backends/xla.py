@@ -318,14 +318,16 @@ class XlaBackend(LocalBackend):
         weights = {name: _fetch(value).float() for name, value in model.named_parameters()}
         return weights if self.data_rank == 0 else {}
 
-    def state(self, model: nn.Module, optimizer: Any) -> Iterator[ParameterState]:
+    def state(
+        self, model: nn.Module, optimizer: Any, writers: Mapping[str, int] | None = None
+    ) -> Iterator[ParameterState]:
         self.flush()
         held = innermost(optimizer).state if optimizer is not None else {}
         for name, parameter in model.named_parameters():
             weight = _fetch(parameter)  # on every rank: parts may lie on several hosts
             moments = {moment: _on_cpu(value) for moment, value in held.get(parameter, {}).items()}
-            main = self.data_rank == 0
-            yield ParameterState(name, weight if main else None, moments if main else {})
+            mine = self.data_rank == (writers or {}).get(name, 0)
+            yield ParameterState(name, weight if mine else None, moments if mine else {})
 
     def load_state(
         self, model: nn.Module, optimizer: Any, read: ReadState, *, moments: bool = True

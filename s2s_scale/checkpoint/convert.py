@@ -21,6 +21,7 @@ from s2s_scale.checkpoint.portable import (
     TRAINING_STATE,
     PortableCheckpoint,
     StateWriter,
+    put_together,
     read_json,
     write_json,
     write_states,
@@ -86,12 +87,12 @@ def _to_portable(source: Path, folder: Path) -> None:
         if value is not None:
             _set_buffer(model, key, value)
     writer = StateWriter(folder, model)
-    write_states(_states(saved, model), writer)
+    content = put_together(folder, [write_states(_states(saved, model), writer)])
     training = _training_state(source, saved)
-    training["optimizer"] = {"class": _class_of(saved), "numbers": writer.numbers}
+    training["optimizer"] = {"class": _class_of(saved), "numbers": content.numbers}
     write_json(folder / TRAINING_STATE, training)
     step = int(training["step"])
-    write_manifest(folder, kind="portable", step=step, known=writer.entries)
+    write_manifest(folder, kind="portable", step=step, known=content.entries)
 
 
 def bare_model(folder: Path) -> Any:

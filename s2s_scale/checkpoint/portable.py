@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -18,26 +19,44 @@ from s2s_scale.backends.base import ParameterState
 from s2s_scale.checkpoint.errors import DamagedCheckpoint
 from s2s_scale.checkpoint.keys import WeightKeys, reverted, weight_keys
 from s2s_scale.checkpoint.manifest import Entry
-from s2s_scale.checkpoint.tensors import SHARD_BYTES, TensorReader, TensorWriter
+from s2s_scale.checkpoint.tensors import SHARD_BYTES, Part, TensorReader, TensorWriter, name_parts
 from s2s_scale.errors import UserError
 
-WEIGHTS, MASTER, OPTIMIZER = "model", "master_weights", "optimizer"
+STEMS = ("model", "master_weights", "optimizer")
+WEIGHTS, MASTER, OPTIMIZER = STEMS
 TRAINING_STATE = "training_state.json"
 SETTINGS = "settings.json"
 
 
-class StateWriter:
-    """Writes the stream of a backend's ``state`` into a folder, one shard at a time."""
+Numbers = dict[str, dict[str, "int | float"]]
+"""Moments that are no tensors: name of the moment -> parameter -> value."""
 
-    def __init__(self, folder: Path, model: nn.Module, *, shard_bytes: int = SHARD_BYTES) -> None:
+
+@dataclass
+class Written:
+    """What one rank has written: stem -> its files; and the numbers that belong in no file."""
+
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+    numbers: Numbers = field(default_factory=dict)
+
+
+class StateWriter:
+    """Writes the stream of a backend's ``state`` into a folder, one shard at a time.
+
+    Rank 0 writes the model's buffers as well.
+    """
+
+    def __init__(
+        self, folder: Path, model: nn.Module, *, shard_bytes: int = SHARD_BYTES, rank: int = 0
+    ) -> None:
         self.model = model
+        self.rank = rank
         self.keys = weight_keys(model)
-        self.numbers: dict[str, dict[str, int | float]] = {}
-        self.entries: dict[str, Entry] = {}
+        self.numbers: Numbers = {}
         self._dtypes = {name: p.dtype for name, p in model.named_parameters()}
-        self._weights = TensorWriter(folder, WEIGHTS, shard_bytes=shard_bytes)
-        self._master = TensorWriter(folder, MASTER, shard_bytes=shard_bytes)
-        self._optimizer = TensorWriter(folder, OPTIMIZER, shard_bytes=shard_bytes)
+        self._weights, self._master, self._optimizer = (
+            TensorWriter(folder, stem, shard_bytes=shard_bytes, rank=rank) for stem in STEMS
+        )
         self._to_convert: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] | None = None
 
@@ -77,20 +96,45 @@ class StateWriter:
         else:
             self._weights.add(key, tensor)
 
-    def finish(self) -> None:
-        """Write buffers and what is still held; ``entries`` are then complete."""
+    def finish(self) -> Written:
+        """Write buffers and what is still held; all that this rank has written."""
+        if self.rank == 0:
+            self._add_buffers()
+        for key, tensor in reverted(self.model, self._to_convert).items():
+            self._weights.add(key, tensor)
+        writers = (self._weights, self._master, self._optimizer)
+        return Written({writer.stem: writer.finish() for writer in writers}, self.numbers)
+
+    def _add_buffers(self) -> None:
         buffers = self._buffers
         if buffers is None:
             buffers = self.model.state_dict() if self.keys.buffers else {}
         for key in self.keys.buffers:
             self._save_as(key, buffers[key].detach().cpu())
-        for key, tensor in reverted(self.model, self._to_convert).items():
-            self._weights.add(key, tensor)
-        for writer in (self._weights, self._master, self._optimizer):
-            self.entries |= writer.finish()
 
 
-def write_states(states: Iterable[ParameterState], writer: StateWriter | None) -> None:
+def put_together(folder: Path, written: Sequence[Written]) -> Content:
+    """One set of files from those of all ranks; to be called by one of them, when all are done."""
+    entries: dict[str, Entry] = {}
+    for stem in STEMS:
+        parts = [part for one in written for part in one.parts.get(stem, ())]
+        entries |= name_parts(folder, stem, parts)
+    numbers: Numbers = {}
+    for one in written:
+        for moment, values in one.numbers.items():
+            numbers.setdefault(moment, {}).update(values)
+    return Content(entries, numbers)
+
+
+@dataclass(frozen=True)
+class Content:
+    """Files of a portable checkpoint whose checksums are known, and the optimizer's numbers."""
+
+    entries: Mapping[str, Entry]
+    numbers: Numbers
+
+
+def write_states(states: Iterable[ParameterState], writer: StateWriter | None) -> Written:
     """Write all ``states``; ranks without a ``writer`` only take part in gathering them.
 
     The stream is read to its end even if writing fails: the other ranks are still sending.
@@ -106,8 +150,7 @@ def write_states(states: Iterable[ParameterState], writer: StateWriter | None) -
     try:
         if failure is not None:
             raise failure
-        if writer is not None:
-            writer.finish()
+        return Written() if writer is None else writer.finish()
     finally:
         del failure
 

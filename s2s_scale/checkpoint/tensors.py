@@ -8,11 +8,12 @@ are written from where they lie, and the checksum is taken of what is written.
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -38,20 +39,31 @@ _DTYPES = {
 }
 
 
+class Part(NamedTuple):
+    """A file of tensors that has not got its final name."""
+
+    file: str
+    keys: tuple[str, ...]
+    tensor_bytes: int
+    entry: Entry
+
+
 class TensorWriter:
-    """Writes ``STEM.safetensors``, or numbered shards and their index, into a folder.
+    """Writes tensors into the files of one rank; ``name_parts`` makes them one set.
 
     Tensors must stay as they are until their shard is written; at most one shard is held.
     """
 
-    def __init__(self, folder: Path, stem: str, *, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, folder: Path, stem: str, *, shard_bytes: int = SHARD_BYTES, rank: int = 0
+    ) -> None:
         self.folder = folder
         self.stem = stem
         self.shard_bytes = shard_bytes
+        self.rank = rank
         self._held: dict[str, Tensor] = {}
         self._held_bytes = 0
-        self._shards: list[tuple[list[str], Entry]] = []
-        self._total = 0
+        self._parts: list[Part] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take a CPU tensor; writes a shard when this one no longer fits in."""
@@ -60,34 +72,12 @@ class TensorWriter:
             self._write_shard()
         self._held[name] = tensor
         self._held_bytes += size
-        self._total += size
 
-    def finish(self) -> dict[str, Entry]:
-        """Write what is held and the index; entries of all files. None are written for nothing."""
+    def finish(self) -> list[Part]:
+        """Write what is held; all files of this writer, none for nothing."""
         if self._held:
             self._write_shard()
-        if len(self._shards) < 2:
-            names = [f"{self.stem}.safetensors"] * len(self._shards)
-        else:
-            count = len(self._shards)
-            names = [f"{self.stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-        for number, name in enumerate(names):
-            self._part(number).rename(self.folder / name)
-        entries = {name: entry for name, (_, entry) in zip(names, self._shards, strict=True)}
-        if len(names) > 1:
-            entries |= self._write_index(names)
-        return entries
-
-    def _part(self, number: int) -> Path:
-        return self.folder / f"{self.stem}.part-{number}"
-
-    def _write_index(self, names: list[str]) -> dict[str, Entry]:
-        shards = zip(names, self._shards, strict=True)
-        weight_map = {key: name for name, (keys, _) in shards for key in keys}
-        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-        path = self.folder / f"{self.stem}.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=1), encoding="utf-8")
-        return {path.name: checksum_of(path)}
+        return self._parts
 
     def _write_shard(self) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -103,13 +93,37 @@ class TensorWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight bytes
         digest, size = new_checksum(), 0
-        with self._part(len(self._shards)).open("wb") as file:
+        name = f"{self.stem}.part-{self.rank}-{len(self._parts)}"
+        with (self.folder / name).open("wb") as file:
             for block in (struct.pack("<Q", len(text)), text, *map(_bytes, self._held.values())):
                 file.write(block)
                 digest.update(block)
                 size += len(block)
-        self._shards.append((list(self._held), Entry(size, digest.hexdigest())))
+            file.flush()
+            os.fsync(file.fileno())  # rank 0 can do that for files of its own host only
+        entry = Entry(size, digest.hexdigest())
+        self._parts.append(Part(name, tuple(self._held), self._held_bytes, entry))
         self._held, self._held_bytes = {}, 0
+
+
+def name_parts(folder: Path, stem: str, parts: Sequence[Part]) -> dict[str, Entry]:
+    """Give the files of all ranks their names, with an index if they are several; their entries."""
+    count = len(parts)
+    numbered = [f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    names = numbered if count > 1 else [f"{stem}.safetensors"] * count
+    for name, part in zip(names, parts, strict=True):
+        (folder / part.file).rename(folder / name)
+    entries = {name: part.entry for name, part in zip(names, parts, strict=True)}
+    if count > 1:
+        pairs = zip(names, parts, strict=True)
+        index = {
+            "metadata": {"total_size": sum(part.tensor_bytes for part in parts)},
+            "weight_map": {key: name for name, part in pairs for key in part.keys},
+        }
+        path = folder / f"{stem}.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=1), encoding="utf-8")
+        entries[path.name] = checksum_of(path)
+    return entries
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +127,26 @@ def _staged(
     finally:
         del failure
     settle(failure_of(finish) if ranks.main else None)
+
+
+def seen_by_all(folder: Path, ranks: Ranks, *, count: int) -> bool:
+    """Whether all ``count`` ranks see the ``folder`` of rank 0, not another one of its name.
+
+    Rank 0 leaves a file of a name that never was before, and each looks for it. False as well where
+    ranks cannot tell each other. Every rank must call it.
+    """
+    name = f".seen-{uuid.uuid4().hex}"
+    probe, made = folder / name, False
+    if ranks.main:
+        with suppress(OSError):
+            probe.touch()
+            made = True
+    name = ranks.gather(name if made else None)[0] or ""
+    seen = ranks.gather(name if name and os.path.exists(folder / name) else None)
+    if ranks.main:  # it would become part of the checkpoint
+        with suppress(OSError):
+            probe.unlink()
+    return seen == [name] * count
 
 
 def failure_of(step: Callable[[], None]) -> BaseException | None:

@@ -24,8 +24,16 @@ from s2s_scale.checkpoint import (
     write_manifest,
 )
 from s2s_scale.checkpoint.background import BackgroundSave, problems_of
-from s2s_scale.checkpoint.portable import SETTINGS, StateWriter, held, write_json, write_states
-from s2s_scale.checkpoint.writing import failure_of
+from s2s_scale.checkpoint.portable import (
+    SETTINGS,
+    Content,
+    StateWriter,
+    held,
+    put_together,
+    write_json,
+    write_states,
+)
+from s2s_scale.checkpoint.writing import failure_of, seen_by_all
 from s2s_scale.trainer.position import PositionTrainer
 
 
@@ -91,14 +99,11 @@ class SavingTrainer(PositionTrainer):
 
     def _save_now(self, final: Path) -> None:
         with whole_folder(final, self._ranks) as folder:
-            writer = None
-            if self.args.checkpoint_format == "native":
-                self._write_native(folder)
-            else:
-                writer = self._write_portable(folder)
-            if self._ranks.main:
+            native = self.args.checkpoint_format == "native"
+            content = self._write_native(folder) if native else self._write_portable(folder)
+            if content is not None:
                 self._describe(folder)
-                self._close(folder, self._training_state(), writer)
+                self._close(folder, self._training_state(), content)
         if self._ranks.main:
             self._rotate(final.parent)
 
@@ -121,8 +126,8 @@ class SavingTrainer(PositionTrainer):
                     raise failure
                 shutil.copytree(scratch.name, folder, dirs_exist_ok=True)
                 writer.move_to(folder)
-                write_states(_given_away(states), writer)
-                self._close(folder, training, writer)
+                written = write_states(_given_away(states), writer)
+                self._close(folder, training, put_together(folder, [written]))
             self._rotate(final.parent)
 
         self._background.start(save)
@@ -166,8 +171,11 @@ class SavingTrainer(PositionTrainer):
         """The optimizer, or None where only weights are saved."""
         return None if self.args.save_only_model else self.optimizer
 
-    def _write_native(self, folder: Path) -> None:
-        """The files that transformers and the backend's library write themselves."""
+    def _write_native(self, folder: Path) -> Content | None:
+        """The files that transformers and the backend's library write themselves.
+
+        Every rank must call it; what is known of them, on rank 0.
+        """
         super().save_model(str(folder), _internal_call=True)
         if not self.args.save_only_model:
             with self.backend.whole_state(self.optimizer):
@@ -175,18 +183,50 @@ class SavingTrainer(PositionTrainer):
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
         self.backend.gather_objects(None)  # all ranks' files are there before they are counted
+        return Content({}, {}) if self._ranks.main else None
 
-    def _write_portable(self, folder: Path) -> StateWriter | None:
-        """Weights and optimizer state by parameter name. Every rank must call it."""
+    def _write_portable(self, folder: Path) -> Content | None:
+        """Weights and optimizer state by parameter name; each rank writes its own share.
+
+        Every rank must call it. The content of the checkpoint, on rank 0.
+        """
         plain = self._plain_model()
-        writer = self._state_writer(folder, plain) if self._ranks.main else None
-        write_states(self.backend.state(plain, self._saved_optimizer), writer)
-        if writer is not None:
-            self._write_config(folder, plain)
-        return writer
+        writer = self._state_writer(folder, plain)
+        writers = self._writers(folder, writer)
+        states = self.backend.state(plain, self._saved_optimizer, writers)
+        written = None
+
+        def write() -> None:
+            nonlocal written
+            writes = self._ranks.main or self.backend.data_rank in writers.values()
+            written = write_states(states, writer if writes else None)
+
+        failure = failure_of(write)
+        everyone = self.backend.gather_objects(written)
+        if failure is not None:
+            raise failure
+        complete = [one for one in everyone if one is not None]
+        if not self._ranks.main or len(complete) < len(everyone):  # the rank that failed says why
+            return None
+        self._write_config(folder, plain)
+        return put_together(folder, complete)
+
+    def _writers(self, folder: Path, writer: StateWriter) -> dict[str, int]:
+        """Which rank writes which parameter; none for rank 0 alone.
+
+        That writes all where not every rank sees the same folder, and where transformers converts
+        weights, which it does with all of them together. Every rank must call it.
+        """
+        count = self.backend.data_world_size
+        if count == 1 or writer.keys.converts:
+            return {}
+        if not seen_by_all(folder, self._ranks, count=count):
+            return {}
+        return self.backend.writers(writer.model, self._saved_optimizer)
 
     def _state_writer(self, folder: Path, model: nn.Module) -> StateWriter:
-        return StateWriter(folder, model, shard_bytes=self.args.checkpoint_shard_mib << 20)
+        size = self.args.checkpoint_shard_mib << 20
+        return StateWriter(folder, model, shard_bytes=size, rank=self.backend.data_rank)
 
     def _write_config(self, folder: Path, model: Any) -> None:
         """Configuration and tokenizer, as ``save_pretrained`` writes them beside the weights."""
@@ -205,14 +245,13 @@ class SavingTrainer(PositionTrainer):
         self.state.save_to_json(str(folder / STATE_FILE))
         write_json(folder / SETTINGS, self._settings_and_versions())
 
-    def _close(self, folder: Path, training: dict[str, Any], writer: StateWriter | None) -> None:
+    def _close(self, folder: Path, training: dict[str, Any], content: Content) -> None:
         """Where training stands, and the manifest: the last files of a checkpoint."""
-        if training["optimizer"] is not None and writer is not None:
-            training["optimizer"]["numbers"] = writer.numbers
+        kind = self.args.checkpoint_format
+        if training["optimizer"] is not None and kind == "portable":
+            training["optimizer"]["numbers"] = content.numbers
         write_json(folder / TRAINING_STATE, training)
-        kind = "native" if writer is None else "portable"
-        entries = writer.entries if writer is not None else {}
-        write_manifest(folder, kind=kind, step=training["step"], known=entries)
+        write_manifest(folder, kind=kind, step=training["step"], known=content.entries)
 
     def _rotate(self, run_dir: Path) -> None:
         best = self.state.best_model_checkpoint

@@ -141,6 +141,18 @@ def moved_state(backend: Backend, built: Any, model: torch.nn.Module, plain: Any
         for moment, value in state.moments.items():
             assert value.device.type == "cpu"
             torch.testing.assert_close(value, torch.as_tensor(reference[moment]))
+    writers = backend.writers(model, built)
+    assert backend.gather_objects(writers) == [writers] * backend.data_world_size
+    assert set(writers) == set(shapes) and set(writers.values()) == set(
+        range(backend.data_world_size)
+    )
+    shares = {s.name: s for s in backend.state(model, built, writers) if s.weight is not None}
+    assert list(shares) == [name for name in shapes if writers[name] == backend.data_rank]
+    for name, share in shares.items():  # to the bit what rank 0 alone gets
+        assert torch.equal(share.weight, saved[name].weight), name
+        assert share.moments.keys() == saved[name].moments.keys(), name
+        for moment, value in share.moments.items():
+            assert torch.equal(torch.as_tensor(value), saved[name].moments[moment]), name
     weights_alone = list(backend.state(model, None))
     assert all(not state.moments for state in weights_alone) and len(weights_alone) == len(saved)
 

@@ -2,26 +2,35 @@
 
 Usage: python -m tests.support.tight_worker JOB.json. Each run trains one step, lets the address
 space grow by ``slack`` bytes at most, and saves; ``collect`` first tries to hold the whole state on
-every rank at once, which must not fit. Rank 0 writes ``result.json`` beside the job.
+every rank at once, which must not fit. It is saved twice: by both ranks together, and under
+``alone`` by rank 0, as where the ranks share no folder. Rank 0 writes ``result.json`` beside the
+job.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import os
 import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 from accelerate.state import AcceleratorState
 
 from benchmarks.fresh import MIB, process_memory
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, local, make_backend
+from s2s_scale.checkpoint import SaveError
+from s2s_scale.checkpoint.tensors import TensorWriter
 from s2s_scale.data.collate import Seq2SeqCollator
 from s2s_scale.models.tiny import ragged_rows
+from s2s_scale.trainer import saving
 from tests.support.limits import limited
 from tests.support.training import settings
 
@@ -90,6 +99,11 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
     with limited(resource.RLIMIT_AS, process_memory("VmSize") + job["slack_mib"] * MIB):
         collected = fits_at_once(moments)
         trainer._save_checkpoint(trainer.model, trial=None)
+        with patch.object(saving, "seen_by_all", lambda *_, **__: False):
+            args.output_dir = str(folder / "alone")
+            trainer._save_checkpoint(trainer.model, trial=None)
+    args.output_dir = str(folder / "full")
+    refused_on_every_rank(trainer)
     return {"moments": moments, "slack": job["slack_mib"] * MIB, "collected": collected}
 
 
@@ -99,6 +113,23 @@ def settle(*, seconds: float = 10) -> None:
     deadline, size = time.monotonic() + seconds, 0
     while size != (size := process_memory("VmSize")) and time.monotonic() < deadline:
         time.sleep(0.5)
+
+
+def refused_on_every_rank(trainer: Seq2SeqTrainer) -> None:
+    """The last rank's disk is full: no rank takes the save for done, and nothing is left."""
+    backend, folder = trainer.backend, Path(trainer.args.output_dir)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    here = backend.data_rank == backend.data_world_size - 1
+    with (
+        patch.object(TensorWriter, "add", full if here else TensorWriter.add),
+        pytest.raises(SaveError, match=os.strerror(errno.ENOSPC)),
+    ):
+        trainer._save_checkpoint(trainer.model, trial=None)
+    backend.gather_objects(None)
+    assert list(folder.iterdir()) == []
 
 
 def fits_at_once(count: int) -> bool:

@@ -48,7 +48,7 @@ def test_training_goes_on_while_a_save_is_written(tmp_path, monkeypatch):
 
     def held_up(states, writer):
         assert go_on.wait(60)
-        write(states, writer)
+        return write(states, writer)
 
     monkeypatch.setattr(saving, "write_states", held_up)
     trainer = trainer_in(tmp_path, save_in_background=True, max_steps=3)

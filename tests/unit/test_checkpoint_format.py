@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -12,6 +14,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from s2s_scale.backends import make_backend
+from s2s_scale.backends.shares import equal_shares
 from s2s_scale.checkpoint import (
     DamagedCheckpoint,
     checkpoints,
@@ -22,8 +25,9 @@ from s2s_scale.checkpoint import (
     write_manifest,
 )
 from s2s_scale.checkpoint.manifest import checksum_of
-from s2s_scale.checkpoint.portable import StateWriter, check_fits, write_states
-from s2s_scale.checkpoint.tensors import TensorReader, TensorWriter
+from s2s_scale.checkpoint.portable import StateWriter, check_fits, put_together, write_states
+from s2s_scale.checkpoint.tensors import TensorReader, TensorWriter, name_parts
+from s2s_scale.checkpoint.writing import SINGLE, Ranks, seen_by_all
 from s2s_scale.errors import UserError
 from s2s_scale.models.tiny import FAMILY_NAMES, tiny_model
 from tests.support.training import fresh, our_trainer, ragged_rows
@@ -49,7 +53,7 @@ def test_tensors_are_ordinary_safetensors_and_come_back(tmp_path, shard_bytes):
     writer = TensorWriter(tmp_path, "part", shard_bytes=shard_bytes)
     for name, tensor in tensors.items():
         writer.add(name, tensor)
-    entries = writer.finish()
+    entries = name_parts(tmp_path, "part", writer.finish())
     files = sorted(path.name for path in tmp_path.iterdir())
     assert sorted(entries) == files
     assert {name: checksum_of(tmp_path / name) for name in files} == entries
@@ -67,7 +71,7 @@ def test_tensors_are_ordinary_safetensors_and_come_back(tmp_path, shard_bytes):
 
 
 def test_nothing_to_write_leaves_no_file(tmp_path):
-    assert TensorWriter(tmp_path, "part").finish() == {}
+    assert name_parts(tmp_path, "part", TensorWriter(tmp_path, "part").finish()) == {}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -81,7 +85,7 @@ def test_weights_are_those_that_save_pretrained_writes(tmp_path, family, shard_b
     (ours / "model.safetensors").unlink()
     optimizer = torch.optim.AdamW(model.parameters())
     writer = StateWriter(ours, model, shard_bytes=shard_bytes)
-    write_states(make_backend("local").state(model, optimizer), writer)
+    put_together(ours, [write_states(make_backend("local").state(model, optimizer), writer)])
     expected = safetensors.torch.load_file(tmp_path / "stock" / "model.safetensors")
     with TensorReader(ours, "model") as reader:
         assert set(reader) == set(expected)
@@ -100,12 +104,72 @@ def test_lower_precision_keeps_the_fp32_weights_beside(tmp_path):
     model = tiny_model("t5").to(torch.bfloat16)
     fine = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
     writer = StateWriter(tmp_path, model)
-    write_states((ParameterState(n, w, {}) for n, w in fine.items()), writer)
+    states = (ParameterState(n, w, {}) for n, w in fine.items())
+    put_together(tmp_path, [write_states(states, writer)])
     with TensorReader(tmp_path, "model") as low, TensorReader(tmp_path, "master_weights") as high:
         assert len(low) == len(high) == len(fine) > 10
         for name, weight in fine.items():
             assert torch.equal(high.get(name), weight)
             assert torch.equal(low.get(name), weight.bfloat16())
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 4096])
+def test_the_shares_of_several_ranks_make_one_set_of_files(tmp_path, shard_bytes):
+    model = tiny_model("marian")
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.tensor([[5, 2]]), labels=torch.tensor([[6, 2]])).loss.backward()
+    optimizer.step()
+    states = list(make_backend("local").state(model, optimizer))
+    for name, ranks in (("alone", 1), ("shared", 3)):
+        (folder := tmp_path / name).mkdir()
+        writers = equal_shares({s.name: s.weight.numel() for s in states}, ranks)
+        written = []
+        for rank in range(ranks):
+            writer = StateWriter(folder, model, shard_bytes=shard_bytes, rank=rank)
+            written.append(write_states((s for s in states if writers[s.name] == rank), writer))
+        content = put_together(folder, written)
+        files = {path.name for path in folder.iterdir()}
+        assert set(content.entries) == files and not any("part" in name for name in files)
+        assert content.entries == {name: checksum_of(folder / name) for name in files}
+        assert (folder / "model.safetensors.index.json").exists() == (
+            ranks > 1 or shard_bytes == 4096
+        )
+    for stem in ("model", "optimizer"):
+        with (
+            TensorReader(tmp_path / "alone", stem) as alone,
+            TensorReader(tmp_path / "shared", stem) as shared,
+        ):
+            assert set(alone) == set(shared) and len(alone) > 10
+            for name in alone:
+                assert torch.equal(alone.get(name), shared.get(name)), name
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_folder_of_the_same_name_on_another_host_is_not_taken_for_a_shared_one(tmp_path, shared):
+    folders = [tmp_path / "host-0", tmp_path / ("host-0" if shared else "host-1")]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    said: list[list[str | None]] = [[], []]
+    barrier = threading.Barrier(2, timeout=20)
+
+    def asked(rank):
+        def gather(value):
+            said[rank].append(value)
+            barrier.wait()
+            values = [one[-1] for one in said]
+            barrier.wait()
+            return values
+
+        return seen_by_all(folders[rank], Ranks(main=rank == 0, gather=gather), count=2)
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(asked, range(2))) == [shared, shared]
+    assert not list(tmp_path.glob("*/*")) and not list(tmp_path.glob("*/.*"))
+
+
+def test_ranks_that_cannot_tell_each_other_share_no_folder(tmp_path):
+    assert seen_by_all(tmp_path, SINGLE, count=1)
+    assert not seen_by_all(tmp_path, SINGLE, count=2)
 
 
 @pytest.fixture(scope="module")
