@@ -13,7 +13,16 @@ PACKAGE = Path(__file__).parents[2] / "s2s_scale"
 LAYERS = (
     {"errors"},
     {"config", "settings", "cpu", "linear_loss", "losses", "schedules", "optimizers"},
-    {"lines", "maintenance", "preemption", "processes", "reports", "supervision", "watchdog"},
+    {
+        "fault_judge",
+        "lines",
+        "maintenance",
+        "preemption",
+        "processes",
+        "reports",
+        "supervision",
+        "watchdog",
+    },
     {
         "deepspeed_config",
         "hostfile",

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from s2s_scale import watchdog
-from s2s_scale.watchdog import Judge, Watchdog
+from s2s_scale import fault_judge, watchdog
+from s2s_scale.fault_judge import Judge
+from s2s_scale.watchdog import Watchdog
 
 
 def beat(ticks, where="at training step (step 5)", *, paused=False, waits=False):
@@ -114,7 +115,8 @@ def test_the_judge_that_stood_still_itself_blames_nobody():
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(watchdog, "BEAT_SECONDS", 0.3)
+    for module in (fault_judge, watchdog):
+        monkeypatch.setattr(module, "BEAT_SECONDS", 0.3)
 
 
 def start(ranks, *, hang_seconds=0.0, silence_seconds=20.0):
