@@ -12,7 +12,7 @@ import torch
 from s2s_scale import cli
 from tests.support.copying import write_copy_task
 from tests.support.families import FAMILY_NAMES
-from tests.support.measured import s2s_scale
+from tests.support.forkserver import shared
 
 STEPS = 300
 NEW = "--size tiny --vocab_size 300 --seed 0".split()
@@ -63,5 +63,6 @@ def test_a_new_model_learns_to_copy_and_is_the_same_after_reloading(family, tmp_
     assert 100 * agree / len(held_out) == pytest.approx(exact_match)
     after = tmp_path / "after.txt"
     words = ("--input", data / "val.source", "--output", after, "--max_length", 16)
-    s2s_scale("generate", "--model", trained, *words, *languages, log=tmp_path / "generate.log")
+    generate = ["generate", "--model", trained, *words, *languages]
+    shared().run(generate, ranks=1, folder=tmp_path / "logs")
     assert after.read_text().splitlines() == before
