@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import sys
@@ -79,6 +80,7 @@ class DeepSpeedBackend(LocalBackend):
         _own_tools_first()
         import deepspeed
 
+        _ask_for_numa_once()
         # Before a model is built: ZeRO 3 takes the number of ranks from DeepSpeed's own group.
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
@@ -243,6 +245,14 @@ class DeepSpeedBackend(LocalBackend):
     def generation(self, model: nn.Module) -> Iterator[Mapping[str, Any]]:
         # Under ZeRO 3 every rank must run every forward pass, also those that have finished.
         yield {"synced_gpus": True} if zero_stage(self._config) == 3 else {}
+
+
+def _ask_for_numa_once() -> None:
+    """Keep what ``numactl`` says: on a CPU ZeRO 3 starts it again for each gradient it divides."""
+    from deepspeed.utils import numa
+
+    if not hasattr(numa.get_numa_cores, "cache_info"):
+        numa.get_numa_cores = functools.cache(numa.get_numa_cores)
 
 
 def _own_tools_first() -> None:

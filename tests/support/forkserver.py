@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -182,6 +183,8 @@ def main() -> None:
     for name in OPTIONAL:
         if importlib.util.find_spec(name.partition(".")[0]) is not None:
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # DeepSpeed collects garbage often: not among all that was imported
     for line in sys.stdin:
         order = json.loads(line)
         if not order:

@@ -14,7 +14,7 @@ from tests.support.copying import write_copy_task
 from tests.support.families import FAMILY_NAMES
 from tests.support.forkserver import shared
 
-STEPS = 300
+STEPS = 200
 NEW = "--size tiny --vocab_size 300 --seed 0".split()
 #: mBART needs the long warm-up and the short memory of Adam; the other families do without
 TRAINING = f"""

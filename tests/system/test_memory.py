@@ -15,7 +15,7 @@ from tests.support.measured import s2s_scale
 
 SHORT = "--val_max_target_length 8 --disable_tqdm".split()
 TRAINING = """
-    --max_steps 300 --per_device_train_batch_size 32 --learning_rate 1e-3 --warmup_steps 100
+    --max_steps 200 --per_device_train_batch_size 32 --learning_rate 1e-3 --warmup_steps 100
     --adam_beta2 0.98 --dropout 0 --seed 0 --report_to none --do_predict --predict_with_generate
     --per_device_eval_batch_size 16
 """.split()

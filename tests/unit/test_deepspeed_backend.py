@@ -24,3 +24,13 @@ def test_the_ninja_beside_this_python_comes_first_and_once(tmp_path, monkeypatch
     beside = Path(sys.executable).parent
     assert os.environ["PATH"].split(os.pathsep) == [str(beside), str(tmp_path), "/usr/bin"]
     assert shutil.which("ninja") == str(beside / "ninja")
+
+
+def test_numactl_is_started_once(monkeypatch):
+    numa = pytest.importorskip("deepspeed.utils.numa", reason="DeepSpeed is not installed")
+    started = []
+    monkeypatch.setattr(numa, "get_numa_cores", lambda: started.append(1) or [])
+    for _ in range(3):
+        deepspeed._ask_for_numa_once()
+        assert numa.get_numa_cores() == []
+    assert len(started) == 1
