@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -219,7 +220,8 @@ class DeepSpeedBackend(LocalBackend):
         for name, parameter in trainable.items():
             for moment, value in read(name, weight=False).moments.items():
                 if isinstance(value, Tensor) and is_whole(value):
-                    safe_set_full_optimizer_state(parameter, value.float(), moment)
+                    with _padded(parameter, value.float()) as padded:
+                        safe_set_full_optimizer_state(parameter, padded, moment)
         return None
 
     def _set_weight(self, parameter: nn.Parameter, weight: Tensor) -> None:
@@ -230,7 +232,8 @@ class DeepSpeedBackend(LocalBackend):
         with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(weight)
         if parameter.requires_grad:
-            safe_set_full_fp32_param(parameter, weight.float())
+            with _padded(parameter, weight.float()) as padded:
+                safe_set_full_fp32_param(parameter, padded)
 
     def loss_scale(self, optimizer: Any, scaler: Any) -> dict[str, float] | None:
         zero = zero_optimizer(optimizer)
@@ -245,6 +248,23 @@ class DeepSpeedBackend(LocalBackend):
     def generation(self, model: nn.Module) -> Iterator[Mapping[str, Any]]:
         # Under ZeRO 3 every rank must run every forward pass, also those that have finished.
         yield {"synced_gpus": True} if zero_stage(self._config) == 3 else {}
+
+
+@contextmanager
+def _padded(parameter: Any, value: Tensor) -> Iterator[Tensor]:
+    """``value`` as ZeRO 3 can divide it: DeepSpeed 0.19 reads past its end on the last rank where
+    the ranks do not divide the number of elements. For the block, that number is the padded one.
+    """
+    if not hasattr(parameter, "ds_numel"):
+        yield value
+        return
+    number = parameter.ds_numel
+    missing = -number % dist.get_world_size(parameter.ds_process_group)
+    parameter.ds_numel = number + missing
+    try:
+        yield F.pad(value.flatten(), (0, missing)) if missing else value
+    finally:
+        parameter.ds_numel = number
 
 
 def _ask_for_numa_once() -> None:

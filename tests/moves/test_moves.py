@@ -15,7 +15,7 @@ TARGETS = [
     ("cpu-zero1", 2),
     ("cpu-zero3", 2),
     ("cpu-oss", 3),
-    ("cpu-zero2", 3),
+    ("cpu-zero3", 3),
 ]
 
 
