@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks.fresh import Spread, in_fresh_process, machine
-from benchmarks.reporting import COLOURS, Report, as_table, write
+from benchmarks.reporting import COLOURS, Report, add_title, as_table, write
 from s2s_scale.data.lengths import Lengths
 from tests.support.lengths import long_tailed
 
@@ -243,7 +243,7 @@ def bars(report: Report) -> Figure:
     axes.set_xlabel("rows per second, evaluation with generated text")
     axes.set_xmargin(0.15)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(report.title, fontsize=9)
+    add_title(figure, report.title)
     return figure
 
 

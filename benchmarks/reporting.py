@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,13 @@ def bars(report: Report) -> Figure:
     axes.set_xlabel("real tokens per second")
     axes.set_xmargin(0.15)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(report.title, fontsize=9)
+    add_title(figure, report.title)
     return figure
+
+
+def add_title(figure: Figure, text: str) -> None:
+    """A title of a report, in lines that fit into a picture eight inches wide."""
+    figure.suptitle(textwrap.fill(text, 100), fontsize=9)
 
 
 def _owner(trainer: str) -> str:
