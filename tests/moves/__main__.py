@@ -45,8 +45,8 @@ def main() -> int:
     sources = list(dict.fromkeys(move.source for move in found))
     targets = list(dict.fromkeys(move.target for move in found))
     cells = {(move.source, move.target): f"{move.worst:.0e}" for move in found}
-    rows = [["written by \\ read by", *map(_side, targets)], ["---"] * (len(targets) + 1)]
-    rows += [[_side(s), *(cells[s, t] for t in targets)] for s in sources]
+    rows = [["read by \\ written by", *map(_side, sources)], ["---"] * (len(sources) + 1)]
+    rows += [[_side(t), *(cells[s, t] for s in sources)] for t in targets]
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
     good = all(move.worst <= BOUND for move in found)
     print(f"{len(found)} moves, all within {BOUND:g}: {'yes' if good else 'NO'}")
