@@ -27,7 +27,6 @@ COMMON = """--per_device_train_batch_size 8 --learning_rate 1e-3 --logging_steps
 SHORT = [*COMMON, "--max_steps", "6", "--save_strategy", "no"]
 ENDLESS = [*COMMON, *"--max_steps 100000 --save_steps 5 --save_total_limit 1".split()]
 SECONDS_TO_END = 60
-LIMIT_SECONDS = 300  # DeepSpeed compiles its extensions on first use
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,7 @@ def test_zero2_from_a_host_file_has_the_losses_of_one_host(
 ):
     log = tmp_path / "log"
     words = zero2(model, data, tmp_path / "two", hosts, profile, *SHORT)
-    assert start(hosts, words, log=log).wait(LIMIT_SECONDS) == 0, log.read_text(encoding="utf-8")
+    assert start(hosts, words, log=log).wait(180) == 0, log.read_text(encoding="utf-8")
     assert losses(tmp_path / "two") == pytest.approx(one_host, rel=1e-5)
 
 
@@ -116,7 +115,7 @@ def test_the_deepspeed_command_typed_with_a_host_file(
     words += ["--output_dir", tmp_path / "two", *SHORT]
     (tmp_path / "environment").write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\n", encoding="utf-8")
     process = start(hosts, words, log=log, DS_ENV_FILE=str(tmp_path / "environment"))
-    assert process.wait(LIMIT_SECONDS) == 0, log.read_text(encoding="utf-8")
+    assert process.wait(180) == 0, log.read_text(encoding="utf-8")
     assert losses(tmp_path / "two") == pytest.approx(one_host, rel=1e-5)
 
 
@@ -130,7 +129,7 @@ def test_torchrun_on_each_host_has_the_losses_of_one_host(hosts, model, data, on
         words += ["--model", model, "--data_dir", data, "--output_dir", tmp_path / "two", *SHORT]
         running.append(start(hosts, words, host=number, log=log))
     for process, log in zip(running, logs, strict=True):
-        assert process.wait(LIMIT_SECONDS) == 0, log.read_text(encoding="utf-8")
+        assert process.wait(180) == 0, log.read_text(encoding="utf-8")
     assert losses(tmp_path / "two") == pytest.approx(one_host, rel=1e-5)
 
 
@@ -170,7 +169,7 @@ def test_a_cut_cable_is_a_restart_once_it_is_back(hosts, profile, model, data, t
     wait_for_text(log, "started again from the newest checkpoint", process)
     seconds = time.monotonic() - began
     hosts.both[1].connect()
-    assert process.wait(LIMIT_SECONDS) == 0, log.read_text(encoding="utf-8")
+    assert process.wait(180) == 0, log.read_text(encoding="utf-8")
     print(f"cut in a step: all had ended after {seconds:.0f} s")
     assert seconds < FAULT_SECONDS
     whole = run_command(
@@ -183,14 +182,14 @@ def test_a_cut_cable_is_a_restart_once_it_is_back(hosts, profile, model, data, t
 
 
 def wait_for_text(log, text, process):
-    deadline = time.monotonic() + LIMIT_SECONDS
+    deadline = time.monotonic() + 120
     while text not in log.read_text(encoding="utf-8", errors="replace"):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
 
 
 def wait_for_checkpoint(output, process, log):
-    deadline = time.monotonic() + LIMIT_SECONDS
+    deadline = time.monotonic() + 120
     while not list(output.glob("checkpoint-*")):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)

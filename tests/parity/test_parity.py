@@ -10,7 +10,7 @@ from s2s_scale.doctor.figures import Case, Job
 from tests.parity.matrix import BOUND, PROFILES, columns, stock_factors
 
 # Families that differ in what they tie, how they start decoding and what they pad with.
-JOB = Job(cases=(Case("t5", 0.0), Case("fsmt", 0.1), Case("mbart", 0.1)), steps=5)
+JOB = Job(cases=(Case("t5", 0.0), Case("fsmt", 0.1), Case("mbart", 0.1)), steps=8)
 
 
 @pytest.mark.slow

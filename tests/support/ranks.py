@@ -61,7 +61,7 @@ def run_ranks(
     _wait(processes, limit)
     texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
     codes = [process.poll() for process in processes]
-    hung = [rank for rank, code in enumerate(codes) if code in _ENDED]
+    hung = [rank for rank, code in enumerate(codes) if code is None or code in _ENDED]
     assert not hung, f"ranks {hung} were still running after {limit:.0f} s:\n" + "\n".join(texts)
     return [RankResult(code or 0, text) for code, text in zip(codes, texts, strict=True)]
 

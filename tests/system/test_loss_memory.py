@@ -22,7 +22,8 @@ def growth(vocabulary, linear, generate):
         text=True,
         check=False,
         timeout=240,
-        env={**os.environ, **ONE_THREAD},
+        # What is freed goes back at once: whether the heap keeps it would depend on small things.
+        env={**os.environ, **ONE_THREAD, "MALLOC_MMAP_THRESHOLD_": str(MIB)},
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1])
@@ -34,8 +35,7 @@ def test_memory_is_flat_in_the_vocabulary(generate):
     small, large = (growth(v, "on", generate) for v in (16_384, 131_072))
     logits = ROWS * TARGETS * 131_072 * 4
     print(f"{generate}: {small / MIB:.0f} and {large / MIB:.0f} MiB, logits {logits / MIB:.0f}")
-    # The vocabulary is eight times as large. How the C library reuses what is freed varies.
-    assert large < 2 * small
-    assert large < logits / 4
+    assert large < 1.3 * small + 20 * MIB
+    assert large < logits / 5
     # The measure sees logits where they are built.
     assert growth(131_072, "off", generate) > logits
