@@ -92,11 +92,10 @@ def _counted_only(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if counted.numel() < flat.numel():
         hidden, flat = hidden.index_select(0, counted), flat.index_select(0, counted)
     if hidden.device.type == "cpu" and hidden.dtype.itemsize < 4:
-        missing = usual_count(len(flat)) - len(flat)  # zeros that count nothing
-        hidden, flat = (
-            F.pad(hidden, (0, 0, 0, missing)),
-            F.pad(flat, (0, missing), value=IGNORE_INDEX),
-        )
+        missing = usual_count(len(flat)) - len(flat)
+        if missing:  # zeros that count nothing
+            hidden = F.pad(hidden, (0, 0, 0, missing))
+            flat = F.pad(flat, (0, missing), value=IGNORE_INDEX)
     return hidden.unsqueeze(0), flat.unsqueeze(0)
 
 

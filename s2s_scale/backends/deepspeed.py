@@ -181,7 +181,7 @@ class DeepSpeedBackend(LocalBackend):
             link_state(zero)
         flat_states = {} if zero is None else state_by_parameter(zero)
         for name, parameter in model.named_parameters():
-            mine = self.data_rank == (writers or {}).get(name, 0)
+            mine = self._writes(name, writers)
             weight = self._whole_weight(parameter, wanted=mine)
             moments: dict[str, Any] = {}
             for moment, value in flat_states.get(id(parameter), {}).items():
@@ -255,14 +255,15 @@ def _padded(parameter: Any, value: Tensor) -> Iterator[Tensor]:
     """``value`` as ZeRO 3 can divide it: DeepSpeed 0.19 reads past its end on the last rank where
     the ranks do not divide the number of elements. For the block, that number is the padded one.
     """
-    if not hasattr(parameter, "ds_numel"):
+    number, missing = getattr(parameter, "ds_numel", 0), 0
+    if number:
+        missing = -number % dist.get_world_size(parameter.ds_process_group)
+    if not missing:
         yield value
         return
-    number = parameter.ds_numel
-    missing = -number % dist.get_world_size(parameter.ds_process_group)
     parameter.ds_numel = number + missing
     try:
-        yield F.pad(value.flatten(), (0, missing)) if missing else value
+        yield F.pad(value.flatten(), (0, missing))
     finally:
         parameter.ds_numel = number
 

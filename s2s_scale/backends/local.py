@@ -218,12 +218,16 @@ class LocalBackend(Backend):
         sizes = {name: math.prod(shape) for name, shape in self.whole_shapes(model).items()}
         return equal_shares(sizes, self.data_world_size)
 
+    def _writes(self, name: str, writers: Mapping[str, int] | None) -> bool:
+        """Whether ``state`` gives this parameter to this rank."""
+        return self.data_rank == (writers or {}).get(name, 0)
+
     def state(
         self, model: nn.Module, optimizer: Any, writers: Mapping[str, int] | None = None
     ) -> Iterator[ParameterState]:
         held = innermost(optimizer).state if optimizer is not None else {}
         for name, parameter in model.named_parameters():
-            if self.data_rank != (writers or {}).get(name, 0):
+            if not self._writes(name, writers):
                 yield ParameterState(name, None, {})
                 continue
             moments = {k: on_host(v) for k, v in held.get(parameter, {}).items() if v is not None}

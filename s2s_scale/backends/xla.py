@@ -326,7 +326,7 @@ class XlaBackend(LocalBackend):
         for name, parameter in model.named_parameters():
             weight = _fetch(parameter)  # on every rank: parts may lie on several hosts
             moments = {moment: _on_cpu(value) for moment, value in held.get(parameter, {}).items()}
-            mine = self.data_rank == (writers or {}).get(name, 0)
+            mine = self._writes(name, writers)
             yield ParameterState(name, weight if mine else None, moments if mine else {})
 
     def load_state(

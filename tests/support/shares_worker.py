@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from s2s_scale.trainer import nonfinite
 from s2s_scale.trainer.spikes import SpikeDetector
 from tests.support.families import tiny_model
 from tests.support.ranks import run_ranks
-from tests.support.training import Unpacked, history, ragged_rows, settings
+from tests.support.training import Spoilt, Unpacked, history, ragged_rows, settings
 
 
 def main(path: Path) -> None:
@@ -119,25 +118,6 @@ def first_logits(trainer: Seq2SeqTrainer) -> list[float]:
         _, outputs = trainer.compute_loss(trainer.model_wrapped, batch, return_outputs=True)
     found: list[float] = outputs.logits[batch["labels"] != -100].flatten().tolist()
     return found
-
-
-class Spoilt(Seq2SeqTrainer):
-    """At some steps (``spoilt``: step -> how) the loss is another one.
-
-    nan: it is no number on the last rank alone. inf: it is infinite there, its gradients are what
-    they were. spike: a hundred times what it is, on all ranks.
-    """
-
-    spoilt: Mapping[str, str] = {}
-
-    def compute_loss(self, *args: Any, **more: Any) -> Any:
-        loss = super().compute_loss(*args, **more)
-        how = self.spoilt.get(str(self.state.global_step + 1)) if self.is_in_train else None
-        if how == "spike":
-            return loss * 100.0
-        if how is None or self.backend.data_rank < self.backend.data_world_size - 1:
-            return loss
-        return loss * math.nan if how == "nan" else loss + math.inf
 
 
 class Watcher(TrainerCallback):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from s2s_scale.models.tiny import ragged_rows
 from tests.support.families import tiny_model
 
 __all__ = [
+    "Spoilt",
     "Unpacked",
     "fresh",
     "history",
@@ -48,6 +51,29 @@ class Unpacked(Seq2SeqTrainer):
         collate = Seq2SeqCollator(self.config.pad_token_id)
         nothing = {"input_ids": [self.config.eos_token_id], "labels": [-100]}
         return lambda pairs: collate(list(pairs) or [nothing])
+
+
+class Spoilt(Seq2SeqTrainer):
+    """At some steps (``spoilt``: step -> how) the loss is another one.
+
+    nan: it is no number on the last rank alone. inf: it is infinite there, its gradients are what
+    they were. spike: a hundred times what it is, on all ranks.
+    """
+
+    spoilt: Mapping[str, str] = {}
+
+    # Not ``compute_loss``: the trainer takes other ways where a subclass has one of its own.
+    def _compute_loss(self, *args: Any, **more: Any) -> Any:
+        loss, logits = super()._compute_loss(*args, **more)
+        return self._spoilt(loss), logits
+
+    def _spoilt(self, loss: Any) -> Any:
+        how = self.spoilt.get(str(self.state.global_step + 1)) if self.is_in_train else None
+        if how == "spike":
+            return loss * 100.0
+        if how is None or self.backend.data_rank < self.backend.data_world_size - 1:
+            return loss
+        return loss * math.nan if how == "nan" else loss + math.inf
 
 
 def our_trainer(

@@ -4,7 +4,7 @@ Usage: python -m tests.support.xla_worker FOLDER…, each with a ``job.json``: `
 ("xla:data", "xla:fsdp" or "local"; the same in all), ``family``, ``longest`` row, ``rows``,
 ``arguments`` for training, ``resume`` (a checkpoint's folder), ``evaluate`` (train, then evaluate),
 ``unpacked`` (the packed plan's steps without packing), ``weights`` (tell all of them) and
-``nan_at_step`` (the loss of that step is not finite). Writes ``result.json`` beside each job.
+``spoilt`` (see ``Spoilt``). Writes ``result.json`` beside each job.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collate import Seq2SeqCollator
 from s2s_scale.profiles import resolve
 from tests.support.ranks import run_ranks
-from tests.support.training import Unpacked, history, ragged_rows, settings
+from tests.support.training import Spoilt, Unpacked, history, ragged_rows, settings
 
 
 def run_job(job: dict[str, Any], folder: Path, *, devices: int = 4) -> Any:
@@ -47,20 +47,6 @@ def run_jobs(
         name: json.loads((folder / name / "result.json").read_text(encoding="utf-8"))
         for name in jobs
     }
-
-
-class Poisoned(Seq2SeqTrainer):
-    """Our trainer, whose loss is not finite at one step."""
-
-    def __init__(self, *args: Any, nan_at_step: int | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.nan_at_step = nan_at_step
-
-    def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss, logits = super()._compute_loss(*args, **kwargs)
-        if self.is_in_train and self.state.global_step + 1 == self.nan_at_step:
-            loss = loss * float("nan")
-        return loss, logits
 
 
 def virtual_devices(count: int) -> dict[str, str]:
@@ -112,10 +98,8 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
     model = tiny_model(job.get("family", "t5"), d_model=32).train()
     rows = ragged_rows(model, job.get("rows", 200), longest=job.get("longest", 10))
     counter = Counter(backend)
-    own = {} if job.get("unpacked") else {"nan_at_step": job.get("nan_at_step")}
-    kind: Any = Unpacked if job.get("unpacked") else Poisoned
+    kind: Any = Unpacked if job.get("unpacked") else Spoilt
     trainer = kind(
-        **own,
         model=model,
         args=args,
         train_dataset=rows,
@@ -124,6 +108,7 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
         backend=backend,
         callbacks=[counter],
     )
+    trainer.spoilt = job.get("spoilt", {})
     trainer.train(resume_from_checkpoint=job.get("resume"))
     trainer.save_model()
     metrics = trainer.evaluate() if job.get("evaluate") else {}

@@ -65,7 +65,7 @@ def jobs_of(backend: str) -> dict[str, dict[str, Any]]:
     nan = {**ARGUMENTS, "num_buckets": 1, "max_steps": 6, "logging_steps": 3}
     jobs = {
         "saved": {"arguments": SAVED, "evaluate": True},
-        "nan": {"arguments": nan, "nan_at_step": 2},
+        "nan": {"arguments": nan, "spoilt": {"2": "nan"}},
     }
     for name, (options, _) in OPTIONS.items():
         values = {**ARGUMENTS, "num_buckets": 1, "max_steps": 4, **options}
