@@ -237,7 +237,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--task", nargs="+", default=[*TASKS], choices=[*TASKS])
-    parser.add_argument("--mode", nargs="+", default=[*MODES], choices=[*MODES])
+    parser.add_argument(
+        "--mode", nargs="+", default=[*MODES], choices=[*MODES], help="beside fixed"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each mode (3)")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="kept figures")
     parser.add_argument("--results", type=Path, help="folder for the JSON, the table and the PNG")
@@ -247,7 +249,7 @@ def main() -> None:
             kept_run((TASKS[task], mode, seed), options.runs) for seed in range(options.seeds)
         ]
         for task in options.task
-        for mode in options.mode
+        for mode in dict.fromkeys(["fixed", *options.mode])
     }
     report = report_of(runs)
     Console(width=None if sys.stdout.isatty() else 140).print(as_table(report))

@@ -26,7 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 ROWS, ROWS_PER_STEP, LONGEST = 2000, 16, 60
-WAYS = ("s2s-scale", "transformers")
+STOCK = "transformers"
+OURS = {"s2s-scale packed": "packed", "s2s-scale tokens": "tokens"}
+WAYS = (*OURS, STOCK)
 COLUMNS = {
     "steps": "",
     "compilations": "",
@@ -65,12 +67,12 @@ def measure(way: str, steps: int) -> None:
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     os.environ.setdefault("CPU_NUM_DEVICES", "1")
     os.environ["XLA_PERSISTENT_CACHE_PATH"] = ""
-    os.environ["USE_TORCH_XLA"] = "0" if way == WAYS[0] else "1"
+    os.environ["USE_TORCH_XLA"] = "0" if way in OURS else "1"
     from s2s_scale.backends import make_backend
 
     device = os.environ["PJRT_DEVICE"].lower()
     backend = make_backend("xla", device, {"data": -1})
-    if way == WAYS[0]:
+    if way in OURS:
         backend.prepare_process()
     from s2s_scale.data.collate import Seq2SeqCollator
     from s2s_scale.models import decoder_inputs_from_labels
@@ -90,9 +92,10 @@ def measure(way: str, steps: int) -> None:
 
     with TemporaryDirectory() as folder:
         values = {**ARGUMENTS, "output_dir": folder, "max_steps": steps}
-        if way == WAYS[0]:
+        if way in OURS:
             from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
+            values["batching"] = OURS[way]
             values["tokens_per_step"] = ROWS_PER_STEP * tokens // ROWS
             args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
             trainer: Any = Seq2SeqTrainer(
@@ -140,13 +143,14 @@ def _print_figures(step: int, started: float, tokens: int, backend: Any) -> None
 
 
 def main() -> None:
-    """Print the table; with ``--way``, one trainer's figures as JSON."""
+    """Print the table of ``--ways``; with ``--measure``, one trainer's figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--way", choices=WAYS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.way:
-        measure(options.way, options.steps)
+    if options.measure:
+        measure(options.measure, options.steps)
         return
     rows = f"about {ROWS_PER_STEP} rows of 2 to {LONGEST + 1} tokens"
     title = f"2-layer T5, {options.steps} steps of {rows}"
@@ -154,18 +158,22 @@ def main() -> None:
     table.add_column("trainer")
     for name, unit in COLUMNS.items():
         table.add_column(unit or name, justify="right")
-    found = {way: figures_of(way, options.steps) for way in WAYS}
+    found = {way: figures_of(way, options.steps) for way in options.ways}
     for way, figures in found.items():
         table.add_row(way, *(f"{figures[name]:,.{DIGITS.get(name, 0)}f}" for name in COLUMNS))
-    ours, theirs = (per_step(figures) for figures in found.values())
-    ratios = [f"{theirs[n] / ours[n]:.1f}x" for n in ("compilations", "compile_seconds", "seconds")]
-    table.add_row("ratio, per step", "", *ratios, f"{ours['rate'] / theirs['rate']:.1f}x")
+    for way in [way for way in OURS if way in found and STOCK in found]:
+        ours, theirs = per_step(found[way]), per_step(found[STOCK])
+        counts = ("compilations", "compile_seconds", "seconds")
+        ratios = [f"{theirs[name] / ours[name]:.1f}x" for name in counts]
+        times = f"{ours['rate'] / theirs['rate']:.1f}x"
+        table.add_row(f"{way} better by, per step", "", *ratios, times)
     Console(width=120).print(table)
 
 
 def figures_of(way: str, steps: int) -> dict[str, float]:
     """One trainer's figures from a process of its own, up to the last step that it came to."""
-    words = [sys.executable, "-m", "benchmarks.xla_training", "--steps", str(steps), "--way", way]
+    words = [sys.executable, "-m", "benchmarks.xla_training", "--steps", str(steps)]
+    words += ["--measure", way]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"steps"')]
     if not lines:

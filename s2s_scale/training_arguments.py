@@ -130,13 +130,13 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
         in_order = self.train_sampling_strategy == "sequential"
         return "sequential" if in_order else cast("Mode", self.batching)
 
-    def tokens_by_default(self) -> None:
-        """Choose 'tokens' as the batching mode unless something about batches was given.
+    def batching_by_default(self, mode: str) -> None:
+        """Choose ``mode`` of batching unless a mode was given, or a size that only some modes take.
 
         For whoever knows the data: their lengths must be at hand.
         """
         if not self._batches_given:
-            self.batching = "tokens"
+            self.batching = mode
 
     def settle_token_sizes(self) -> None:
         """Fill in the sizes of a step of 'tokens' that are left open, where no lengths are known.
@@ -224,7 +224,9 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             old = "sortish_sampler" if self.sortish_sampler else "train_sampling_strategy"
             problems.append(_twins(old, getattr(self, old), "batching", self.batching))
         chosen = self.batching is not None or wants_sorted or strategy != "random"
-        self._batches_given = bool(chosen or sizes or token_options or self.auto_find_batch_size)
+        own_options = token_options.keys() - set.intersection(*map(set, TOKEN_OPTIONS.values()))
+        given = (chosen, sizes, own_options, self.auto_batch, self.auto_find_batch_size)
+        self._batches_given = any(map(bool, given))
         if self.batching is None:
             by_tokens = "packed" if "tokens_per_row" in token_options else "tokens"
             by_default = by_tokens if token_options or self.auto_batch else "fixed"

@@ -68,25 +68,27 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         rows = given.get("train_dataset")
         compiles = self.backend.static_shapes or given["args"].torch_compile
         if isinstance(rows, StreamedExamples):
-            given["args"].tokens_by_default()
+            given["args"].batching_by_default("tokens")
             given["args"].settle_token_sizes()
             problems = streaming_problems(given["args"], static_shapes=compiles)
             raise_problems(problems)
             given["args"].ignore_data_skip = True  # the stream itself begins where it left off
         elif compiles and has_length(rows):
-            given["args"].tokens_by_default()
+            given["args"].batching_by_default("tokens")
         self.text_evaluation_for = text_evaluation_for
         super().__init__(**given)
         self.config = config if config is not None else self.model.config
         self._check_evaluation()
         self.vocab_size = target_vocab_size(self.config)
         self._check_pad_token()
+        if self.backend.static_shapes and has_length(self.train_dataset) and self._can_pack():
+            self.args.batching_by_default("packed")
         self._check_loss()
         check_precision(self.config, fp16=self.args.fp16)
         self._check_dropouts()
         self.backend.use_own_functions(
             self.args.cpu_functions == "auto" and not self._computes_twice,
-            in_place=self._asks_for_no_gradients,
+            in_place=self._computes_its_own_loss,
         )
         # Our loss is divided by the step's tokens already; these two (the first up to
         # transformers 5.17, the second after) keep the trainer from dividing once more.
@@ -134,11 +136,15 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         return bool(self.args.torch_compile or self.args.gradient_checkpointing)
 
     @property
-    def _asks_for_no_gradients(self) -> bool:
-        """Whether nothing but the trainer looks for gradients: the loss is not a subclass's."""
+    def _computes_its_own_loss(self) -> bool:
+        """Whether nobody else has a hand in it: a subclass, or a function that was given."""
         names = ("compute_loss", "_compute_loss", "training_step")
         own = (getattr(type(self), name).__module__.split(".")[0] for name in names)
         return self.compute_loss_func is None and set(own) == {__name__.split(".")[0]}
+
+    def _can_pack(self) -> bool:
+        """Whether pairs can share rows here; the class that makes the batches knows."""
+        return False
 
     def _check_loss(self) -> None:
         """Refuse loss settings that cannot take effect; the class that computes it knows them."""

@@ -34,6 +34,11 @@ from s2s_scale.trainer.sampling import make_sampler, token_sizes
 from s2s_scale.trainer.streaming import StreamLoader
 from s2s_scale.training_arguments import TOKEN_OPTIONS
 
+_STOCK_COLLATORS = (
+    transformers.DataCollatorForSeq2Seq,
+    transformers.DataCollatorWithPadding,
+    transformers.default_data_collator,
+)
 MEASURED_STEPS = 200
 GRAPHS_PER_SHAPE = 2
 """In training and in evaluation, of each of a model's functions that torch.compile compiles."""
@@ -225,15 +230,23 @@ class BatchTrainer(OptimizationTrainer):
             return ArrowRows(kept) if ours else kept, collate
         return dataset, self._get_collator_with_removed_columns(self.data_collator, use)
 
+    def _can_pack(self) -> bool:
+        own = self._computes_its_own_loss and self._collates_as_usual
+        return own and self._no_packing_reason() is None
+
+    @property
+    def _collates_as_usual(self) -> bool:
+        """Whether the collator pads token ids and does nothing else, as a subclass might."""
+        known = (Seq2SeqCollator, *_STOCK_COLLATORS)
+        return type(self.data_collator) in known or self.data_collator in known
+
     def _packing(self) -> Collate:
         """What lays pairs out in packed rows, in the place of the collator that pads them."""
-        known = (Seq2SeqCollator, transformers.DataCollatorForSeq2Seq)
-        stock = (transformers.default_data_collator, transformers.DataCollatorWithPadding)
-        given = self.data_collator
-        if not isinstance(given, (*known, stock[1])) and given is not stock[0]:
+        if not self._collates_as_usual:
+            name = type(self.data_collator).__name__
             raise UserError(
-                f"data_collator={type(given).__name__}: would not be called with batching=packed, "
-                "which lays token ids out itself; expected Seq2SeqCollator or transformers' "
+                f"data_collator={name}: would not be called with batching=packed, which lays "
+                "token ids out itself; expected Seq2SeqCollator or transformers' "
                 "DataCollatorForSeq2Seq; use --batching tokens"
             )
         return PackedCollator(self._padding_id(), start=decoder_start(self.config))

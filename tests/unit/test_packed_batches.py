@@ -306,6 +306,45 @@ def test_what_cannot_be_packed_is_refused(tmp_path):
     refused("torch_compile would compile each step anew", torch_compile=True)
 
 
+class OwnCollator(Seq2SeqCollator):
+    """Stands for one that does more than pad."""
+
+
+class OwnLoss(Seq2SeqTrainer):
+    def _compute_loss(self, *args: Any, **options: Any) -> Any:
+        return super()._compute_loss(*args, **options)
+
+
+class OwnModel(transformers.T5ForConditionalGeneration):
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return super().forward(*args, **options)
+
+
+def test_packed_is_the_default_where_shapes_are_few_and_nothing_speaks_against_it(tmp_path):
+    def chosen(kind: Any = Seq2SeqTrainer, *, static: bool = True, **given: Any) -> str:
+        model = given.pop("model", None) or fresh("t5")
+        pad = model.config.pad_token_id
+        trainer = kind(
+            model=model,
+            args=Seq2SeqTrainingArguments(output_dir=str(tmp_path), **given.pop("values", {})),
+            train_dataset=ragged_rows(model, 9),
+            data_collator=given.pop("collate", Seq2SeqCollator)(pad),
+            backend=SimulatedBackend(static=static),
+            **given,
+        )
+        return str(trainer.args.batching)
+
+    assert chosen() == chosen(values={"num_buckets": 4}) == "packed"
+    assert chosen(static=False) == "fixed"
+    assert chosen(values={"tokens_per_step": 150}) == "packed"
+    assert chosen(values={"tokens_per_step": 150}, static=False) == "tokens"
+    assert chosen(values={"groups_per_step": 2}) == "tokens"
+    assert chosen(values={"per_device_train_batch_size": 2}) == "fixed"
+    assert chosen(collate=OwnCollator) == chosen(OwnLoss) == "tokens"
+    assert chosen(compute_loss_func=lambda *_: None) == "tokens"
+    assert chosen(model=OwnModel(fresh("t5").config)) == "tokens"
+
+
 def test_a_collator_that_would_not_be_called_is_refused(tmp_path):
     model = fresh("t5")
     trainer = Seq2SeqTrainer(

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.data.collate import PadToWidths, Seq2SeqCollator
 from s2s_scale.data.lengths import usual_groups_per_step, usual_tokens_per_step
+from s2s_scale.data.packed_sampler import PackedSampler
 from s2s_scale.data.samplers import PlanSampler, ShapedExamples, TokenSampler
 from s2s_scale.errors import UserError
 from s2s_scale.planner import shape_rows
@@ -176,10 +177,11 @@ def test_evaluation_has_few_shapes_and_the_datas_order(tmp_path: Path) -> None:
         assert theirs[theirs != -100].tolist() == ours[ours != -100].tolist()
 
 
-def test_tokens_is_the_default_where_shapes_must_be_few(tmp_path: Path) -> None:
+def test_rows_are_shared_by_default_where_shapes_must_be_few(tmp_path: Path) -> None:
     static = SimulatedBackend(devices=2)
-    assert isinstance(trainer_of(tmp_path, static)._get_train_sampler(), TokenSampler)
-    assert trainer_of(tmp_path, static).args.batching == "tokens"
+    assert isinstance(trainer_of(tmp_path, static)._get_train_sampler(), PackedSampler)
+    grouped = trainer_of(tmp_path, static, groups_per_step=3)._get_train_sampler()
+    assert isinstance(grouped, TokenSampler)
     plain = trainer_of(tmp_path)._get_train_sampler()
     assert isinstance(plain, PlanSampler)
     assert plain.grid is None
