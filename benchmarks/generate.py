@@ -148,6 +148,7 @@ def evaluator(
     import transformers
 
     from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
+    from s2s_scale.config import DataArguments
     from s2s_scale.data.collate import Seq2SeqCollator
 
     found: list[list[int]] = []
@@ -170,7 +171,9 @@ def evaluator(
     stock = side == STOCK
     trainer_class = transformers.Seq2SeqTrainer if stock else Seq2SeqTrainer
     arguments = transformers.Seq2SeqTrainingArguments if stock else Seq2SeqTrainingArguments
+    own = {} if stock else {"data_args": DataArguments()}  # as the command line has it
     trainer = trainer_class(
+        **own,
         model=model,
         args=arguments(**settings),
         eval_dataset=rows,

@@ -1,9 +1,10 @@
 """What the compilation cache saves a killed run: ``python -m benchmarks.xla_restart``.
 
 A run under profile ``cpu-xla`` (another with ``--profile``) is killed with SIGKILL once its first
-checkpoint is there, and started again from it: with the cache of compiled graphs that the killed run
-left, and without one. Seconds from the start of the process until the loss of its first step
-is there, and those of them that went into compiling. Every start is a process of its own; the two ways take turns.
+checkpoint is there, and started again from it: with the cache of compiled graphs that the killed
+run left, and without one. Seconds from the start of the process until the loss of its first step is
+there, and those of them that went into compiling. Every start is a process of its own; the two ways
+take turns.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ def train(profile_name: str, folder: Path) -> None:
     class Tell(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             graphs, seconds = backend.compilations()  # the loss was read: the step is over
-            print(json.dumps({"step": state.global_step, "graphs": graphs, "compiling": seconds}), flush=True)
+            print(
+                json.dumps({"step": state.global_step, "graphs": graphs, "compiling": seconds}),
+                flush=True,
+            )
 
         def on_save(self, *args: Any, **kwargs: Any) -> None:
             print(json.dumps({"saved": True}), flush=True)
@@ -94,7 +98,7 @@ def running(profile: str, folder: Path, cache: Path | None) -> Iterator[Iterator
     )
     assert process.stdout is not None
     try:
-        yield (json.loads(line) for line in process.stdout if line.startswith("{\""))
+        yield (json.loads(line) for line in process.stdout if line.startswith('{"'))
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()

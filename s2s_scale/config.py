@@ -299,9 +299,9 @@ class TrainingExtras:
         "Which rows share a batch. 'fixed': random. 'sortish': random chunks of 50 batches, sorted "
         "by length inside, longest first. 'tokens': groups of like length; a step has "
         "--tokens_per_step and some groups of every length. 'packed': --tokens_per_step in rows "
-        "that hold several pairs each, which see nothing of each other. Default: 'fixed'; if no batch "
-        "size was given, 'packed' where the device wants few shapes, 'tokens' for streams and with "
-        "--torch_compile.",
+        "that hold several pairs each, which see nothing of each other. Default: 'fixed'; if no "
+        "batch size was given, 'packed' where the device wants few shapes, 'tokens' for streams "
+        "and with --torch_compile.",
         choices=BATCHING_MODES,
     )
     tokens_per_step: int | None = setting(

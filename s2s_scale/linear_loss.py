@@ -164,6 +164,17 @@ def _joined(parts: list[Tensor | None], hidden: Tensor) -> Tensor:
     return torch.cat([part.view(rows, -1, width) for part in parts if part is not None], dim=1)
 
 
+def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ right``, of [n, V] and [n, D].
+
+    Below fp32 on a CPU the smaller one is turned around: oneDNN multiplies with a contiguous left
+    side in two thirds of the time (1,024 x 32,128 and 512, one thread: 39 ms against 63).
+    """
+    if left.device.type == "cpu" and left.dtype.itemsize < 4:
+        return (right.t().contiguous() @ left).t()
+    return left.t() @ right
+
+
 class _Sums:
     """Loss and gradients of one batch, added up chunk by chunk."""
 
@@ -265,12 +276,14 @@ class _Sums:
             counted = torch.cat([counted, counted.sum(0, keepdim=True)])
         elif self._smoothing:
             self._hidden_sum += counted.sum(0, dtype=self._exact)
-        if self._by_weight is None:
-            self._by_weight = (low.t() @ counted).to(self._exact)
-        elif low.dtype == self._exact:
+        if low.dtype == self._exact and self._by_weight is not None:
             self._by_weight.addmm_(low.t(), counted)
+            return
+        added = _transposed_product(low, counted)
+        if self._by_weight is None:
+            self._by_weight = added.to(self._exact, memory_format=torch.contiguous_format)
         else:
-            self._by_weight += low.t() @ counted
+            self._by_weight += added
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """By weight and by bias, each in its own type; call it once, after all chunks."""

@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 from s2s_scale.cpu.gradients import can_add_to
 
 _LARGE = 2**20
-"""From so many values on, a weight's gradient in bf16 is faster from a transposed copy where there are
-fewer outputs than inputs: for 480 positions, 2,048 to 512, 0.9 ms against 1.3, for 1,024 2.2 against
-3.1; 512 to 2,048, where more is copied, 1.34 against 1.29 and 3.2 against 2.9 (one thread)."""
+"""From so many values on, a weight's gradient in bf16 is faster from a transposed copy where there
+are fewer outputs than inputs: for 480 positions, 2,048 to 512, 0.9 ms against 1.3, for 1,024 2.2
+against 3.1; 512 to 2,048, where more is copied, 1.34 against 1.29 and 3.2 against 2.9 (one
+thread)."""
 
 
 def usual_count(count: int) -> int:
