@@ -286,7 +286,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
         console.print(as_table(report))
         if options.results is not None:
-            stem = options.results / f"generate-{size}-{options.device}"
+            searches = "-".join(search.split()[-1] for search in options.search)
+            stem = options.results / f"generate-{size}-{searches}-{options.device}"
             write(report, stem, picture=False)
             FigureCanvasAgg(bars(report)).print_png(str(stem.with_suffix(".png")))
 
