@@ -21,7 +21,8 @@ from s2s_scale.settings import Settings
 from s2s_scale.settings.values import TRUE_WORDS
 
 if TYPE_CHECKING:
-    from s2s_scale.launch import Launch, Wishes
+    from s2s_scale.launch.description import Launch
+    from s2s_scale.launch.wishes import Wishes
     from s2s_scale.restarts import Command
     from s2s_scale.supervision import Ended
 
@@ -139,7 +140,9 @@ def version_line() -> str:
 def _launched(verb: Verb, words: list[str]) -> int:
     """A verb that a profile starts: the launcher's environment first, then the runner."""
     from s2s_scale.cli.build import build_settings
-    from s2s_scale.launch import describe, plan_launch, wishes_of
+    from s2s_scale.launch.description import describe
+    from s2s_scale.launch.plan import plan_launch
+    from s2s_scale.launch.wishes import wishes_of
     from s2s_scale.remote_hosts import check_hosts
     from s2s_scale.restarts import Command
 
@@ -176,7 +179,8 @@ def _launched(verb: Verb, words: list[str]) -> int:
 
 def _start(settings: Settings, launch: Launch, command: Command) -> int:
     """Start the ranks, and again after a fault where that is wanted."""
-    from s2s_scale.launch import plan_launch, start
+    from s2s_scale.launch.plan import plan_launch
+    from s2s_scale.launch.starting import start
     from s2s_scale.restarts import run_to_its_end
 
     profile = settings.profile

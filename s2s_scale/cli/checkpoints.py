@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from s2s_scale.cli.command_line import parse_line
-from s2s_scale.cli.verbs import CHECKPOINT_ACTIONS, Verb
+from s2s_scale.cli.verb_options import CHECKPOINT_ACTIONS
+from s2s_scale.cli.verbs import Verb
 from s2s_scale.errors import UserError, did_you_mean, raise_problems
 
 DAMAGED = 2

@@ -6,7 +6,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from s2s_scale.launch import describe, plan_launch, wishes_of
+from s2s_scale.launch.description import describe
+from s2s_scale.launch.plan import plan_launch
+from s2s_scale.launch.wishes import wishes_of
 from s2s_scale.settings import Settings
 
 EXIT_PROBLEM = 2

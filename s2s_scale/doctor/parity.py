@@ -13,7 +13,8 @@ from s2s_scale.backends import make_backend
 from s2s_scale.doctor.compare import Deviation, compare
 from s2s_scale.doctor.figures import Case, Job, compute, read
 from s2s_scale.errors import UserError, raise_problems
-from s2s_scale.launch import Launch, start
+from s2s_scale.launch.description import Launch
+from s2s_scale.launch.starting import start
 from s2s_scale.profiles import LauncherProfile, deepspeed_config_path
 
 JOB_FILE = "job.json"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from s2s_scale import cli, launch, profiles
+from s2s_scale import cli, profiles
+from s2s_scale.launch import this_host
 from tests.support.command import Here, Outcome, finish, refused, run_command, start_command
 
 
@@ -22,7 +23,7 @@ def training(here: Here, model: Path, data: Path, tmp_path: Path, monkeypatch):
     def started(*_: object, **__: object) -> int:
         raise AssertionError("a launcher was started")
 
-    monkeypatch.setattr("s2s_scale.launch.start", started)
+    monkeypatch.setattr("s2s_scale.launch.starting.start", started)
 
     def train(*words: object) -> Outcome:
         files = ("--model_name_or_path", model, "--data_dir", data)
@@ -37,7 +38,7 @@ def training(here: Here, model: Path, data: Path, tmp_path: Path, monkeypatch):
 def two_gpus(monkeypatch) -> None:
     """Two CUDA devices, as far as a command that starts nothing can tell."""
     monkeypatch.setattr(profiles, "cuda_is_here", lambda: True)
-    monkeypatch.setattr(launch, "cuda_devices", lambda environ: ["0", "1"])
+    monkeypatch.setattr(this_host, "cuda_devices", lambda environ: ["0", "1"])
 
 
 @pytest.fixture

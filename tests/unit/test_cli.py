@@ -12,7 +12,7 @@ import pytest
 
 import s2s_scale
 from s2s_scale import cli, profiles
-from s2s_scale.cli.verbs import (
+from s2s_scale.cli.verb_options import (
     DATA_READING,
     EVALUATE_TEXTS,
     EVALUATION_NAMES,
@@ -22,11 +22,11 @@ from s2s_scale.cli.verbs import (
     PLAN_DATA_NAMES,
     PLAN_NAMES,
     PLAN_TEXTS,
-    verbs,
 )
+from s2s_scale.cli.verbs import verbs
 from s2s_scale.config import DataArguments, ModelArguments
 from s2s_scale.errors import UserError
-from s2s_scale.launch import Wishes
+from s2s_scale.launch.wishes import Wishes
 from s2s_scale.settings import split_settings
 
 ROOT = Path(__file__).parents[2]

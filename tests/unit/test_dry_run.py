@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 
-from s2s_scale import launch, profiles
-from s2s_scale.launch import Wishes, describe, plan_launch
+from s2s_scale import profiles
+from s2s_scale.launch import this_host
+from s2s_scale.launch.description import describe
+from s2s_scale.launch.plan import plan_launch
+from s2s_scale.launch.wishes import Wishes
 from s2s_scale.profiles import available, resolve
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "dry_run"
@@ -27,8 +31,8 @@ HOSTS = "worker-1 slots=2\nworker-2 slots=2\n"
 def machine(monkeypatch):
     """A machine with 8 cores and two GPUs, called ``here``."""
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(launch.socket, "gethostname", lambda: "here")
-    monkeypatch.setattr(launch, "cuda_devices", lambda environ: ["0", "1"])
+    monkeypatch.setattr(socket, "gethostname", lambda: "here")
+    monkeypatch.setattr(this_host, "cuda_devices", lambda environ: ["0", "1"])
 
 
 def text_of(profile, words=WORDS, wishes=None):

@@ -10,7 +10,10 @@ import pytest
 
 from s2s_scale import restarts
 from s2s_scale.errors import UserError
-from s2s_scale.launch import Launch, Rank, Wishes, plan_launch, start
+from s2s_scale.launch.description import Launch, Rank
+from s2s_scale.launch.plan import plan_launch
+from s2s_scale.launch.starting import start
+from s2s_scale.launch.wishes import Wishes
 from s2s_scale.profiles import resolve
 from s2s_scale.reports import RUN_VARIABLE
 from s2s_scale.restarts import Command, divided, is_fault, run_to_its_end
