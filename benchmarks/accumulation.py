@@ -6,6 +6,7 @@ micro-batches of 4. A trainer that computes what it says prints the same figures
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,11 @@ def first_step(
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.accumulation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     table = Table(title="loss (gradient norm) of the first step over the same 8 rows")
     for name in ("family", "smoothing", "transformers 8x1", "4x2", "s2s-scale 8x1", "4x2"):
         table.add_column(name, justify="left" if name == "family" else "right")

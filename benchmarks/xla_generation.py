@@ -7,6 +7,7 @@ devices on the CPU unless PJRT_DEVICE says otherwise. Each line is measured in a
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -63,9 +64,16 @@ def measure(way: str, num_beams: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the table; with two arguments, one line's figures as JSON."""
-    if len(sys.argv) == 3:
-        print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
+    """Print the table; with ``--measure``, one line's figures as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.xla_generation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--measure", nargs=2, metavar=("WAY", "BEAMS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure[0], int(options.measure[1]))))
         return
     title = (
         f"2-layer T5, batches of {ROWS} rows x {WIDTH} source tokens, {NEW_TOKENS} new tokens; "
@@ -79,7 +87,8 @@ def main() -> None:
     for search, num_beams in SEARCHES.items():
         firsts = []
         for way in WAYS:
-            words = [sys.executable, "-m", "benchmarks.xla_generation", way, str(num_beams)]
+            words = [sys.executable, "-m", "benchmarks.xla_generation"]
+            words += ["--measure", way, str(num_beams)]
             done = subprocess.run(words, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
             firsts.append(found)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from s2s_scale.checkpoint.errors import SaveError
 from s2s_scale.checkpoint.folders import last_checkpoint_text
+from s2s_scale.file_modes import as_any_new_file
 
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "basic_ios", "iostream error")
 """Parts of the messages of torch's file writer: the first two name its source, the others are
@@ -211,8 +212,10 @@ def _reason_now(folder: Path) -> str:
 
 
 def _flush(folder: Path) -> None:
-    """fsync every file below ``folder`` and the folders themselves."""
+    """fsync every file below ``folder``, with the mode of any new file, and the folders."""
     for root, _, files in os.walk(folder):
+        for name in files:
+            as_any_new_file(Path(root) / name, folder=folder)
         for name in (*files, "."):
             _flush_path(Path(root) / name)
 

@@ -78,9 +78,10 @@ def verb_help(verb: Verb, *, width: int | None = None) -> str:
     )
     lines += ["", *textwrap.wrap(verb.description, columns)]
     if verb.positional == "FILE":
+        profile = "the profile, the profile over " * any(e.name == "profile" for e in options)
         note = (
             "FILE.yaml holds any of these settings as 'name: value' lines. Flags win over the "
-            "file, the file over the profile, the profile over defaults."
+            f"file, the file over {profile}defaults."
         )
         lines += textwrap.wrap(note, columns)
     for group, members in _grouped(options).items():

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from s2s_scale.doctor.checks import Finding
@@ -15,10 +16,10 @@ from s2s_scale.doctor.figures import Case
 
 def print_findings(findings: Sequence[Finding], *, title: str) -> bool:
     """Print every finding; whether all are well."""
-    table = Table("check", "", "found", "remedy", title=title, title_justify="left")
+    table = Table("check", "", "found", "remedy", title=escape(title), title_justify="left")
     for finding in findings:
         verdict = "[green]ok[/]" if finding.ok else "[red]problem[/]"
-        table.add_row(finding.what, verdict, finding.found, finding.remedy)
+        table.add_row(finding.what, verdict, escape(finding.found), escape(finding.remedy))
     _console().print(table)
     return all(finding.ok for finding in findings)
 

@@ -37,8 +37,10 @@ def check_folder(name: str, *, what: str, weights: bool) -> None:
     if not folder.is_dir():
         if folder.exists():
             raise UserError(f"{name}: expected the folder of a {what}, found a file")
-        if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith("/"):
-            raise UserError(f"{name}: no such folder; expected one that holds a {what}")
+        here = "/" in name and Path(name.split("/")[0]).is_dir()  # 'models/new', not a hub id
+        if here or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name[-1:] == "/":
+            taken = f" ('{name.split('/')[0]}' is a folder here, so it is no hub id)" * here
+            raise UserError(f"{name}: no such folder{taken}; expected one that holds a {what}")
         return
     if what == "tokenizer":
         return

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from s2s_scale.config import DataArguments
 from s2s_scale.errors import UserError, raise_problems, unknown_name
+from s2s_scale.file_modes import as_any_new_file
 from s2s_scale.models.families import FAMILIES
 from s2s_scale.models.tokenizers import TokenizerSettings, train_tokenizer
 
@@ -198,6 +199,7 @@ class _staged:
             if kind is None:
                 self.target.mkdir(exist_ok=True)
                 for file in self.scratch.iterdir():
+                    as_any_new_file(file, folder=self.target)
                     file.replace(self.target / file.name)
         finally:
             shutil.rmtree(self.scratch)

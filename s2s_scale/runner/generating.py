@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -219,7 +220,7 @@ def _print_search(found: list[SearchResult]) -> None:
         table.add_column(name, justify="right", style="bold" if name == "bleu" else "")
     for row in found:
         table.add_row(
-            *(str(value) for value in row.settings.values()),
+            *(escape(str(value)) for value in row.settings.values()),
             *(f"{score:.2f}" for score in row.scores.values()),
         )
     Console().print(table)

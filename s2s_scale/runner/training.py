@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
@@ -63,6 +63,7 @@ def train(settings: Settings) -> int:
         resume = on_main(backend, lambda: _resume(args.resume_from_checkpoint, run.output_dir))
         if resume is None and not args.overwrite_output_dir:
             refuse_earlier_run(run.output_dir)
+        stack.callback(_remove_if_empty, run.output_dir)
         check_writable(run.output_dir)
         stack.enter_context(one_run(backend, run.output_dir))
         _check_best_metric(run)
@@ -127,6 +128,12 @@ def one_run(backend: Backend, folder: Path) -> Iterator[None]:
         yield
 
 
+def _remove_if_empty(folder: Path) -> None:
+    """A run that was refused leaves nothing."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def print_note(text: str) -> None:
     """A line that is no error, on standard error."""
     print(f"note: {text}", file=sys.stderr)
@@ -183,6 +190,7 @@ def _train(
 ) -> int:
     """Train, save, evaluate, and write results and report."""
     output_dir = run.output_dir
+    began = None if resume is None else read_json(resume / STATE_FILE).get("global_step")
     try:
         outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     except NonFiniteLossError as error:
@@ -191,8 +199,12 @@ def _train(
             trainer.state.save_to_json(str(output_dir / STATE_FILE))
         raise
     trainer.save_model()
+    trained = outcome.metrics
+    if trainer.state.global_step == began:
+        print_note(f"{resume} is the end of training: no step was left; raise --max_steps for more")
+        trained = {}
     with writing("the results", output_dir):
-        _finish(run, trainer, examples, outcome.metrics)
+        _finish(run, trainer, examples, trained)
     return 0
 
 
@@ -202,11 +214,15 @@ def _finish(
     examples: dict[Split, Any],
     train_metrics: dict[str, float],
 ) -> None:
-    """Evaluate what was asked for, and write results and report."""
+    """Evaluate what was asked for, and write results and report.
+
+    ``train_metrics``: empty where no step was made, and an earlier command's results stand.
+    """
     results, output_dir = Results(), run.output_dir
     main = trainer.backend.data_rank == 0
-    results.add("train", train_metrics, None)
-    if main:
+    if train_metrics:
+        results.add("train", train_metrics, None)
+    if main and train_metrics:
         results.write(output_dir, "train")
     after: dict[Split, bool] = {
         "val": run.training_args.do_eval,

@@ -304,6 +304,12 @@ def test_a_missing_model_folder(training, name):
     refused(training("--model_name_or_path", name), f"{name}: no such folder", "expected one")
 
 
+def test_a_refused_run_leaves_no_folder(here, data, tmp_path):
+    folder = tmp_path / "run"
+    refused(run_into(here, folder, data, tmp_path / "no-model"), "no-model: no such folder")
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("name", ["no-model", "runs/no-model"])
 def test_a_name_that_is_neither_folder_nor_on_the_hub(training, name):
     outcome = training("--model_name_or_path", name)

@@ -45,6 +45,26 @@ def test_list_verify_and_show_a_run_that_is_whole(here, earlier_run):
         assert part in shown.out + "xxh"
 
 
+def test_a_folder_with_brackets_in_its_name(here, earlier_run, tmp_path):
+    folder = Path(shutil.copytree(earlier_run, tmp_path / "x[red]y"))
+    assert "x[red]y" in here("checkpoint", "list", folder).out.replace("\n", "")
+
+
+def test_a_run_that_is_complete_keeps_its_results(here, own_run, model, data):
+    results = json.loads((own_run / "train_results.json").read_text(encoding="utf-8"))
+    assert results["train_loss"] > 0
+    outcome = resume(here, model, data, own_run)
+    assert outcome.code == 0, outcome.err
+    assert "checkpoint-2 is the end of training: no step was left" in outcome.err
+    assert json.loads((own_run / "train_results.json").read_text(encoding="utf-8")) == results
+
+
+def test_whoever_may_read_one_file_may_read_all(earlier_run):
+    modes = {path.stat().st_mode & 0o777 for path in earlier_run.rglob("*") if path.is_file()}
+    assert (earlier_run / "model.safetensors").is_file()
+    assert len(modes) == 1
+
+
 def test_damage_is_named_with_what_was_expected_and_found(here, own_run):
     flip(own_run / "checkpoint-2" / "model.safetensors")
     before = snapshot(own_run)

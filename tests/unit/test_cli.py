@@ -597,6 +597,15 @@ def test_help_of_train_begins_with_our_groups(capsys):
     assert "[on; --no_dataloader_pin_memory turns it off]" in " ".join(text.split())
 
 
+def test_help_speaks_of_profiles_only_where_there_are_any(capsys):
+    said = {}
+    for verb in ("train", "plan"):
+        assert cli.main([verb, "--help"]) == 0
+        said[verb] = " ".join(capsys.readouterr().out.split())
+    assert "the file over the profile, the profile over defaults" in said["train"]
+    assert "the file over defaults" in said["plan"]
+
+
 def test_help_shows_choices_and_defaults(capsys):
     assert cli.main(["evaluate", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())

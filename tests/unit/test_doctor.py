@@ -12,9 +12,10 @@ import torch
 
 from s2s_scale import cli
 from s2s_scale.doctor import checks
-from s2s_scale.doctor.checks import Patient, examine
+from s2s_scale.doctor.checks import Finding, Patient, examine
 from s2s_scale.doctor.compare import compare
 from s2s_scale.doctor.figures import Case, Figures, Job
+from s2s_scale.doctor.report import print_findings
 from s2s_scale.processes import holders
 from s2s_scale.profiles import missing_packages, resolve
 
@@ -41,6 +42,13 @@ def test_the_command_prints_a_table_and_an_exit_code(capsys, tmp_path):
     text = capsys.readouterr().out
     for what in ("deepspeed", "CPU cores", "shared memory", "network", "disk", "g++"):
         assert what in text
+
+
+def test_extras_in_a_remedy_are_not_taken_for_markup(capsys):
+    finding = Finding("torch-xla", "not installed", "pip install 's2s-scale[tpu]'")
+    assert not print_findings([finding], title="[x]")
+    assert "'s2s-scale[tpu]'" in (said := capsys.readouterr().out)
+    assert "[x]" in said
 
 
 def test_a_profile_for_a_device_that_is_not_here(capsys, monkeypatch):

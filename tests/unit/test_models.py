@@ -224,6 +224,15 @@ def test_missing_folder(tmp_path: Path) -> None:
     assert "nowhere: no such folder" in line
 
 
+def test_a_missing_folder_in_one_that_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not looked for on the hub, which takes half a minute where there is no network."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "models/new: no such folder ('models' is a folder here" in problem(Path("models/new"))
+
+
 def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert "found a file" in problem(tmp_path / "file")
