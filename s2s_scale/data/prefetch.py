@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,22 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 BATCHES_AHEAD = 4
+STOP_SECONDS = 10.0
+
+_unfinished: dict[threading.Thread, threading.Event] = {}
+
+
+@atexit.register
+def _stop_all() -> None:
+    """End the threads whose items nobody reads any more, as after an error that ends the program.
+
+    Python would end them wherever they stand, and inside torch that aborts the process.
+    """
+    threads = list(_unfinished.items())
+    for _, stopped in threads:
+        stopped.set()
+    for thread, _ in threads:
+        thread.join(STOP_SECONDS)
 
 
 def ahead(items: Iterator[T], *, count: int = BATCHES_AHEAD) -> Iterator[T]:
@@ -33,8 +50,12 @@ def ahead(items: Iterator[T], *, count: int = BATCHES_AHEAD) -> Iterator[T]:
             put((False, None))
         except BaseException as error:  # noqa: BLE001  (raised again where the items are read)
             put((False, error))
+        finally:
+            _unfinished.pop(threading.current_thread(), None)
 
-    threading.Thread(target=work, daemon=True, name="batches").start()
+    thread = threading.Thread(target=work, daemon=True, name="batches")
+    _unfinished[thread] = stopped
+    thread.start()
     try:
         while True:
             there, item = made.get()

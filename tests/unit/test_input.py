@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import threading
 import time
 
@@ -112,6 +114,28 @@ def test_an_error_in_the_thread_is_raised_where_items_are_read():
     assert next(reader) == 1
     with pytest.raises(UserError, match="row 7 is damaged"):
         next(reader)
+
+
+ENDS_MEANWHILE = """
+import sys, time
+from s2s_scale.data.prefetch import ahead
+
+def items():
+    yield 1
+    time.sleep(1)  # stands for work inside torch, in which Python must not end the thread
+    print("done", flush=True)
+    yield 2
+
+reader = ahead(items())
+next(reader)
+sys.exit(3)
+"""
+
+
+def test_a_program_that_ends_meanwhile_waits_for_the_item_in_work():
+    words = [sys.executable, "-c", ENDS_MEANWHILE]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "done\n", "")
 
 
 @pytest.mark.parametrize("name", ["local", "fairscale_oss", "deepspeed"])
