@@ -180,9 +180,8 @@ def _sortish_order(lengths: Lengths, rows_per_step: int, random: np.random.Rando
         order[start : start + size] = rows[_stable_order(key[rows], bits)]
     full = count // rows_per_step
     if full > 1:
-        steps = order[: full * rows_per_step].reshape(full, rows_per_step)
-        steps = np.concatenate([steps[:1], steps[1:][random.permutation(full - 1)]])
-        order = np.concatenate([steps.reshape(-1), order[full * rows_per_step :]])
+        steps = order[: full * rows_per_step].reshape(full, rows_per_step)  # a view
+        steps[1:] = steps[1:][random.permutation(full - 1)]
     return order
 
 
