@@ -223,7 +223,8 @@ def _print_search(found: list[SearchResult]) -> None:
             *(escape(str(value)) for value in row.settings.values()),
             *(f"{score:.2f}" for score in row.scores.values()),
         )
-    Console().print(table)
+    # A pipe has no width of its own; 80 columns would cut the names of metrics.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from s2s_scale.data.samplers import PlanSampler, ShapedExamples, TokenSampler
 from s2s_scale.errors import UserError
 from s2s_scale.planner import shape_rows
 from s2s_scale.trainer.sampling import make_sampler
-from tests.support.lengths import long_tailed
+from tests.support.lengths import long_tailed, share_of_pads_at_random
 from tests.support.simulated import SimulatedBackend
 from tests.support.training import fresh, history, our_trainer, ragged_rows, settings
 
@@ -227,6 +228,28 @@ def test_pads_are_counted_as_planned(tmp_path: Path) -> None:
     assert int(first) * (int(cells[0]) + int(cells[1])) == int(cells[2])
     assert trainer.get_total_train_batch_size(trainer.args) == round(ROWS / len(planned.steps))
     assert trainer_of(tmp_path, **BY_ROWS).plan_summary() is None
+
+
+def test_nine_of_ten_tokens_are_real_where_shapes_are_few(tmp_path: Path) -> None:
+    """With every setting about batches left at its default but the size of a step."""
+    lengths = long_tailed(20_000)
+    columns = {
+        name: [[5] * length for length in side.tolist()]
+        for name, side in zip(("input_ids", "labels"), lengths, strict=True)
+    }
+    model = fresh("t5")
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(output_dir=str(tmp_path), tokens_per_step=32_768),
+        train_dataset=datasets.Dataset.from_dict(columns),
+        data_collator=Seq2SeqCollator(model.config.pad_token_id),
+        backend=SimulatedBackend(devices=4),
+    )
+    trainer.get_train_dataloader()
+    planned = trainer.plan_summary()
+    assert planned is not None and len(planned.shapes) <= trainer._num_buckets == 8
+    assert share_of_pads_at_random(lengths) > 0.6
+    assert planned.total.real_share >= 0.9
 
 
 def test_free_shapes_have_few_pads_and_log_them(tmp_path: Path) -> None:
