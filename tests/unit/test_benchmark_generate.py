@@ -31,13 +31,13 @@ def test_rows_that_differ_are_counted():
 
 def test_a_quick_run_writes_table_figures_and_picture(tmp_path, capfd):
     generate.main(["--quick", "--rows", "24", "--results", str(tmp_path)])
-    entries = json.loads((tmp_path / "generate-quick-cpu.json").read_text())["entries"]
+    entries = json.loads((tmp_path / "generate-quick-greedy-beams-cpu.json").read_text())["entries"]
     assert {entry["search"] for entry in entries} == {"greedy", "4 beams"}
     assert {"transformers", "s2s-scale"} <= {entry["side"] for entry in entries}
     for entry in entries:
         assert entry["rows_that_differ"] == 0
         assert entry["rows_per_second"]["median"] > 0
         assert (entry["times_transformers"]["median"] == 1) == (entry["side"] == "transformers")
-    table = (tmp_path / "generate-quick-cpu.md").read_text()
+    table = (tmp_path / "generate-quick-greedy-beams-cpu.md").read_text()
     assert "0 of 48" in table and "rows that differ" in table
-    assert (tmp_path / "generate-quick-cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "generate-quick-greedy-beams-cpu.png").read_bytes().startswith(b"\x89PNG")
