@@ -6,7 +6,6 @@ micro-batches of 4. A trainer that computes what it says prints the same figures
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import parser_for
 from tests.support.families import FAMILY_NAMES
 from tests.support.training import fresh, history, our_trainer, ragged_rows, stock_trainer
 
@@ -43,11 +43,7 @@ def first_step(
 
 def main() -> None:
     """Print the table."""
-    argparse.ArgumentParser(
-        prog="python -m benchmarks.accumulation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    parser_for("accumulation", __doc__).parse_args()
     table = Table(title="loss (gradient norm) of the first step over the same 8 rows")
     for name in ("family", "smoothing", "transformers 8x1", "4x2", "s2s-scale 8x1", "4x2"):
         table.add_column(name, justify="left" if name == "family" else "right")

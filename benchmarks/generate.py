@@ -28,6 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from benchmarks.command_line import parser_for
 from benchmarks.fresh import Spread, in_fresh_process, machine
 from benchmarks.reporting import COLOURS, Report, add_title, as_table, write
 from s2s_scale.data.lengths import Lengths
@@ -75,11 +76,7 @@ class Measured:
 
 def options_of_command(arguments: list[str] | None = None) -> argparse.Namespace:
     """What the command line asks for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_for("generate", __doc__)
     parser.add_argument("--size", nargs="+", default=["small", "large"], choices=[*SIZES])
     parser.add_argument("--search", nargs="+", default=[*SEARCHES], choices=[*SEARCHES])
     parser.add_argument("--side", nargs="+", default=_sides(), choices=(STOCK, OURS, ENGINE))

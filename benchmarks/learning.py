@@ -12,7 +12,6 @@ from there.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
@@ -29,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich.console import Console
 
+from benchmarks.command_line import parser_for
 from benchmarks.fresh import in_fresh_process, machine
 from benchmarks.reporting import Report, as_table, write
 
@@ -231,11 +231,7 @@ def curves(runs: Mapping[tuple[str, str], Sequence[dict[str, Any]]]) -> Figure:
 
 def main() -> None:
     """Train what is missing, and print and write the figures."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.learning",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_for("learning", __doc__)
     parser.add_argument("--task", nargs="+", default=[*TASKS], choices=[*TASKS])
     parser.add_argument(
         "--mode", nargs="+", default=[*MODES], choices=[*MODES], help="beside fixed"

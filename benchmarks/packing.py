@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
-
+from benchmarks.command_line import parser_for
 from benchmarks.fresh import Spread, in_fresh_process, machine
-from benchmarks.reporting import Report, as_table, write
+from benchmarks.reporting import Report, show
 from benchmarks.train_runs import SIZES, Case, model_of, rows_of
 from tests.support.lengths import long_tailed
 
@@ -123,11 +121,7 @@ def _figures(trainer: Any, times: list[float], run: Run) -> dict[str, float]:
 
 def options_of_command() -> argparse.Namespace:
     """What the command line asks for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.packing",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_for("packing", __doc__)
     parser.add_argument("--xla", action="store_true", help="on a virtual XLA device")
     parser.add_argument("--size", default="small", choices=[*SIZES])
     parser.add_argument("--tokens_per_step", type=int, default=8_192)
@@ -169,9 +163,7 @@ def main() -> None:
         f"{options.tokens_per_step:,} real tokens a step, median (range) of {options.pairs}"
     )
     report = Report(title, HEADS, rows, entries, machine())
-    Console(width=None if sys.stdout.isatty() else 140).print(as_table(report))
-    if options.results is not None:
-        write(report, options.results / f"packing{'-xla' if options.xla else ''}", picture=False)
+    show(report, options.results and options.results / f"packing{'-xla' if options.xla else ''}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.fresh import Spread
@@ -60,6 +62,13 @@ def write(report: Report, stem: Path, *, picture: bool = True) -> None:
     stem.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
     if picture:
         FigureCanvasAgg(bars(report)).print_png(str(stem.with_suffix(".png")))
+
+
+def show(report: Report, stem: Path | None, *, width: int = 140) -> None:
+    """Print the table, ``width`` columns wide in a pipe; write it without a picture to ``stem``."""
+    Console(width=None if sys.stdout.isatty() else width).print(as_table(report))
+    if stem is not None:
+        write(report, stem, picture=False)
 
 
 def _plain(value: Any) -> Any:

@@ -24,10 +24,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.fresh import machine
-from benchmarks.reporting import Report, as_table, write
+from benchmarks.reporting import Report, show
 
 SIDES = ("s2s-scale", "transformers")
 CACHES = ("empty", "filled")
@@ -252,9 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{options.pairs}"
     )
     report = report_of(found, title)
-    Console(width=None if sys.stdout.isatty() else 150).print(as_table(report))
-    if options.results is not None:
-        write(report, options.results / "startup", picture=False)
+    show(report, options.results and options.results / "startup", width=150)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.command_line import parser_for
 from benchmarks.fresh import CLOCKS, MIB, Spread, in_fresh_process, machine
 from benchmarks.peaks import measure_peaks
 from benchmarks.reporting import Report, as_table, write
@@ -58,11 +59,7 @@ Runs = dict[tuple[str, str], list[dict[str, float]]]
 
 def options_of_command(arguments: list[str] | None = None) -> argparse.Namespace:
     """What the command line asks for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_for("train", __doc__)
     parser.add_argument("--size", nargs="+", default=["small", "large"], choices=[*SIZES])
     parser.add_argument("--family", default="bart", choices=("bart", "t5"))
     parser.add_argument("--precision", nargs="+", default=[*PRECISIONS], choices=PRECISIONS)

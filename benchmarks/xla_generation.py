@@ -18,6 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import parser_for
+
 ROWS, WIDTH, NEW_TOKENS, LATER_BATCHES = 8, 16, 12, 5
 SEARCHES = {"greedy": 1, "4 beams": 4}
 WAYS = ("s2s-scale", "transformers")
@@ -65,11 +67,7 @@ def measure(way: str, num_beams: int) -> dict[str, float]:
 
 def main() -> None:
     """Print the table; with ``--measure``, one line's figures as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.xla_generation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_for("xla_generation", __doc__)
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "BEAMS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:

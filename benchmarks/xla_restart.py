@@ -22,10 +22,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
-
+from benchmarks.command_line import parser_for
 from benchmarks.fresh import Spread, machine
-from benchmarks.reporting import Report, as_table, write
+from benchmarks.reporting import Report, show
 
 HEADS = ("start", "seconds to its first step", "of them compiling", "graphs compiled")
 FIRST, WITH, WITHOUT = "first, cache empty", "restart, with the cache", "restart, without"
@@ -38,7 +37,7 @@ def train(profile_name: str, folder: Path) -> None:
     from s2s_scale.profiles import resolve
 
     profile = resolve(profile_name)
-    os.environ.update({k: v for k, v in profile.environment.items() if k not in os.environ})
+    os.environ.update(profile.environment)
     from s2s_scale.backends import make_backend
 
     backend = make_backend(profile.backend, profile.device, profile.mesh)
@@ -132,11 +131,7 @@ def measure(profile: str, folder: Path) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.xla_restart",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_for("xla_restart", __doc__)
     parser.add_argument("--profile", default="cpu-xla", help="cpu-xla, tpu-vm, …")
     parser.add_argument("--pairs", type=int, default=5, help="how often the starts alternate (5)")
     parser.add_argument("--results", type=Path, help="folder for the JSON and the table")
@@ -162,9 +157,7 @@ def main() -> None:
         f"{options.pairs}; the cache holds {size.median:.1f} MiB"
     )
     report = Report(title, HEADS, rows, entries, machine())
-    Console(width=None if sys.stdout.isatty() else 140).print(as_table(report))
-    if options.results is not None:
-        write(report, options.results / "xla-restart", picture=False)
+    show(report, options.results and options.results / "xla-restart")
 
 
 if __name__ == "__main__":

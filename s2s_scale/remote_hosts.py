@@ -11,12 +11,12 @@ import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from s2s_scale.errors import UserError, raise_problems
+from s2s_scale.on_disk import remove_if_empty
 
 PACKAGES = ("s2s-scale", "torch", "transformers", "accelerate", "datasets", "deepspeed")
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "PasswordAuthentication=no", "-o", "ConnectTimeout=10")
@@ -57,8 +57,7 @@ def check_hosts(hosts: Sequence[str], output_dir: Path | None) -> str:
         else:
             problems += [f"host '{host}': {line}" for line in _differences(here, answer, token)]
     if problems and token is not None:
-        with suppress(OSError):  # made for this alone where it is empty
-            token.parent.rmdir()
+        remove_if_empty(token.parent)
     raise_problems(problems)
     first = answers[0]
     assert isinstance(first, Found)

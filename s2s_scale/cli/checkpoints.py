@@ -70,11 +70,11 @@ def _one(folder: Path) -> Path:
 
 def _list(folder: Path) -> int:
     """A table of the checkpoints, each verified; 0 if all are whole."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(f"Checkpoints in {folder}"), title_justify="left")
+    from s2s_scale.tables import table_console
+
+    table = Table(title=f"Checkpoints in {folder}", title_justify="left")
     for heading in ("name", "step", "format", "size", "state"):
         table.add_column(heading, overflow="fold")
     sound = []
@@ -82,11 +82,9 @@ def _list(folder: Path) -> int:
         problem = _problem_of(path)
         kind, step = _kind_and_step(path)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        cells = (path.name, step, kind, _mebibytes(size), problem or _state(path))
-        table.add_row(*map(escape, cells))
+        table.add_row(path.name, step, kind, _mebibytes(size), problem or _state(path))
         sound.append(problem is None)
-    console = Console(width=None if sys.stdout.isatty() else 120, file=sys.stdout)
-    console.print(table)
+    table_console().print(table)
     return 0 if all(sound) else DAMAGED
 
 

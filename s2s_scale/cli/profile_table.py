@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from s2s_scale.errors import UserError
 from s2s_scale.profiles import available, resolve
+from s2s_scale.tables import table_console
 
 
 def print_table() -> int:
@@ -26,15 +25,18 @@ def print_table() -> int:
             profile = resolve(str(path))
         except UserError as error:
             mistakes += error.problems
-            table.add_row(escape(name), "-", "-", "-", "-", "no: the file has mistakes, see below")
+            table.add_row(name, "-", "-", "-", "-", "no: the file has mistakes, see below")
             continue
         reasons = [problem.partition(": ")[2] for problem in profile.unusable()]
-        cells = (name, profile.backend, profile.launcher, profile.device, profile.description)
-        usable = f"no: {'; '.join(reasons)}" if reasons else "yes"
-        table.add_row(*map(escape, (*cells, usable)))
-    # A pipe has no width of its own; 80 columns would fold nearly every cell.
-    console = Console(width=None if sys.stdout.isatty() else 120, file=sys.stdout)
-    console.print(table)
+        table.add_row(
+            name,
+            profile.backend,
+            profile.launcher,
+            profile.device,
+            profile.description,
+            f"no: {'; '.join(reasons)}" if reasons else "yes",
+        )
+    table_console().print(table)
     for mistake in mistakes:
         print(f"error: {mistake}", file=sys.stderr)
     return 2 if mistakes else 0

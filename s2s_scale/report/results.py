@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from s2s_scale.evaluation.text import TextEvaluation
@@ -130,14 +129,14 @@ def print_table(results: Results, *, title: str) -> None:
         for name in results.metrics:
             if name.startswith(f"{split}_") and name.removeprefix(f"{split}_") not in _HIDDEN:
                 names[name.removeprefix(f"{split}_")] = None
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("metric")
     for split in splits:
         table.add_column(split, justify="right")
     for name in names:
         cells = [_cell(name, results.metrics.get(f"{split}_{name}")) for split in splits]
         table.add_row(name, *cells)
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     for metric, signature in results.signatures.items():
         console.print(f"{metric}: {signature}", highlight=False, soft_wrap=True)

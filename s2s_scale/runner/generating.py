@@ -13,7 +13,6 @@ from typing import Any, TextIO
 import torch
 import transformers
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from s2s_scale.evaluation.metrics import TextMetrics
 from s2s_scale.evaluation.static_generation import StaticGenerator
 from s2s_scale.runner.pieces import open_backend, source_prefix_of, wanted_device
 from s2s_scale.settings import Settings, split_settings
+from s2s_scale.tables import table_console
 from s2s_scale.training_arguments import Seq2SeqTrainingArguments
 
 DEFAULT_SEED = 42
@@ -220,11 +220,10 @@ def _print_search(found: list[SearchResult]) -> None:
         table.add_column(name, justify="right", style="bold" if name == "bleu" else "")
     for row in found:
         table.add_row(
-            *(escape(str(value)) for value in row.settings.values()),
+            *(str(value) for value in row.settings.values()),
             *(f"{score:.2f}" for score in row.scores.values()),
         )
-    # A pipe has no width of its own; 80 columns would cut the names of metrics.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    table_console().print(table)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
@@ -30,6 +30,7 @@ from s2s_scale.data.sources import Split, has_split, load_pairs
 from s2s_scale.data.streams import open_stream
 from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.evaluation.metrics import TextMetrics
+from s2s_scale.on_disk import remove_if_empty
 from s2s_scale.planner import shape_rows
 from s2s_scale.report.results import Results, print_table, write_run_report
 from s2s_scale.reports import RUN_VARIABLE
@@ -63,7 +64,7 @@ def train(settings: Settings) -> int:
         resume = on_main(backend, lambda: _resume(args.resume_from_checkpoint, run.output_dir))
         if resume is None and not args.overwrite_output_dir:
             refuse_earlier_run(run.output_dir)
-        stack.callback(_remove_if_empty, run.output_dir)
+        stack.callback(remove_if_empty, run.output_dir)
         check_writable(run.output_dir)
         stack.enter_context(one_run(backend, run.output_dir))
         _check_best_metric(run)
@@ -126,12 +127,6 @@ def one_run(backend: Backend, folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         on_main(backend, lambda: stack.enter_context(locked(folder)))
         yield
-
-
-def _remove_if_empty(folder: Path) -> None:
-    """A run that was refused leaves nothing."""
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def print_note(text: str) -> None:
@@ -222,8 +217,8 @@ def _finish(
     main = trainer.backend.data_rank == 0
     if train_metrics:
         results.add("train", train_metrics, None)
-    if main and train_metrics:
-        results.write(output_dir, "train")
+        if main:
+            results.write(output_dir, "train")
     after: dict[Split, bool] = {
         "val": run.training_args.do_eval,
         "test": run.training_args.do_predict,

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "s2s_scale"
 
 # From the bottom up: a module may import, while it loads, from its own layer and those below.
 LAYERS = (
-    {"errors", "file_modes"},
+    {"errors", "on_disk", "tables"},
     {"config", "settings", "cpu", "linear_loss", "losses", "schedules", "optimizers"},
     {
         "fault_judge",

@@ -1,8 +1,9 @@
-"""Who may read what is written: whoever may read any other new file of this user."""
+"""What writing leaves on the disk: who may read a file, and no folder where nothing was written."""
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -12,3 +13,9 @@ def as_any_new_file(path: Path, *, folder: Path) -> None:
     safetensors writes its files for their owner alone, whatever the umask says.
     """
     os.chmod(path, folder.stat().st_mode & 0o666)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing, as after a run that was refused."""
+    with suppress(OSError):
+        folder.rmdir()
