@@ -40,7 +40,7 @@ class BlockPlace(NamedTuple):
         return cls(values["epoch"], values["block"], place)
 
 
-BEGIN = BlockPlace()
+FIRST_BLOCK = BlockPlace()
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class StreamedExamples(IterableDataset[Mapping[str, Any]]):
         rows = "all of the stream" if self.limit is None else self.limit
         return {"training rows": rows, "digest of the training rows": digest, "buffer": self.buffer}
 
-    def blocks(self, start: BlockPlace = BEGIN, *, rows: int) -> Iterator[Block]:
+    def blocks(self, start: BlockPlace = FIRST_BLOCK, *, rows: int) -> Iterator[Block]:
         """Blocks of so many rows from ``start`` on, without end: after the last comes the first.
 
         Raises ``UserError`` for files without a row, and for rows that cannot be trained on.
