@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from s2s_scale.arguments import Seq2SeqTrainingArguments
     from s2s_scale.losses import label_smoothed_nll_loss
-    from s2s_scale.schedules import arg_to_scheduler
+    from s2s_scale.optim import arg_to_scheduler
     from s2s_scale.trainer import Seq2SeqTrainer
-    from s2s_scale.training_arguments import Seq2SeqTrainingArguments
 
 # Loaded at first use: importing the package for its command line must not import torch.
 _HOMES = {
     "Seq2SeqTrainer": "s2s_scale.trainer",
-    "Seq2SeqTrainingArguments": "s2s_scale.training_arguments",
+    "Seq2SeqTrainingArguments": "s2s_scale.arguments",
     "label_smoothed_nll_loss": "s2s_scale.losses",
-    "arg_to_scheduler": "s2s_scale.schedules",
+    "arg_to_scheduler": "s2s_scale.optim",
 }
 
 __all__ = [

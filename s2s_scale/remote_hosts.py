@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from s2s_scale.errors import UserError, raise_problems
-from s2s_scale.on_disk import remove_if_empty
+from s2s_scale.utils import remove_if_empty
 
 PACKAGES = ("s2s-scale", "torch", "transformers", "accelerate", "datasets", "deepspeed")
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "PasswordAuthentication=no", "-o", "ConnectTimeout=10")

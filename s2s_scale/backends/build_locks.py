@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from s2s_scale.processes import holders
+from s2s_scale.utils import holders
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from s2s_scale.checkpoint.stock import (
 )
 from s2s_scale.checkpoint.writing import whole_folder
 from s2s_scale.errors import UserError
-from s2s_scale.optimizers import parameter_groups
+from s2s_scale.optim import parameter_groups
 
 _TENSOR_FILES = (f"{OPTIMIZER}*", f"{MASTER}*", "*.pt", "*.pth", "training_args.bin", MANIFEST)
 

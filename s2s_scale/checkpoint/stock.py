@@ -19,7 +19,7 @@ from s2s_scale.backends.base import ParameterState
 from s2s_scale.checkpoint.keys import weight_keys
 from s2s_scale.checkpoint.tensors import TensorReader
 from s2s_scale.errors import UserError
-from s2s_scale.optimizers import decay_parameter_names
+from s2s_scale.optim import decay_parameter_names
 
 Shapes = Mapping[str, tuple[int, ...]]
 OPTIMIZER_FILE, SCHEDULE_FILE, SCALER_FILE = "optimizer.pt", "scheduler.pt", "scaler.pt"

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from s2s_scale.checkpoint.errors import SaveError
 from s2s_scale.checkpoint.folders import last_checkpoint_text
-from s2s_scale.on_disk import as_any_new_file
+from s2s_scale.utils import as_any_new_file
 
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "basic_ios", "iostream error")
 """Parts of the messages of torch's file writer: the first two name its source, the others are

@@ -72,7 +72,7 @@ def _list(folder: Path) -> int:
     """A table of the checkpoints, each verified; 0 if all are whole."""
     from rich.table import Table
 
-    from s2s_scale.tables import table_console
+    from s2s_scale.utils import table_console
 
     table = Table(title=f"Checkpoints in {folder}", title_justify="left")
     for heading in ("name", "step", "format", "size", "state"):

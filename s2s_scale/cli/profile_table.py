@@ -8,7 +8,7 @@ from rich.table import Table
 
 from s2s_scale.errors import UserError
 from s2s_scale.profiles import available, resolve
-from s2s_scale.tables import table_console
+from s2s_scale.utils import table_console
 
 
 def print_table() -> int:

@@ -16,7 +16,6 @@ from pathlib import Path
 from s2s_scale.deepspeed_config import offloads_optimizer, read_config
 from s2s_scale.errors import UserError
 from s2s_scale.hostfile import read_hostfile
-from s2s_scale.processes import holders
 from s2s_scale.profiles import (
     LauncherProfile,
     cuda_devices,
@@ -27,6 +26,7 @@ from s2s_scale.profiles import (
     tpu_chips,
 )
 from s2s_scale.remote_hosts import check_hosts
+from s2s_scale.utils import holders
 
 NEEDED: dict[str, tuple[int, ...]] = {
     "torch": (2, 9),

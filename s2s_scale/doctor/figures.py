@@ -17,11 +17,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import PrinterCallback
 
+from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend
 from s2s_scale.data.collate import Seq2SeqCollator
 from s2s_scale.models.tiny import ragged_rows, tiny_model
 from s2s_scale.trainer import Seq2SeqTrainer
-from s2s_scale.training_arguments import Seq2SeqTrainingArguments
 
 ROWS = 100
 """Rows of the training set: no multiple of a step's rows, so that the last step is short."""

@@ -10,7 +10,7 @@ from rich.text import Text
 from s2s_scale.doctor.checks import Finding
 from s2s_scale.doctor.compare import Deviation
 from s2s_scale.doctor.figures import Case
-from s2s_scale.tables import table_console
+from s2s_scale.utils import table_console
 
 
 def print_findings(findings: Sequence[Finding], *, title: str) -> bool:

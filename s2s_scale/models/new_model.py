@@ -14,7 +14,7 @@ from s2s_scale.config import DataArguments
 from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.models.families import FAMILIES
 from s2s_scale.models.tokenizers import TokenizerSettings, train_tokenizer
-from s2s_scale.on_disk import as_any_new_file
+from s2s_scale.utils import as_any_new_file
 
 if TYPE_CHECKING:
     import torch

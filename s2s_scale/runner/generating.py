@@ -17,6 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from s2s_scale import models
+from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend
 from s2s_scale.config import DataArguments, ModelArguments
 from s2s_scale.errors import UserError, raise_problems
@@ -34,8 +35,7 @@ from s2s_scale.evaluation.metrics import TextMetrics
 from s2s_scale.evaluation.static_generation import StaticGenerator
 from s2s_scale.runner.pieces import open_backend, source_prefix_of, wanted_device
 from s2s_scale.settings import Settings, split_settings
-from s2s_scale.tables import table_console
-from s2s_scale.training_arguments import Seq2SeqTrainingArguments
+from s2s_scale.utils import table_console
 
 DEFAULT_SEED = 42
 GENERATION_OPTIONS = (

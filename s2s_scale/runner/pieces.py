@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from s2s_scale import models
+from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.config import (
     DEFAULT_FAULT_SECONDS,
@@ -34,7 +35,6 @@ from s2s_scale.settings import Settings, split_settings
 from s2s_scale.trainer import Seq2SeqTrainer
 from s2s_scale.trainer.progress import LineProgressCallback
 from s2s_scale.trainer.watched import WatchdogCallback
-from s2s_scale.training_arguments import Seq2SeqTrainingArguments
 from s2s_scale.watchdog import watching
 
 SAMPLES = 8

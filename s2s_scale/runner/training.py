@@ -30,7 +30,6 @@ from s2s_scale.data.sources import Split, has_split, load_pairs
 from s2s_scale.data.streams import open_stream
 from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.evaluation.metrics import TextMetrics
-from s2s_scale.on_disk import remove_if_empty
 from s2s_scale.planner import shape_rows
 from s2s_scale.report.results import Results, print_table, write_run_report
 from s2s_scale.reports import RUN_VARIABLE
@@ -47,6 +46,7 @@ from s2s_scale.settings import Settings
 from s2s_scale.trainer import Seq2SeqTrainer
 from s2s_scale.trainer.nonfinite import NonFiniteLossError
 from s2s_scale.trainer.streaming import streaming_problems
+from s2s_scale.utils import remove_if_empty
 
 T = TypeVar("T")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import has_length
 
+from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.streamed_examples import StreamedExamples
 from s2s_scale.errors import UserError, raise_problems
@@ -25,7 +26,6 @@ from s2s_scale.trainer.loaders import EvaluationLoader
 from s2s_scale.trainer.meters import EvaluationMeter, TrainingMeter
 from s2s_scale.trainer.nonfinite import NonFiniteGuard
 from s2s_scale.trainer.streaming import StreamLoader, streaming_problems
-from s2s_scale.training_arguments import Seq2SeqTrainingArguments
 
 if TYPE_CHECKING:
     from s2s_scale.evaluation.ctranslate2_engine import CTranslate2Engine

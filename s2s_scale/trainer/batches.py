@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers.trainer_utils import has_length, seed_worker
 
+from s2s_scale.arguments import TOKEN_OPTIONS
 from s2s_scale.config import DEFAULT_BUCKETS
 from s2s_scale.data.arrow_rows import ArrowRows, reads_from_arrow
 from s2s_scale.data.collate import Collate, PadToWidths, Seq2SeqCollator
@@ -32,7 +33,6 @@ from s2s_scale.trainer.meters import TrainingMeter
 from s2s_scale.trainer.optimization import OptimizationTrainer
 from s2s_scale.trainer.sampling import make_sampler, token_sizes
 from s2s_scale.trainer.streaming import StreamLoader
-from s2s_scale.training_arguments import TOKEN_OPTIONS
 
 _STOCK_COLLATORS = (
     transformers.DataCollatorForSeq2Seq,

@@ -10,8 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from s2s_scale.errors import UserError
-from s2s_scale.optimizers import decay_parameter_names, parameter_groups
-from s2s_scale.schedules import build_schedule
+from s2s_scale.optim import build_schedule, decay_parameter_names, parameter_groups
 from s2s_scale.trainer.loss import LossTrainer
 
 logger = transformers.utils.logging.get_logger(__name__)

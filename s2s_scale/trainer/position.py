@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from s2s_scale import __version__
+from s2s_scale.arguments import TOKEN_OPTIONS
 from s2s_scale.checkpoint.identity import Identity
 from s2s_scale.data.cache import hash_tokenizer
 from s2s_scale.data.fingerprint import rows_fingerprint
@@ -18,7 +19,6 @@ from s2s_scale.data.samplers import EpochSampler, PlanSampler
 from s2s_scale.data.streamed_examples import StreamedExamples
 from s2s_scale.reports import RUN_VARIABLE
 from s2s_scale.trainer.graphs import GraphTrainer
-from s2s_scale.training_arguments import TOKEN_OPTIONS
 
 _VERSIONED = ("torch", "transformers", "accelerate", "safetensors", "deepspeed", "fairscale")
 _OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from s2s_scale.schedules import arg_to_scheduler
+from s2s_scale.optim import arg_to_scheduler
 from tests.support.shares_worker import run_all
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"

@@ -16,8 +16,8 @@ from s2s_scale.doctor.checks import Finding, Patient, examine
 from s2s_scale.doctor.compare import compare
 from s2s_scale.doctor.figures import Case, Figures, Job
 from s2s_scale.doctor.report import print_findings
-from s2s_scale.processes import holders
 from s2s_scale.profiles import missing_packages, resolve
+from s2s_scale.utils import holders
 
 
 def findings(check, profile="cpu", **more):

@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers.trainer import Trainer
 
-from s2s_scale.optimizers import decay_parameter_names, parameter_groups
+from s2s_scale.optim import decay_parameter_names, parameter_groups
 from tests.support.families import FAMILY_NAMES, tiny_model
 
 
@@ -60,7 +60,7 @@ def test_without_decay_all_parameters_are_in_groups_once():
 
 
 def test_adafactor_comes_without_relative_step_and_parameter_scaling(tmp_path):
-    from s2s_scale.training_arguments import Seq2SeqTrainingArguments
+    from s2s_scale.arguments import Seq2SeqTrainingArguments
 
     args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), adafactor=True, learning_rate=0.01)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args)

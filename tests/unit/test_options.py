@@ -13,12 +13,12 @@ import transformers
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames, trainer_log_levels
 
+from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.config import SCHEDULES, DataArguments, ModelArguments, TrainingExtras
 from s2s_scale.errors import UserError
 from s2s_scale.settings import options
 from s2s_scale.settings.options import Option, data_options, model_options, training_options
 from s2s_scale.settings.values import from_words
-from s2s_scale.training_arguments import Seq2SeqTrainingArguments
 
 TABLE = {entry.name: entry for entry in training_options()}
 THEIRS = {entry.name: entry for entry in dataclasses.fields(transformers.Seq2SeqTrainingArguments)}

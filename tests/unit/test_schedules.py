@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s2s_scale.errors import UserError
-from s2s_scale.schedules import arg_to_scheduler, build_schedule
+from s2s_scale.optim import arg_to_scheduler, build_schedule
 
 PEAK, WARMUP, TOTAL = 2.0, 10, 60
 

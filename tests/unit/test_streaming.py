@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from s2s_scale import cli
+from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.config import DataArguments
 from s2s_scale.data.sources import load_pairs
 from s2s_scale.data.streamed_examples import BEGIN, BlockPlace, StreamedExamples
@@ -19,7 +20,6 @@ from s2s_scale.data.streams import open_stream
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.sampling import make_sampler
 from s2s_scale.trainer.streaming import StreamLoader
-from s2s_scale.training_arguments import Seq2SeqTrainingArguments
 from tests.support.families import tiny_folder
 from tests.support.training import fresh, history, our_trainer
 
