@@ -1,4 +1,7 @@
-"""Plain torch: one process on a CPU or GPU, or one per device under DistributedDataParallel."""
+"""Plain torch: one process on a CPU or GPU, or one per device under DistributedDataParallel.
+
+Dividing things of different sizes evenly over ranks.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2s_scale.backends.base import Backend, Batch, ParameterState, ReadState
-from s2s_scale.backends.shares import equal_shares
 from s2s_scale.cpu import CpuFunctions, keep_freed_memory
 from s2s_scale.data.prefetch import ahead
+
+
+def equal_shares(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Name -> rank, so that the ranks' sums of sizes are near each other.
+
+    Largest first, to the emptiest rank (longest-processing-time rule, Graham 1969). The same for
+    the same sizes, wherever it is called.
+    """
+    totals = [0] * ranks
+    rank_of = {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        rank = totals.index(min(totals))
+        rank_of[name] = rank
+        totals[rank] += sizes[name]
+    return rank_of
+
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from s2s_scale.backends import make_backend
-from s2s_scale.backends.shares import equal_shares
+from s2s_scale.backends.local import equal_shares
 from s2s_scale.checkpoint import (
     DamagedCheckpoint,
     checkpoints,
