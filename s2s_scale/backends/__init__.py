@@ -13,7 +13,7 @@ from s2s_scale.errors import unknown_name
 BACKENDS: dict[str, str] = {
     "local": "s2s_scale.backends.local:LocalBackend",
     "fairscale_oss": "s2s_scale.backends.fairscale_oss:FairScaleBackend",
-    "deepspeed": "s2s_scale.backends.deepspeed:DeepSpeedBackend",
+    "deepspeed": "s2s_scale.backends.deepspeed.backend:DeepSpeedBackend",
     "xla": "s2s_scale.backends.xla:XlaBackend",
 }
 

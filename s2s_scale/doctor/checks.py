@@ -205,7 +205,7 @@ def op_builds(patient: Patient) -> Iterator[Finding]:
 
 
 def _cpu_adam() -> Finding:
-    from s2s_scale.backends.deepspeed import cpu_adam_problem
+    from s2s_scale.backends.deepspeed.backend import cpu_adam_problem
 
     problem = cpu_adam_problem()
     return Finding(

@@ -12,7 +12,7 @@ import time
 import pytest
 from torch.utils import cpp_extension, file_baton
 
-from s2s_scale.backends.build_locks import (
+from s2s_scale.backends.deepspeed.patches import (
     ABANDONED_SECONDS,
     OURS,
     BuildLock,
@@ -22,7 +22,7 @@ from s2s_scale.backends.build_locks import (
 
 HOLD = """
 import sys, time
-from s2s_scale.backends.build_locks import BuildLock
+from s2s_scale.backends.deepspeed.patches import BuildLock
 lock = BuildLock(sys.argv[1])
 lock.try_acquire()
 print("held", flush=True)

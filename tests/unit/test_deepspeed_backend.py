@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from s2s_scale.backends import deepspeed
+from s2s_scale.backends.deepspeed import backend
 
 
 def test_the_ninja_beside_this_python_comes_first_and_once(tmp_path, monkeypatch):
-    pytest.importorskip("ninja", reason="ninja is not installed (extra: deepspeed)")
+    pytest.importorskip("ninja", reason="ninja is not installed (extra: backend)")
     other = tmp_path / "ninja"
     other.write_text("#!/bin/sh\n", encoding="utf-8")
     other.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin")
     assert shutil.which("ninja") == str(other)
     for _ in range(2):
-        deepspeed._own_tools_first()
+        backend._own_tools_first()
     beside = Path(sys.executable).parent
     assert os.environ["PATH"].split(os.pathsep) == [str(beside), str(tmp_path), "/usr/bin"]
     assert shutil.which("ninja") == str(beside / "ninja")
@@ -31,6 +31,6 @@ def test_numactl_is_started_once(monkeypatch):
     started = []
     monkeypatch.setattr(numa, "get_numa_cores", lambda: started.append(1) or [])
     for _ in range(3):
-        deepspeed._ask_for_numa_once()
+        backend._ask_for_numa_once()
         assert numa.get_numa_cores() == []
     assert len(started) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import TrainingArguments
 
-from s2s_scale.backends.deepspeed import DeepSpeedBackend
+from s2s_scale.backends.deepspeed.backend import DeepSpeedBackend
 from s2s_scale.deepspeed_config import (
     DEFAULTS,
     contradictions,

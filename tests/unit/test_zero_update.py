@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2s_scale.backends.zero_update import _joined
+from s2s_scale.backends.deepspeed.patches import _joined
 
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])

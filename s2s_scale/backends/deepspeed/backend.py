@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from s2s_scale.backends.base import ParameterState, ReadState
-from s2s_scale.backends.build_locks import use_own_locks
-from s2s_scale.backends.local import LocalBackend, on_host, whole
-from s2s_scale.backends.zero_state import (
+from s2s_scale.backends.deepspeed.patches import HeldUpdate, use_own_locks
+from s2s_scale.backends.deepspeed.state import (
     is_whole,
     link_state,
     make_room,
@@ -30,7 +29,7 @@ from s2s_scale.backends.zero_state import (
     write_scale,
     zero_optimizer,
 )
-from s2s_scale.backends.zero_update import HeldUpdate
+from s2s_scale.backends.local import LocalBackend, on_host, whole
 from s2s_scale.deepspeed_config import (
     contradictions,
     offloads_optimizer,
