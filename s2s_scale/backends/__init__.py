@@ -14,7 +14,7 @@ BACKENDS: dict[str, str] = {
     "local": "s2s_scale.backends.local:LocalBackend",
     "fairscale_oss": "s2s_scale.backends.fairscale_oss:FairScaleBackend",
     "deepspeed": "s2s_scale.backends.deepspeed.backend:DeepSpeedBackend",
-    "xla": "s2s_scale.backends.xla:XlaBackend",
+    "xla": "s2s_scale.backends.xla.backend:XlaBackend",
 }
 
 

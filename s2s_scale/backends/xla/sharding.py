@@ -9,8 +9,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from s2s_scale.backends.mesh import AXES, divided_dimension, mesh_lengths, rows_dimension
-from s2s_scale.backends.xla_runtime import runtime, sharding_of, spmd
+from s2s_scale.backends.xla.runtime import (
+    AXES,
+    divided_dimension,
+    mesh_lengths,
+    rows_dimension,
+    runtime,
+    sharding_of,
+    spmd,
+)
 
 
 class MeshSharding:

@@ -27,28 +27,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2s_scale.backends.base import Batch, ParameterState, ReadState
-from s2s_scale.backends.graph_adamw import GraphAdamW
-from s2s_scale.backends.graph_state import make_state, state_tensors
 from s2s_scale.backends.local import LocalBackend, innermost
-from s2s_scale.backends.xla_problems import OWN_TORCH, versions_apart, without_effect
-from s2s_scale.backends.xla_process import keep_compiled_graphs, masks_without_look, tell_rank
-from s2s_scale.backends.xla_runtime import (
+from s2s_scale.backends.xla.adamw import GraphAdamW, make_state, state_tensors
+from s2s_scale.backends.xla.runtime import (
+    OWN_TORCH,
     by_rows,
     checkpoint_for_xla,
     compilations,
     end_graph,
     fetch,
+    keep_compiled_graphs,
+    masks_without_look,
     on_cpu,
     runtime,
     seed_devices,
     spmd,
     start_mesh,
+    tell_rank,
     to_device,
+    versions_apart,
     whole_products,
+    without_effect,
     xla_device,
     xla_model,
 )
-from s2s_scale.backends.xla_sharding import MeshSharding
+from s2s_scale.backends.xla.sharding import MeshSharding
 from s2s_scale.data.prefetch import ahead
 from s2s_scale.errors import UserError, raise_problems
 

@@ -1,0 +1,1 @@
+"""torch-xla: TPU devices, and virtual devices on a CPU."""
