@@ -5,8 +5,8 @@ Loading this package imports no torch; ``checkpoint.portable`` and ``checkpoint.
 
 from __future__ import annotations
 
-from s2s_scale.checkpoint.errors import DamagedCheckpoint, SaveError
-from s2s_scale.checkpoint.folders import (
+from s2s_scale.checkpoint.atomic import SINGLE, Ranks, whole_files, whole_folder, writing
+from s2s_scale.checkpoint.manager import (
     CHECKPOINT_NAME,
     RUN_FILES,
     STATE_FILE,
@@ -25,8 +25,14 @@ from s2s_scale.checkpoint.folders import (
     rotate,
     tidy,
 )
-from s2s_scale.checkpoint.manifest import MANIFEST, read_manifest, verify, write_manifest
-from s2s_scale.checkpoint.writing import SINGLE, Ranks, whole_files, whole_folder, writing
+from s2s_scale.checkpoint.manifest import (
+    MANIFEST,
+    DamagedCheckpoint,
+    SaveError,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 
 __all__ = [
     "CHECKPOINT_NAME",

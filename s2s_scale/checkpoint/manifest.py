@@ -2,6 +2,8 @@
 
 It is written last, so a folder without one is no whole checkpoint. It is canonical JSON with a
 checksum of itself: whatever byte of the folder changes, ``verify`` says so.
+
+What can be wrong with a checkpoint, as errors that the user can mend.
 """
 
 from __future__ import annotations
@@ -15,7 +17,16 @@ from typing import Any
 
 import xxhash
 
-from s2s_scale.checkpoint.errors import DamagedCheckpoint
+from s2s_scale.errors import UserError
+
+
+class SaveError(UserError):
+    """Saving failed for a reason outside the program, such as a full disk or a read-only folder."""
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint's files are not what its manifest says; names the first file that differs."""
+
 
 MANIFEST = "manifest.json"
 FORMAT = "s2s-scale checkpoint"

@@ -19,8 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from s2s_scale.checkpoint.errors import DamagedCheckpoint
-from s2s_scale.checkpoint.manifest import Entry, checksum_of, new_checksum
+from s2s_scale.checkpoint.manifest import DamagedCheckpoint, Entry, checksum_of, new_checksum
 
 SHARD_BYTES = 1 << 30
 """A file is closed before it grows beyond this, unless a single tensor is larger."""

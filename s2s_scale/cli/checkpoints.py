@@ -129,7 +129,7 @@ def _show(folder: Path) -> int:
 
 
 def _convert(source: Path, target: Path, kind: str) -> int:
-    from s2s_scale.checkpoint.convert import convert
+    from s2s_scale.checkpoint.huggingface import convert
 
     convert(source, target, kind)
     print(f"{target}: {kind}, from {source}")

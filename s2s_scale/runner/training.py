@@ -22,9 +22,8 @@ from s2s_scale.checkpoint import (
     remove_earlier_run,
     resolve_resume,
     tidy,
-    writing,
 )
-from s2s_scale.checkpoint.lock import locked
+from s2s_scale.checkpoint.atomic import locked
 from s2s_scale.checkpoint.portable import SETTINGS, read_json
 from s2s_scale.data.sources import Split, has_split, load_pairs
 from s2s_scale.data.streams import open_stream

@@ -12,7 +12,7 @@ import xxhash
 
 from s2s_scale import __version__
 from s2s_scale.arguments import TOKEN_OPTIONS
-from s2s_scale.checkpoint.identity import Identity
+from s2s_scale.checkpoint.manager import Identity
 from s2s_scale.data.cache import hash_tokenizer
 from s2s_scale.data.fingerprint import rows_fingerprint
 from s2s_scale.data.samplers import EpochSampler, PlanSampler

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from s2s_scale.checkpoint import MANIFEST, STATE_FILE, TRAINING_STATE, is_ours
-from s2s_scale.checkpoint.identity import Identity, check_identity
+from s2s_scale.checkpoint.huggingface import OPTIMIZER_FILE, StockCheckpoint
+from s2s_scale.checkpoint.manager import Identity, check_identity
 from s2s_scale.checkpoint.portable import PortableCheckpoint, SavedState, check_fits, read_json
-from s2s_scale.checkpoint.stock import OPTIMIZER_FILE, StockCheckpoint
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.position import plan_fingerprint
 from s2s_scale.trainer.randomness import SeedCallback

@@ -23,7 +23,8 @@ from s2s_scale.checkpoint import (
     whole_folder,
     write_manifest,
 )
-from s2s_scale.checkpoint.background import BackgroundSave, problems_of
+from s2s_scale.checkpoint.atomic import failure_of, seen_by_all
+from s2s_scale.checkpoint.manager import BackgroundSave, problems_of
 from s2s_scale.checkpoint.portable import (
     SETTINGS,
     Content,
@@ -33,7 +34,6 @@ from s2s_scale.checkpoint.portable import (
     write_json,
     write_states,
 )
-from s2s_scale.checkpoint.writing import failure_of, seen_by_all
 from s2s_scale.trainer.position import PositionTrainer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from s2s_scale.checkpoint.lock import locked
+from s2s_scale.checkpoint.atomic import locked
 from tests.support.command import refused, run_command, snapshot
 
 COMMON = ("--save_steps", 1, "--logging_steps", 1, "--report_to", "none", "--disable_tqdm")

@@ -13,7 +13,7 @@ import threading
 import pytest
 
 from s2s_scale.checkpoint import SaveError, checkpoints, tidy, verify
-from s2s_scale.checkpoint.lock import LOCK, locked
+from s2s_scale.checkpoint.atomic import LOCK, locked
 from s2s_scale.errors import UserError
 from s2s_scale.trainer import saving
 from tests.support.training import fresh, our_trainer, ragged_rows
@@ -96,7 +96,7 @@ def test_background_and_native_contradict_each_other(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from s2s_scale.checkpoint.lock import locked
+from s2s_scale.checkpoint.atomic import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(120)

@@ -24,10 +24,10 @@ from s2s_scale.checkpoint import (
     verify,
     write_manifest,
 )
+from s2s_scale.checkpoint.atomic import SINGLE, Ranks, seen_by_all
 from s2s_scale.checkpoint.manifest import checksum_of
 from s2s_scale.checkpoint.portable import StateWriter, check_fits, put_together, write_states
 from s2s_scale.checkpoint.tensors import TensorReader, TensorWriter, name_parts
-from s2s_scale.checkpoint.writing import SINGLE, Ranks, seen_by_all
 from s2s_scale.errors import UserError
 from s2s_scale.models.tiny import FAMILY_NAMES, tiny_model
 from tests.support.training import fresh, our_trainer, ragged_rows

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from s2s_scale.checkpoint.convert import convert
+from s2s_scale.checkpoint.huggingface import convert
 from s2s_scale.checkpoint.portable import PortableCheckpoint, read_json, write_json
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.randomness import step_seed

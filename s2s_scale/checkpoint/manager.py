@@ -1,15 +1,22 @@
-"""Checkpoint folders: found, verified, counted, and protected from a second run."""
+"""Checkpoint folders: found, verified, counted, and protected from a second run.
+
+What must be the same for a run to go on exactly, and what to say where it is not.
+
+Writes a checkpoint in a thread, while training goes on.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from s2s_scale.checkpoint.errors import DamagedCheckpoint
-from s2s_scale.checkpoint.manifest import MANIFEST, verify
+from s2s_scale.checkpoint.manifest import MANIFEST, DamagedCheckpoint, verify
 from s2s_scale.errors import UserError
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
@@ -235,3 +242,112 @@ def check_writable(output_dir: Path) -> None:
 
 def _has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in WEIGHT_FILES)
+
+
+Identity = Mapping[str, Mapping[str, Any]]
+"""One of ``config.CHANGES`` -> name of a setting -> value, as JSON holds it."""
+
+CONSEQUENCES = {
+    "data": "weights, optimizer and schedule are kept; the new data's batch plan is entered at the "
+    "same step, so rows of its steps before that wait for the next epoch",
+    "tokenizer": "weights, optimizer and position are kept; token ids may mean other text",
+    "seed": "weights, optimizer and schedule are kept; the batch plan and dropout are those of the "
+    "new seed from here on, so rows may come twice or not at all in this epoch",
+    "step_size": "weights, optimizer and schedule are kept; the batch plan is cut anew and entered "
+    "at the same step, so rows may come twice or not at all in this epoch",
+    "loss": "everything is kept; the loss is another from here on",
+    "optimizer": "weights and schedule are kept; moments are kept for the same kind of optimizer, "
+    "else they restart from nothing",
+    "schedule": "weights, optimizer and step are kept; the new schedule is entered at that step",
+}
+"""What accepting a change means for the run."""
+
+
+def differences(saved: Identity, now: Identity) -> list[tuple[str, str, Any, Any]]:
+    """(change, setting, value in the checkpoint, value now) for all that differ.
+
+    Settings that only one of the two knows (another version wrote it) are not compared.
+    """
+    now = json.loads(json.dumps(now, default=str))  # as the other one was written
+    return [
+        (change, name, saved[change][name], value)
+        for change, values in now.items()
+        for name, value in values.items()
+        if name in saved.get(change, {}) and saved[change][name] != value
+    ]
+
+
+def check_identity(
+    folder: Path, saved: Identity, now: Identity, accepted: Sequence[str]
+) -> list[str]:
+    """Compare a checkpoint's run with this one; a line for each accepted change.
+
+    Raises:
+        UserError: there are differences that are not accepted; one line for each, with both values
+            and the flag that accepts it.
+    """
+    found = differences(saved, now)
+    refused = [entry for entry in found if entry[0] not in accepted]
+    if refused:
+        wanted = " ".join(dict.fromkeys([*accepted, *(change for change, *_ in refused)]))
+        raise UserError(
+            *(
+                f"{name}: {_shown(now_value)} now, but {_shown(value)} in {folder}; give the old "
+                f"value, or accept it with --accept_changes {wanted} ({CONSEQUENCES[change]})"
+                for change, name, value, now_value in refused
+            )
+        )
+    changes = dict.fromkeys(change for change, *_ in found)
+    return [f"{change} has changed, as accepted: {CONSEQUENCES[change]}" for change in changes]
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+class BackgroundSave:
+    """One save at a time. The process does not end before it is done."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, save: Callable[[], None]) -> None:
+        """Run ``save`` in a thread; the one before must have been taken note of."""
+        assert self._thread is None, "finished() or wait() comes first"
+
+        def run() -> None:
+            try:
+                save()
+            except BaseException as error:  # noqa: BLE001  (handed over by ``result``)
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="saving a checkpoint")
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether a save is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written; errors stay for ``result``."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> BaseException | None:
+        """The error of the save that has ended, None where it went well; then a new one may start.
+
+        It does not wait: call it when nothing is ``running``.
+        """
+        error, self._error, self._thread = self._error, None, None
+        return error
+
+
+def problems_of(error: BaseException | None) -> tuple[str, ...]:
+    """What other ranks are told of an error."""
+    if error is None:
+        return ()
+    if isinstance(error, UserError):
+        return error.problems
+    return (f"saving in the background failed on rank 0: {type(error).__name__}: {error}",)
