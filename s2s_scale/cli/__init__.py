@@ -91,12 +91,12 @@ def _tell_done(code: int) -> None:
 
 def _run(words: list[str]) -> int:
     if not words:
-        from s2s_scale.cli.help_text import overview
+        from s2s_scale.cli.help import overview
 
         print(overview(), end="", file=sys.stderr)
         return EXIT_USER_ERROR
     if words[0] in HELP_WORDS:
-        from s2s_scale.cli.help_text import overview
+        from s2s_scale.cli.help import overview
 
         print(overview(), end="")
         return 0
@@ -105,7 +105,7 @@ def _run(words: list[str]) -> int:
         return 0
     verb = _verb(words[0])
     if any(word in HELP_WORDS for word in words[1:]):
-        from s2s_scale.cli.help_text import verb_help
+        from s2s_scale.cli.help import verb_help
 
         print(verb_help(verb), end="")
         return 0
@@ -269,7 +269,7 @@ def _profiles(verb: Verb, words: list[str]) -> int:
     line = parse_line(verb, words[1:])
     raise_problems(line.problems)
     if line.positional is None:
-        from s2s_scale.cli.profile_table import print_table
+        from s2s_scale.cli.commands import print_table
 
         return print_table()
     print(as_yaml(resolve(line.positional)), end="")
@@ -278,13 +278,13 @@ def _profiles(verb: Verb, words: list[str]) -> int:
 
 def _doctor(verb: Verb, words: list[str]) -> int:
     from s2s_scale.cli.build import build_settings
-    from s2s_scale.cli.doctor import doctor
+    from s2s_scale.cli.commands import doctor
 
     return doctor(build_settings(verb, words[1:]), words)
 
 
 def _checkpoint(verb: Verb, words: list[str]) -> int:
-    from s2s_scale.cli.checkpoints import checkpoint
+    from s2s_scale.cli.commands import checkpoint
 
     return checkpoint(verb, words[1:])
 

@@ -1,16 +1,31 @@
-"""``s2s-scale checkpoint list|verify|show|convert FOLDER``."""
+"""``s2s-scale checkpoint list|verify|show|convert FOLDER``.
+
+The verb ``doctor``: checks, then figures if they are asked for.
+
+The table of ``s2s-scale profiles``.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from s2s_scale.cli.command_line import parse_line
 from s2s_scale.cli.verb_options import CHECKPOINT_ACTIONS
 from s2s_scale.cli.verbs import Verb
 from s2s_scale.errors import UserError, did_you_mean, raise_problems
+from s2s_scale.launch.description import describe
+from s2s_scale.launch.plan import plan_launch
+from s2s_scale.launch.wishes import wishes_of
+from s2s_scale.profiles import available, resolve
+from s2s_scale.settings import Settings
+from s2s_scale.utils import table_console
 
 DAMAGED = 2
 
@@ -175,3 +190,90 @@ def _kind_and_step(path: Path) -> tuple[str, str]:
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
+
+
+EXIT_PROBLEM = 2
+
+
+def doctor(settings: Settings, words: list[str]) -> int:
+    """Examine this machine for a profile; returns 0 where all is well, else 2."""
+    own, profile = settings.verb_values, settings.profile
+    assert profile is not None
+    if own["parity_folder"]:
+        return _rank(settings)
+    from s2s_scale.doctor.checks import Patient, examine
+
+    hostfile = Path(own["hostfile"]) if own["hostfile"] else None
+    if own["dry_run"]:
+        launch = plan_launch(profile, words, environ=os.environ, wishes=wishes_of(own))
+        print(describe(launch, environ=os.environ), end="")
+        return 0
+    from s2s_scale.doctor.report import print_findings
+
+    findings = examine(Patient(profile, hostfile=hostfile, output_dir=Path(own["output_dir"])))
+    good = print_findings(findings, title=f"profile {profile.name}")
+    if own["parity"] and good:
+        good = _parity(settings, words)
+    return 0 if good else EXIT_PROBLEM
+
+
+def _parity(settings: Settings, words: list[str]) -> bool:
+    from s2s_scale.doctor import parity
+    from s2s_scale.doctor.report import print_deviations
+
+    own, profile = settings.verb_values, settings.profile
+    assert profile is not None
+    # Every host must see it, as the output folder of a run.
+    with tempfile.TemporaryDirectory(prefix=".s2s-scale-parity-", dir=own["output_dir"]) as folder:
+        launch = plan_launch(
+            profile,
+            [*words, "--parity_folder", str(Path(folder).resolve())],
+            environ=os.environ,
+            wishes=wishes_of(own),
+        )
+        job = parity.job_for(
+            profile, families=tuple(own["families"]), ranks=max(1, len(launch.ranks))
+        )
+        deviations = parity.run(launch, job, Path(folder))
+    title = f"{parity.STEPS} steps on {len(launch.ranks)} ranks against one process"
+    return print_deviations(deviations, bound=parity.BOUNDS[profile.device], title=title)
+
+
+def _rank(settings: Settings) -> int:
+    assert settings.profile is not None
+    os.environ.update(settings.profile.environment)
+    from s2s_scale.doctor.parity import work
+
+    work(settings.profile, Path(settings.verb_values["parity_folder"]))
+    return 0
+
+
+def print_table() -> int:
+    """Print every profile that is found and whether it is usable here. Returns the exit code.
+
+    A profile with a mistake has its row too; the mistakes follow on stderr, and the code is 2.
+    """
+    table = Table(title="Launcher profiles", title_justify="left")
+    for heading in ("name", "backend", "launcher", "device", "what for", "usable here"):
+        table.add_column(heading, overflow="fold")
+    mistakes: list[str] = []
+    for name, path in available().items():
+        try:
+            profile = resolve(str(path))
+        except UserError as error:
+            mistakes += error.problems
+            table.add_row(name, "-", "-", "-", "-", "no: the file has mistakes, see below")
+            continue
+        reasons = [problem.partition(": ")[2] for problem in profile.unusable()]
+        table.add_row(
+            name,
+            profile.backend,
+            profile.launcher,
+            profile.device,
+            profile.description,
+            f"no: {'; '.join(reasons)}" if reasons else "yes",
+        )
+    table_console().print(table)
+    for mistake in mistakes:
+        print(f"error: {mistake}", file=sys.stderr)
+    return 2 if mistakes else 0
