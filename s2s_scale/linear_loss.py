@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from s2s_scale.cpu.gradients import SharedCasts, active, add_scaled, can_add_to
-from s2s_scale.cpu.products import usual_count
+from s2s_scale.cpu.ops import SharedCasts, active, add_scaled, can_add_to, usual_count
 from s2s_scale.losses import IGNORE_INDEX, TokenLoss, count_tokens
 
 _CHUNK_VALUES = {"cpu": 2**25}

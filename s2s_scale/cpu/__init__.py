@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from s2s_scale.cpu.functions import CpuFunctions
-from s2s_scale.cpu.memory import keep_freed_memory
-from s2s_scale.cpu.support import bf16_is_native
+from s2s_scale.cpu.functions import CpuFunctions, bf16_is_native, keep_freed_memory
 
 __all__ = ["CpuFunctions", "bf16_is_native", "keep_freed_memory"]

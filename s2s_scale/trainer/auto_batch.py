@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2s_scale.cpu.memory import give_freed_memory_back
+from s2s_scale.cpu.functions import give_freed_memory_back
 from s2s_scale.errors import UserError
 
 FILE = "auto_batch.json"

@@ -11,11 +11,17 @@ from torch import nn
 
 from s2s_scale import Seq2SeqTrainer
 from s2s_scale.cpu import CpuFunctions
-from s2s_scale.cpu.attention import attention
-from s2s_scale.cpu.dropout import dropout, dropped_levels, kept_at_random
-from s2s_scale.cpu.gradients import SharedCasts, can_add_to
-from s2s_scale.cpu.products import filled_up, usual_count
-from s2s_scale.cpu.segments import SegmentedAttention
+from s2s_scale.cpu.ops import (
+    SharedCasts,
+    attention,
+    can_add_to,
+    dropout,
+    dropped_levels,
+    filled_up,
+    kept_at_random,
+    usual_count,
+)
+from s2s_scale.cpu.packed_attention import SegmentedAttention
 from s2s_scale.data.collate import Seq2SeqCollator
 from s2s_scale.models import decoder_inputs_from_labels
 from s2s_scale.models.packed import MASKED, additive, same_segment

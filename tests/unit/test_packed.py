@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from s2s_scale.cpu import CpuFunctions
-from s2s_scale.cpu.segments import SegmentedAttention
+from s2s_scale.cpu.packed_attention import SegmentedAttention
 from s2s_scale.errors import UserError
 from s2s_scale.models import LossHead, decoder_inputs_from_labels
 from s2s_scale.models.packed import PackedModel, positions_within, same_segment

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from s2s_scale.cpu.gradients import active
+from s2s_scale.cpu.ops import active
 
 Ids = npt.NDArray[np.int64]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
