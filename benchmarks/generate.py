@@ -31,7 +31,7 @@ from rich.console import Console
 from benchmarks.command_line import parser_for
 from benchmarks.fresh import Spread, in_fresh_process, machine
 from benchmarks.reporting import COLOURS, Report, add_title, as_table, write
-from s2s_scale.data.lengths import Lengths
+from s2s_scale.data.batch_plan import Lengths
 from tests.support.lengths import long_tailed
 
 STOCK, OURS, ENGINE = "transformers", "s2s-scale", "ctranslate2"
@@ -146,7 +146,7 @@ def evaluator(
 
     from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
     from s2s_scale.config import DataArguments
-    from s2s_scale.data.collate import Seq2SeqCollator
+    from s2s_scale.data.collators import Seq2SeqCollator
 
     found: list[list[int]] = []
 

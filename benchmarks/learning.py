@@ -65,7 +65,7 @@ def run(case: tuple[Task, str, int]) -> dict[str, Any]:
     import transformers
 
     from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
-    from s2s_scale.data.collate import Seq2SeqCollator
+    from s2s_scale.data.collators import Seq2SeqCollator
 
     task, mode, seed = case
     transformers.utils.logging.set_verbosity_error()

@@ -55,7 +55,7 @@ def measure(run: Run) -> dict[str, float]:
     """Train; ``rate`` (real tokens per second), ``pads`` (share) and ``compilations``."""
     from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
     from s2s_scale.backends import make_backend
-    from s2s_scale.data.collate import Seq2SeqCollator
+    from s2s_scale.data.collators import Seq2SeqCollator
     from s2s_scale.profiles import resolve
 
     profile = resolve("cpu-xla" if run.xla else "cpu")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.fresh import CLOCKS
-from s2s_scale.data.lengths import Lengths
+from s2s_scale.data.batch_plan import Lengths
 
 SHAPES = ((4096, 512, 512), (4096, 512, 2048), (2048, 2048, 2048))
 GPU_SHAPES = ((8192, 8192, 8192),)

@@ -24,15 +24,15 @@ from rich.console import Console
 from rich.table import Table
 
 from s2s_scale.config import DEFAULT_GROUPS_PER_STEP
-from s2s_scale.data.lengths import Lengths
-from s2s_scale.data.packed_sampler import PackedSampler
-from s2s_scale.data.samplers import EpochSampler, PlanSampler, TokenSampler
-from s2s_scale.data.shapes import (
+from s2s_scale.data.batch_plan import Lengths
+from s2s_scale.data.buckets import (
     choose_shapes,
     padded_to_longest,
     padded_to_powers,
     row_cost,
 )
+from s2s_scale.data.packing import PackedSampler
+from s2s_scale.data.samplers import EpochSampler, PlanSampler, TokenSampler
 from tests.support.lengths import long_tailed, share_of_pads_at_random
 
 SIZES = (100_000, 1_000_000, 10_000_000)

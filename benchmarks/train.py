@@ -39,7 +39,7 @@ from benchmarks.train_runs import (
     lengths_of_files,
     measure,
 )
-from s2s_scale.data.lengths import Lengths
+from s2s_scale.data.batch_plan import Lengths
 from tests.support.lengths import long_tailed, share_of_pads_at_random
 
 ROWS = 6_400

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.fresh import CLOCKS, process_memory
-from s2s_scale.data.lengths import Lengths
+from s2s_scale.data.batch_plan import Lengths
 
 ROWS_PER_BATCH = 32
 MEGABATCH = 50
@@ -161,7 +161,7 @@ def measure(case: Case) -> dict[str, float]:
     """
     os.environ["USE_TORCH_XLA"] = "0"
     from benchmarks.peaks import training_flops
-    from s2s_scale.data.collate import Seq2SeqCollator
+    from s2s_scale.data.collators import Seq2SeqCollator
 
     model, rows = model_of(case), rows_of(case)
     collate = Seq2SeqCollator(model.config.pad_token_id)

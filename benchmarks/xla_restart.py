@@ -45,7 +45,7 @@ def train(profile_name: str, folder: Path) -> None:
     from transformers import TrainerCallback
 
     from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
-    from s2s_scale.data.collate import Seq2SeqCollator
+    from s2s_scale.data.collators import Seq2SeqCollator
     from s2s_scale.models.tiny import tiny_model
     from tests.support.training import ragged_rows
 

@@ -74,7 +74,7 @@ def measure(way: str, steps: int) -> None:
     backend = make_backend("xla", device, {"data": -1})
     if way in OURS:
         backend.prepare_process()
-    from s2s_scale.data.collate import Seq2SeqCollator
+    from s2s_scale.data.collators import Seq2SeqCollator
     from s2s_scale.models import decoder_inputs_from_labels
     from s2s_scale.models.tiny import FIRST_WORD_ID, last_word_id, tiny_model
 

@@ -11,8 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from s2s_scale.data.lengths import Lengths
-from s2s_scale.data.shapes import padded_to_longest, padded_to_powers
+from s2s_scale.data.batch_plan import Lengths
+from s2s_scale.data.buckets import padded_to_longest, padded_to_powers
 
 if TYPE_CHECKING:
     from s2s_scale.data.samplers import EpochSampler, MicroBatch

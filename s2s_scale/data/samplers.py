@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from s2s_scale.data.batching import (
+from s2s_scale.data.batch_plan import (
     EpochPlan,
     Lengths,
     Mode,
@@ -22,9 +22,15 @@ from s2s_scale.data.batching import (
     plan_epoch,
     steps_per_epoch,
 )
-from s2s_scale.data.groups import GroupedPlan, lay_out_groups, plan_groups
-from s2s_scale.data.shapes import ShapeGrid, Widths, choose_shapes
-from s2s_scale.data.sharing import share_groups
+from s2s_scale.data.buckets import (
+    GroupedPlan,
+    ShapeGrid,
+    Widths,
+    choose_shapes,
+    lay_out_groups,
+    plan_groups,
+)
+from s2s_scale.data.load_balancing import share_groups
 
 LABEL_PAD = -100
 

@@ -18,9 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from s2s_scale.config import DataArguments
-from s2s_scale.data.problems import LISTED, Problems
-from s2s_scale.data.tables import ColumnChoice, check_table_path, check_types, read_table
-from s2s_scale.data.text_files import read_lines
+from s2s_scale.data.readers import (
+    LISTED,
+    ColumnChoice,
+    Problems,
+    check_table_path,
+    check_types,
+    read_lines,
+    read_table,
+)
 from s2s_scale.errors import UserError
 
 Split = Literal["train", "val", "test"]

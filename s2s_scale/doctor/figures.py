@@ -19,7 +19,7 @@ from transformers import PrinterCallback
 
 from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend
-from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.models.tiny import ragged_rows, tiny_model
 from s2s_scale.trainer import Seq2SeqTrainer
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from s2s_scale.cpu.packed_attention import attended_by_pairs
-from s2s_scale.data.packed_collate import DecoderStart
+from s2s_scale.data.collators import DecoderStart
 from s2s_scale.errors import UserError
 from s2s_scale.models.families import FAMILIES, start_token
 

@@ -23,11 +23,10 @@ from s2s_scale.config import (
     ModelArguments,
 )
 from s2s_scale.cpu import bf16_is_native
-from s2s_scale.data.collate import Seq2SeqCollator
-from s2s_scale.data.examples import check_token_ids, tokenize_pairs
+from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.data.sources import Split
-from s2s_scale.data.streamed_examples import StreamedExamples
-from s2s_scale.data.streams import PairStream
+from s2s_scale.data.streaming import PairStream, StreamedExamples
+from s2s_scale.data.tokenize import check_token_ids, tokenize_pairs
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.evaluation.text import TextEvaluation
 from s2s_scale.profiles import AUTO, LauncherProfile, deepspeed_config_path

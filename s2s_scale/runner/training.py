@@ -26,7 +26,7 @@ from s2s_scale.checkpoint import (
 from s2s_scale.checkpoint.atomic import locked
 from s2s_scale.checkpoint.portable import SETTINGS, read_json
 from s2s_scale.data.sources import Split, has_split, load_pairs
-from s2s_scale.data.streams import open_stream
+from s2s_scale.data.streaming import open_stream
 from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.evaluation.metrics import TextMetrics
 from s2s_scale.planner import shape_rows

@@ -17,7 +17,7 @@ from transformers.trainer_utils import has_length
 
 from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
-from s2s_scale.data.streamed_examples import StreamedExamples
+from s2s_scale.data.streaming import StreamedExamples
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.evaluation.engines import family_problems
 from s2s_scale.models import apply_dropout_settings, check_precision, target_vocab_size

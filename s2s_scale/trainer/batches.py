@@ -16,13 +16,12 @@ from transformers.trainer_utils import has_length, seed_worker
 
 from s2s_scale.arguments import TOKEN_OPTIONS
 from s2s_scale.config import DEFAULT_BUCKETS
-from s2s_scale.data.arrow_rows import ArrowRows, reads_from_arrow
-from s2s_scale.data.collate import Collate, PadToWidths, Seq2SeqCollator
-from s2s_scale.data.lengths import row_lengths
-from s2s_scale.data.packed_collate import PackedCollator
-from s2s_scale.data.packed_sampler import PackedSampler
+from s2s_scale.data.batch_plan import row_lengths
+from s2s_scale.data.collators import Collate, PackedCollator, PadToWidths, Seq2SeqCollator
+from s2s_scale.data.packing import PackedSampler
+from s2s_scale.data.prefetch import ArrowRows, reads_from_arrow
 from s2s_scale.data.samplers import EpochSampler, MarkedRows, PlanBatchSampler, TokenSampler
-from s2s_scale.data.streamed_examples import StreamedExamples
+from s2s_scale.data.streaming import StreamedExamples
 from s2s_scale.errors import UserError
 from s2s_scale.models import source_vocab_size
 from s2s_scale.models.packed import decoder_start

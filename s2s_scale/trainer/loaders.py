@@ -10,16 +10,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
-from s2s_scale.data.batching import (
+from s2s_scale.data.batch_plan import (
     Lengths,
     Rows,
     deal_batches,
     evaluation_batches,
+    has_length_columns,
     row_lengths,
 )
-from s2s_scale.data.lengths import has_length_columns
+from s2s_scale.data.buckets import ShapeGrid, Widths, choose_shapes
 from s2s_scale.data.samplers import MarkedRows, PlanBatchSampler, ShapedRows
-from s2s_scale.data.shapes import ShapeGrid, Widths, choose_shapes
 from s2s_scale.errors import UserError
 
 MOST_ROWS = 4

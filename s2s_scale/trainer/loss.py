@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from s2s_scale.data.collate import count_pads
-from s2s_scale.data.packed_collate import SEGMENTS
+from s2s_scale.data.collators import SEGMENTS, count_pads
 from s2s_scale.errors import UserError
 from s2s_scale.losses import TokenLoss, count_tokens, cross_entropy, mask_pads, of_model_mean
 from s2s_scale.models import LossHead, decoder_inputs_from_labels, loss_head_problem

@@ -13,10 +13,9 @@ import xxhash
 from s2s_scale import __version__
 from s2s_scale.arguments import TOKEN_OPTIONS
 from s2s_scale.checkpoint.manager import Identity
-from s2s_scale.data.cache import hash_tokenizer
-from s2s_scale.data.fingerprint import rows_fingerprint
+from s2s_scale.data.cache import hash_tokenizer, rows_fingerprint
 from s2s_scale.data.samplers import EpochSampler, PlanSampler
-from s2s_scale.data.streamed_examples import StreamedExamples
+from s2s_scale.data.streaming import StreamedExamples
 from s2s_scale.reports import RUN_VARIABLE
 from s2s_scale.trainer.graphs import GraphTrainer
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from s2s_scale.arguments import TOKEN_OPTIONS, Seq2SeqTrainingArguments
-from s2s_scale.data.batching import row_lengths
-from s2s_scale.data.lengths import Lengths, usual_groups_per_step, usual_tokens_per_step
-from s2s_scale.data.packed_sampler import PackedSampler
+from s2s_scale.data.batch_plan import (
+    Lengths,
+    row_lengths,
+    usual_groups_per_step,
+    usual_tokens_per_step,
+)
+from s2s_scale.data.packing import PackedSampler
 from s2s_scale.data.samplers import EpochSampler, PlanSampler, TokenSampler
 
 

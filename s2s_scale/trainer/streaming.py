@@ -11,7 +11,7 @@ import numpy as np
 from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.data.prefetch import ahead
 from s2s_scale.data.samplers import EpochSampler, MarkedRows, MicroBatch
-from s2s_scale.data.streamed_examples import Block, BlockPlace, StreamedExamples
+from s2s_scale.data.streaming import Block, BlockPlace, StreamedExamples
 
 BLOCKS_OF_EPOCH = 2**24
 """More than an epoch has: tells the plans of one epoch's blocks from those of the next."""

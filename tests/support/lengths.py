@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from s2s_scale.data.lengths import Lengths
+from s2s_scale.data.batch_plan import Lengths
 
 
 def long_tailed(

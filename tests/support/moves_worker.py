@@ -19,8 +19,7 @@ from transformers import TrainerCallback
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
-from s2s_scale.data.collate import Seq2SeqCollator
-from s2s_scale.data.packed_collate import SEGMENTS
+from s2s_scale.data.collators import SEGMENTS, Seq2SeqCollator
 from s2s_scale.models.tiny import ragged_rows, tiny_model
 from tests.support.training import settings
 

@@ -14,7 +14,7 @@ import torch
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import make_backend
-from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.data.collators import Seq2SeqCollator
 from tests.support.training import fresh, history, ragged_rows, settings
 
 

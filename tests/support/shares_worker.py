@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
-from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.trainer import nonfinite
 from s2s_scale.trainer.spikes import SpikeDetector
 from tests.support.families import tiny_model

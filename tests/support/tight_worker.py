@@ -28,7 +28,7 @@ from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, local, make_backend
 from s2s_scale.checkpoint import SaveError
 from s2s_scale.checkpoint.tensors import TensorWriter
-from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.models.tiny import ragged_rows
 from s2s_scale.trainer import saving
 from tests.support.limits import limited

@@ -12,7 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.models import decoder_inputs_from_labels
 from s2s_scale.models.tiny import ragged_rows
 from tests.support.families import tiny_model

@@ -3,7 +3,7 @@
 import pytest
 import torch.nn.functional as F
 
-from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.models import decoder_inputs_from_labels
 from tests.support.families import FAMILY_NAMES
 from tests.support.training import fresh, history, our_trainer, ragged_rows

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2s_scale.data.batching import (
+from s2s_scale.data.batch_plan import (
     LARGE_PERMUTATION,
     STEPS_PER_CHUNK,
     EpochPlan,

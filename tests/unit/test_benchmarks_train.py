@@ -24,7 +24,7 @@ from benchmarks.train_runs import (
     grouped_rows,
     model_of,
 )
-from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.data.collators import Seq2SeqCollator
 from tests.support.lengths import long_tailed, share_of_pads_at_random
 
 LENGTHS = long_tailed(train.ROWS, longest=512)

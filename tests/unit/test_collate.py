@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq
 
-from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.data.collators import Seq2SeqCollator
 from tests.support.pairs import word_tokenizer
 
 

@@ -22,7 +22,7 @@ from s2s_scale.cpu.ops import (
     usual_count,
 )
 from s2s_scale.cpu.packed_attention import SegmentedAttention
-from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.models import decoder_inputs_from_labels
 from s2s_scale.models.packed import MASKED, additive, same_segment
 from tests.support.families import FAMILY_NAMES

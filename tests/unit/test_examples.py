@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from s2s_scale.data import cache, examples
-from s2s_scale.data.batching import row_lengths
-from s2s_scale.data.examples import check_token_ids, tokenize_pairs
+from s2s_scale.data import cache, tokenize
+from s2s_scale.data.batch_plan import row_lengths
+from s2s_scale.data.tokenize import check_token_ids, tokenize_pairs
 from s2s_scale.errors import UserError
 from tests.support.families import FAMILY_NAMES, TINY_TEXTS, tiny_folder
 from tests.support.pairs import WORDS, pairs_of, word_tokenizer
@@ -218,8 +218,8 @@ def test_slow_tokenizers_and_several_processes(
 
 
 def test_workers_that_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    count = examples._workers_that_pay
+    monkeypatch.setattr(tokenize.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    count = tokenize._workers_that_pay
     assert [count(n, fast=False) for n in (1, 39_999, 40_000, 10**7)] == [1, 1, 2, 8]
     assert count(10**7, fast=True) == 1
 
@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_nothing_behind(
     def save(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(examples.np, "save", save)
+    monkeypatch.setattr(tokenize.np, "save", save)
     with pytest.raises(UserError, match=r"\(No space left on device\).*S2S_SCALE_CACHE"):
         tokenize_pairs(pairs, word_tokenizer(), cache_dir=tmp_path, progress=False, **SIZES)
     assert list((tmp_path / "examples").iterdir()) == []

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2s_scale.data.groups import lay_out_groups, plan_groups
+from s2s_scale.data.buckets import choose_shapes, lay_out_groups, plan_groups, row_cost
 from s2s_scale.data.samplers import TokenSampler
-from s2s_scale.data.shapes import choose_shapes, row_cost
 from s2s_scale.errors import UserError
 from tests.support.lengths import long_tailed
 

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from s2s_scale.backends import make_backend
-from s2s_scale.data.arrow_rows import ArrowRows, reads_from_arrow
-from s2s_scale.data.collate import Seq2SeqCollator
-from s2s_scale.data.prefetch import BATCHES_AHEAD, ahead
+from s2s_scale.data.collators import Seq2SeqCollator
+from s2s_scale.data.prefetch import BATCHES_AHEAD, ArrowRows, ahead, reads_from_arrow
 from s2s_scale.data.samplers import MarkedRows
 from s2s_scale.errors import UserError
 from tests.support.training import fresh, history, our_trainer, ragged_rows

@@ -12,11 +12,10 @@ import torch
 import transformers
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from s2s_scale.data.collate import Seq2SeqCollator
-from s2s_scale.data.packed_collate import PackedCollator
-from s2s_scale.data.packed_sampler import PackedExamples, PackedRows, PackedSampler
+from s2s_scale.data.buckets import row_cost
+from s2s_scale.data.collators import PackedCollator, Seq2SeqCollator
+from s2s_scale.data.packing import PackedExamples, PackedRows, PackedSampler
 from s2s_scale.data.samplers import MarkedRows
-from s2s_scale.data.shapes import row_cost
 from s2s_scale.errors import UserError
 from s2s_scale.models import decoder_inputs_from_labels
 from s2s_scale.models.packed import decoder_start

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.data.samplers import MarkedRows, PlanBatchSampler, PlanSampler
 
 small = st.integers(1, 5)

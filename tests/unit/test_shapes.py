@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2s_scale.data.shapes import (
+from s2s_scale.data.buckets import (
     MAX_LEVELS,
     ShapeGrid,
     choose_shapes,

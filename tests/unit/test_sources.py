@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from s2s_scale.config import DataArguments
-from s2s_scale.data import sources, text_files
+from s2s_scale.data import readers, sources
 from s2s_scale.data.sources import has_split, load_pairs
 from s2s_scale.errors import UserError
 from tests.support.pairs import write_folder
@@ -96,13 +96,13 @@ def test_blocks_do_not_change_the_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     """The reference is bytes.split on the whole file."""
-    monkeypatch.setattr(text_files, "BLOCK_BYTES", block)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", block)
     content = "äöü\r\n\r\n\n\r\rx\n".encode() + b"long line " * 9 + b"\n\x00\ny"
     path = tmp_path / "lines"
     path.write_bytes(content)
-    problems = text_files.Problems()
+    problems = readers.Problems()
     expected = [line.removesuffix("\r") for line in content.decode().split("\n")]
-    assert text_files.read_lines(path, problems=problems).to_pylist() == expected
+    assert readers.read_lines(path, problems=problems).to_pylist() == expected
     assert not problems
 
 

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import IterableDataset
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from s2s_scale.data.collate import PadToWidths, Seq2SeqCollator
-from s2s_scale.data.lengths import usual_groups_per_step, usual_tokens_per_step
-from s2s_scale.data.packed_sampler import PackedSampler
+from s2s_scale.data.batch_plan import usual_groups_per_step, usual_tokens_per_step
+from s2s_scale.data.collators import PadToWidths, Seq2SeqCollator
+from s2s_scale.data.packing import PackedSampler
 from s2s_scale.data.samplers import PlanSampler, ShapedExamples, TokenSampler
 from s2s_scale.errors import UserError
 from s2s_scale.planner import shape_rows

@@ -15,8 +15,7 @@ from s2s_scale import cli
 from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.config import DataArguments
 from s2s_scale.data.sources import load_pairs
-from s2s_scale.data.streamed_examples import BEGIN, BlockPlace, StreamedExamples
-from s2s_scale.data.streams import open_stream
+from s2s_scale.data.streaming import BEGIN, BlockPlace, StreamedExamples, open_stream
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.sampling import make_sampler
 from s2s_scale.trainer.streaming import StreamLoader

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, TrainerCallback
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.checkpoint import checkpoints
-from s2s_scale.data.collate import Seq2SeqCollator
+from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.data.samplers import PlanSampler
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.nonfinite import NonFiniteLossError

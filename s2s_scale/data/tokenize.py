@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import tokenizers
 import transformers
 
+from s2s_scale.data.batch_plan import row_lengths
 from s2s_scale.data.cache import (
     SOURCE_LENGTHS,
     TARGET_LENGTHS,
@@ -24,8 +25,7 @@ from s2s_scale.data.cache import (
     read_manifest,
     write_entry,
 )
-from s2s_scale.data.lengths import row_lengths
-from s2s_scale.data.problems import LISTED, Problems
+from s2s_scale.data.readers import LISTED, Problems
 
 LABEL_PAD = -100
 ROWS_PER_BATCH = 1000

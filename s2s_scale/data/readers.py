@@ -1,22 +1,213 @@
-"""Reads pairs from .jsonl, .json, .csv, .tsv and .parquet files, with the line of every row."""
+"""Reads pairs from .jsonl, .json, .csv, .tsv and .parquet files, with the line of every row.
+
+Reads a text file with one row per line into Arrow strings, and checks that it is UTF-8.
+
+A row ends at ``\n`` or ``\r\n`` only. Other characters that Unicode calls line separators
+(U+2028, U+0085, form feed, ...) are text: splitting there would shift every later row of one file
+against the other.
+
+Finds the source and target text among the columns of a table, nested ones included.
+
+Collects the mistakes found in a file, a few of each kind, and raises them together.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from s2s_scale.data.columns import find_columns
-from s2s_scale.data.problems import Problems
-from s2s_scale.data.text_files import check_utf8
-from s2s_scale.errors import UserError, did_you_mean
+from s2s_scale.errors import UserError, did_you_mean, raise_problems
+
+NESTED = "translation"
+
+
+def find_columns(
+    columns: Sequence[str],
+    *,
+    wanted: tuple[str | None, str | None],
+    languages: tuple[str | None, str | None],
+    where: str,
+) -> tuple[str, str]:
+    """The columns of source and target text among ``columns``.
+
+    Fields of a nested column are named ``outer.inner``. ``wanted`` are --source_column and
+    --target_column, ``languages`` are --src_lang and --tgt_lang: mBART's ``en_XX`` finds ``en``.
+    Raises ``UserError`` naming ``where``, the missing column and the columns that are there.
+    """
+    found = []
+    problems = []
+    for side, name, language in zip(("source", "target"), wanted, languages, strict=True):
+        column = _find(columns, side=side, wanted=name, language=language)
+        if column is None:
+            problems.append(_missing(columns, side=side, wanted=name, where=where))
+        else:
+            found.append(column)
+    if len(set(found)) == 1 and not problems:
+        problems.append(
+            f"{where}: column '{found[0]}' is both source and target; expected two different "
+            f"columns; name them with --source_column and --target_column"
+        )
+    raise_problems(problems)
+    return found[0], found[1]
+
+
+def _find(
+    columns: Sequence[str], *, side: str, wanted: str | None, language: str | None
+) -> str | None:
+    if wanted is not None:
+        candidates = [wanted, f"{NESTED}.{wanted}"]
+    else:
+        candidates = [side]
+        if language is not None:
+            candidates += [f"{NESTED}.{language}", f"{NESTED}.{language.split('_')[0]}"]
+    return next((name for name in candidates if name in columns), None)
+
+
+def _missing(columns: Sequence[str], *, side: str, wanted: str | None, where: str) -> str:
+    there = ", ".join(columns) if columns else "none"
+    name = wanted or side
+    remedy = f"name the right one with --{side}_column"
+    if wanted is None and any(column.startswith(f"{NESTED}.") for column in columns):
+        language = {"source": "--src_lang", "target": "--tgt_lang"}[side]
+        remedy += f", or give the language with {language}"
+    return (
+        f"{where}: no column '{name}' for the {side} text{did_you_mean(name, columns)}; "
+        f"expected one of the columns there: {there}; {remedy}"
+    )
+
+
+LISTED = 5
+
+
+class Problems:
+    """Problem lines by kind. Only the first ``LISTED`` of a kind are kept; the rest are counted.
+
+    A file with a million bad lines thus gives a message that a person can read.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[str, list[str]] = {}
+        self._counts: dict[str, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
+    def add(self, kind: str, line: str) -> None:
+        """Add one problem. ``kind`` is the plural that 'and N more' is said of."""
+        self.add_many(kind, [line], count=1)
+
+    def add_many(self, kind: str, lines: Iterable[str], *, count: int) -> None:
+        """Add ``count`` problems of a kind; ``lines`` may stop after the first ``LISTED``."""
+        if count < 1:
+            return
+        kept = self._lines.setdefault(kind, [])
+        kept.extend(line for line, _ in zip(lines, range(LISTED - len(kept)), strict=False))
+        self._counts[kind] = self._counts.get(kind, 0) + count
+
+    def lines(self) -> list[str]:
+        """All kept lines in the order of their kinds, each kind followed by what was left out."""
+        lines = []
+        for kind, kept in self._lines.items():
+            lines += kept
+            left_out = self._counts[kind] - len(kept)
+            if left_out > 0:
+                lines.append(f"and {left_out:,} more {kind}")
+        return lines
+
+    def raise_any(self) -> None:
+        """Raise one ``UserError`` with all lines; do nothing when there are none."""
+        raise_problems(self.lines())
+
+
+BLOCK_BYTES = 16 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+NEWLINE, RETURN = 10, 13
+
+
+def read_lines(path: Path, *, problems: Problems) -> pa.ChunkedArray:
+    """The lines of the file as strings, without their line ends and a leading byte order mark.
+
+    Lines that are not UTF-8 are added to ``problems``; the result is then missing rows and its
+    caller must raise the problems. Takes about a second per gigabyte.
+    """
+    chunks: list[pa.Array] = []
+    first_line = 1
+    for block in _blocks(path):
+        if _is_utf8(block, path=path, first_line=first_line, problems=problems):
+            chunks.append(_split_lines(block))
+        first_line += block.count(b"\n")
+    return pa.chunked_array(chunks, type=pa.string())
+
+
+def check_utf8(path: Path, *, problems: Problems) -> None:
+    """Add every line of the file that is not UTF-8 to ``problems``."""
+    first_line = 1
+    for block in _blocks(path):
+        _is_utf8(block, path=path, first_line=first_line, problems=problems)
+        first_line += block.count(b"\n")
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The file's bytes in blocks of whole lines, without a leading byte order mark."""
+    with path.open("rb") as file:
+        rest = file.read(len(BYTE_ORDER_MARK))
+        if rest == BYTE_ORDER_MARK:
+            rest = b""
+        while block := file.read(BLOCK_BYTES):
+            block = rest + block
+            cut = block.rfind(b"\n") + 1
+            if cut:
+                yield block[:cut]
+            rest = block[cut:]
+        if rest:
+            yield rest
+
+
+def _is_utf8(block: bytes, *, path: Path, first_line: int, problems: Problems) -> bool:
+    try:
+        block.decode("utf-8")
+    except UnicodeDecodeError:
+        _report_bytes(block, path=path, first_line=first_line, problems=problems)
+        return False
+    return True
+
+
+def _report_bytes(block: bytes, *, path: Path, first_line: int, problems: Problems) -> None:
+    encoding = "UTF-16" if b"\x00" in block else "LATIN1"
+    for number, line in enumerate(block.split(b"\n"), start=first_line):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            problems.add(
+                f"lines of {path} that are not UTF-8",
+                f"{path}:{number}: byte 0x{line[error.start]:02x} at position {error.start + 1} "
+                f"is not UTF-8; expected UTF-8 text; convert the file, for example with "
+                f"'iconv -f {encoding} -t UTF-8'",
+            )
+
+
+def _split_lines(block: bytes) -> pa.StringArray:
+    """Arrow strings over one copy of the block from which the line ends are taken out."""
+    data = np.frombuffer(block, dtype=np.uint8)
+    ends = np.flatnonzero(data == NEWLINE)
+    returns = (ends > 0) & (data[ends - 1] == RETURN)
+    text = np.delete(data, np.concatenate([ends, ends[returns] - 1]))
+    # A line's end in the remaining text: its place in the file, less the line ends before it.
+    stops = ends - np.arange(len(ends)) - np.cumsum(returns)
+    if data[-1] != NEWLINE:
+        stops = np.append(stops, len(text))
+    offsets = np.concatenate([[0], stops]).astype(np.int32)
+    return pa.StringArray.from_buffers(len(stops), pa.py_buffer(offsets), pa.py_buffer(text))
+
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 ROWS_PER_CHUNK = 50_000

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from s2s_scale.data.batching import Rows
-from s2s_scale.data.groups import GroupLayout
-from s2s_scale.data.lengths import Lengths
-from s2s_scale.data.shapes import row_cost
+from s2s_scale.data.batch_plan import Lengths, Rows
+from s2s_scale.data.buckets import GroupLayout, row_cost
 from s2s_scale.errors import UserError
 
 LEVELLING_ROUNDS = 8
