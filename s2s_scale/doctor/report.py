@@ -8,8 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from s2s_scale.doctor.checks import Finding
-from s2s_scale.doctor.compare import Deviation
-from s2s_scale.doctor.figures import Case
+from s2s_scale.doctor.parity import Case, Deviation
 from s2s_scale.utils import table_console
 
 

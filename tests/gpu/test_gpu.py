@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from s2s_scale.doctor.compare import compare
-from s2s_scale.doctor.figures import Case, Job, read
+from s2s_scale.doctor.parity import Case, Job, compare, read
 from s2s_scale.profiles import deepspeed_config_path, resolve
 from tests.parity.matrix import reference, run_jobs
 

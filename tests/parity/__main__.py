@@ -15,8 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from s2s_scale.doctor.compare import Deviation
-from s2s_scale.doctor.figures import Job
+from s2s_scale.doctor.parity import Deviation, Job
 from tests.parity.matrix import BOUND, CASES, columns, stock_factors, xla_columns
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from s2s_scale.doctor.compare import Deviation, compare
-from s2s_scale.doctor.figures import Case, Figures, Job, read
+from s2s_scale.doctor.parity import Case, Deviation, Figures, Job, compare, read
 from s2s_scale.models.tiny import FAMILY_NAMES
 from s2s_scale.profiles import resolve
 from tests.support.ranks import run_ranks

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from s2s_scale.doctor.figures import Case, Job
+from s2s_scale.doctor.parity import Case, Job
 from tests.parity.matrix import BOUND, PROFILES, columns, stock_factors
 
 # Families that differ in what they tie, how they start decoding and what they pad with.

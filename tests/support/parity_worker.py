@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from s2s_scale.backends import make_backend
-from s2s_scale.doctor.figures import ROWS, Job, _arguments, compute
+from s2s_scale.doctor.parity import ROWS, Job, _arguments, compute
 from s2s_scale.models.tiny import ragged_rows, tiny_model
 from tests.support.training import history, stock_trainer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from s2s_scale.doctor.figures import Case, Job
+from s2s_scale.doctor.parity import Case, Job
 from tests.parity.matrix import BOUND, xla_columns
 
 pytest.importorskip("torch_xla", reason="torch-xla has an environment of its own: make test-xla")
