@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
-from s2s_scale.evaluation.order import in_data_order
 from s2s_scale.evaluation.shrinking import generate
 from s2s_scale.evaluation.static_generation import StaticGenerator
+from s2s_scale.evaluation.text import in_data_order
 from s2s_scale.losses import IGNORE_INDEX
 from s2s_scale.trainer.batches import BatchTrainer
 from s2s_scale.trainer.loaders import EvaluationLoader
