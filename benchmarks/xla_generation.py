@@ -33,7 +33,7 @@ def measure(way: str, num_beams: int) -> dict[str, float]:
 
     backend = make_backend("xla", os.environ["PJRT_DEVICE"].lower(), {})
     backend.prepare_process()
-    from s2s_scale.evaluation.static_generation import StaticGenerator
+    from s2s_scale.generation.static import StaticGenerator
     from tests.support.ended import sources
     from tests.support.families import tiny_model
 

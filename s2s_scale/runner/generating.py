@@ -21,8 +21,10 @@ from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend
 from s2s_scale.config import DataArguments, ModelArguments
 from s2s_scale.errors import UserError, raise_problems
-from s2s_scale.evaluation.engines import ENGINE, package_problems
-from s2s_scale.evaluation.generate import (
+from s2s_scale.evaluation.metrics import TextMetrics
+from s2s_scale.generation.engines import ENGINE, package_problems
+from s2s_scale.generation.static import StaticGenerator
+from s2s_scale.generation.stream import (
     EngineBatches,
     OwnBatches,
     SearchResult,
@@ -31,8 +33,6 @@ from s2s_scale.evaluation.generate import (
     read_lines,
     search,
 )
-from s2s_scale.evaluation.metrics import TextMetrics
-from s2s_scale.evaluation.static_generation import StaticGenerator
 from s2s_scale.runner.pieces import open_backend, source_prefix_of, wanted_device
 from s2s_scale.settings import Settings, split_settings
 from s2s_scale.utils import table_console
@@ -104,7 +104,7 @@ def _own_batches(
 ) -> Iterator[OwnBatches | None]:
     """What generates in the place of the model's own ``generate``, if anything."""
     if engine == "ctranslate2":
-        from s2s_scale.evaluation.ctranslate2_engine import ctranslate2_engine
+        from s2s_scale.generation.ctranslate2 import ctranslate2_engine
 
         with ctranslate2_engine(model) as found:
             yield EngineBatches(found)

@@ -19,7 +19,7 @@ from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.streaming import StreamedExamples
 from s2s_scale.errors import UserError, raise_problems
-from s2s_scale.evaluation.engines import family_problems
+from s2s_scale.generation.engines import family_problems
 from s2s_scale.models import apply_dropout_settings, check_precision, target_vocab_size
 from s2s_scale.trainer.callbacks import StepCallback
 from s2s_scale.trainer.loaders import EvaluationLoader
@@ -28,9 +28,9 @@ from s2s_scale.trainer.nonfinite import NonFiniteGuard
 from s2s_scale.trainer.streaming import StreamLoader, streaming_problems
 
 if TYPE_CHECKING:
-    from s2s_scale.evaluation.ctranslate2_engine import CTranslate2Engine
-    from s2s_scale.evaluation.static_generation import StaticGenerator
     from s2s_scale.evaluation.text import TextEvaluation
+    from s2s_scale.generation.ctranslate2 import CTranslate2Engine
+    from s2s_scale.generation.static import StaticGenerator
 
 logger = transformers.utils.logging.get_logger(__name__)
 

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
-from s2s_scale.evaluation.shrinking import generate
-from s2s_scale.evaluation.static_generation import StaticGenerator
 from s2s_scale.evaluation.text import in_data_order
+from s2s_scale.generation.shrinking import generate
+from s2s_scale.generation.static import StaticGenerator
 from s2s_scale.losses import IGNORE_INDEX
 from s2s_scale.trainer.batches import BatchTrainer
 from s2s_scale.trainer.loaders import EvaluationLoader
@@ -120,7 +120,7 @@ class EvaluationTrainer(BatchTrainer):
         if not wanted or (prediction_loss_only and not self._generates_text):
             yield
             return
-        from s2s_scale.evaluation.ctranslate2_engine import ctranslate2_engine
+        from s2s_scale.generation.ctranslate2 import ctranslate2_engine
 
         with ctranslate2_engine(self.model) as self._engine:
             try:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from s2s_scale.backends import Backend, make_backend
-from s2s_scale.evaluation.shrinking import generate
+from s2s_scale.generation.shrinking import generate
 from tests.support.families import tiny_model
 
 

@@ -48,7 +48,7 @@ def main() -> None:
 def _run(backend: Any, family: str, name: str, options: dict[str, Any], rows: int) -> Any:
     import torch
 
-    from s2s_scale.evaluation.static_generation import StaticGenerator
+    from s2s_scale.generation.static import StaticGenerator
     from tests.support.ended import ending_model, sources, text_lengths
 
     reference, model = ending_model(family), ending_model(family)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from s2s_scale import Seq2SeqTrainingArguments, cli
 from s2s_scale.errors import UserError
-from s2s_scale.evaluation import engines
+from s2s_scale.generation import engines
 from tests.support.ended import ending_model, sources, text_lengths
 from tests.support.families import TINY_TEXTS, tiny_folder, tiny_model
 from tests.support.training import our_trainer, ragged_rows
@@ -39,7 +39,7 @@ FAMILIES = ("bart", "mbart", "pegasus", "marian", "t5")
 @pytest.fixture(scope="module")
 def engines_of() -> Any:
     """family -> (model, engine)"""
-    from s2s_scale.evaluation.ctranslate2_engine import ctranslate2_engine
+    from s2s_scale.generation.ctranslate2 import ctranslate2_engine
 
     opened, found = [], {}
     for family in FAMILIES:
@@ -85,7 +85,7 @@ def test_beams_without_early_stopping_differ_in_few_rows(engines_of: Any) -> Non
 
 
 def test_the_model_is_left_as_it_was(engines_of: Any) -> None:
-    from s2s_scale.evaluation.ctranslate2_engine import ctranslate2_engine
+    from s2s_scale.generation.ctranslate2 import ctranslate2_engine
 
     model = tiny_model("marian")
     before = model.config.to_dict(), model.model.shared.weight.clone()

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from s2s_scale.config import ModelArguments
 from s2s_scale.errors import UserError
-from s2s_scale.evaluation.generate import (
+from s2s_scale.generation.stream import (
     check_generation,
     generate_stream,
     parse_search,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria
 
-from s2s_scale.evaluation.shrinking import generate
+from s2s_scale.generation.shrinking import generate
 from tests.support.ended import ending_model, sources, text_lengths
 from tests.support.families import FAMILY_NAMES
 from tests.unit.test_static_generation import BEAMS, LIMIT, OPTIONS

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from s2s_scale.errors import UserError
-from s2s_scale.evaluation.static_generation import StaticGenerator, static_width
-from s2s_scale.evaluation.static_generation.rules import make_rules
+from s2s_scale.generation.logits_rules import make_rules
+from s2s_scale.generation.static import StaticGenerator, static_width
 from tests.support.ended import ending_model, sources, text_lengths
 from tests.support.families import FAMILY_NAMES, tiny_model
 

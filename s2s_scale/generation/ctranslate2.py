@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import BartConfig, PreTrainedModel, T5Config
 
 from s2s_scale.errors import UserError, raise_problems
-from s2s_scale.evaluation.engines import ENGINE, family_problems, package_problems
-from s2s_scale.evaluation.static_generation.settings import SearchSettings, read_settings
+from s2s_scale.generation.engines import ENGINE, family_problems, package_problems
+from s2s_scale.generation.options import SearchSettings, read_settings
 
 #: model type -> (norm before each block, norm after the embeddings), as the converter is told
 _LIKE_BART = {

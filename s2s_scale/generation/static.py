@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from s2s_scale.evaluation.static_generation.beam import BeamSearch
-from s2s_scale.evaluation.static_generation.decoding import StaticDecoder
-from s2s_scale.evaluation.static_generation.greedy import GreedySearch
-from s2s_scale.evaluation.static_generation.rules import make_rules
-from s2s_scale.evaluation.static_generation.settings import SearchSettings, read_settings
+from s2s_scale.generation.logits_rules import make_rules
+from s2s_scale.generation.options import SearchSettings, read_settings
+from s2s_scale.generation.search import BeamSearch, GreedySearch
+from s2s_scale.generation.static_cache import StaticDecoder
 
 #: steps between two looks at the device's answer whether all rows have ended
 CHECK_EVERY = 8

@@ -16,8 +16,8 @@ from s2s_scale.models.families import source_vocab_size
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from s2s_scale.evaluation.ctranslate2_engine import CTranslate2Engine
-    from s2s_scale.evaluation.static_generation import StaticGenerator
+    from s2s_scale.generation.ctranslate2 import CTranslate2Engine
+    from s2s_scale.generation.static import StaticGenerator
 
 #: batches sorted by length together: longer windows pad less and answer later
 WINDOW_BATCHES = 64
@@ -143,7 +143,7 @@ class StaticBatches:
         """
         import torch
 
-        from s2s_scale.evaluation.static_generation import static_width
+        from s2s_scale.generation.static import static_width
 
         width = static_width(max(map(len, batch)), limit)
         ids = torch.full((self.rows, width), pad)
@@ -295,7 +295,7 @@ def _generate(
     """Texts generated for a batch of token ids, ``num_return_sequences`` for each row."""
     import torch
 
-    from s2s_scale.evaluation.shrinking import generate
+    from s2s_scale.generation.shrinking import generate
 
     width = max(map(len, batch))
     pad = tokenizer.pad_token_id

@@ -24,12 +24,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput
 
-from s2s_scale.evaluation.static_generation.beam import BeamSearch
-from s2s_scale.evaluation.static_generation.decoding import NO_CACHES
-from s2s_scale.evaluation.static_generation.generator import longest_text
-from s2s_scale.evaluation.static_generation.greedy import GreedySearch
-from s2s_scale.evaluation.static_generation.rules import History, Rule, make_rules
-from s2s_scale.evaluation.static_generation.settings import SearchSettings, settings_of
+from s2s_scale.generation.logits_rules import History, Rule, make_rules
+from s2s_scale.generation.options import SearchSettings, settings_of
+from s2s_scale.generation.search import BeamSearch, GreedySearch
+from s2s_scale.generation.static import longest_text
+from s2s_scale.generation.static_cache import NO_CACHES
 
 LOOK_EVERY = 8
 """Steps between two looks at an accelerator's answer which rows have ended: each waits for it."""
