@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2s_scale.errors import UserError
-from s2s_scale.launch.description import Launch
-from s2s_scale.launch.wishes import Wishes, without_flags
-from s2s_scale.remote_hosts import answering
+from s2s_scale.launch.hosts import answering
+from s2s_scale.launch.spec import Launch, Wishes, without_flags
 from s2s_scale.reports import EXIT_FAULT, RUN_VARIABLE
 from s2s_scale.supervision import Ended
 

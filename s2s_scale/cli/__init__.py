@@ -14,15 +14,14 @@ from s2s_scale import __version__
 from s2s_scale.cli.verbs import Verb, verbs
 from s2s_scale.config import DEFAULT_FAULT_SECONDS, DEFAULT_GRACE_SECONDS
 from s2s_scale.errors import UserError, did_you_mean
+from s2s_scale.launch.spec import adopt, reporting_rank
 from s2s_scale.maintenance import MaintenanceWatch
 from s2s_scale.preemption import EXIT_RESUME, Stopped, guarding
-from s2s_scale.rank_variables import adopt, reporting_rank
 from s2s_scale.settings import Settings
 from s2s_scale.settings.values import TRUE_WORDS
 
 if TYPE_CHECKING:
-    from s2s_scale.launch.description import Launch
-    from s2s_scale.launch.wishes import Wishes
+    from s2s_scale.launch.spec import Launch, Wishes
     from s2s_scale.restarts import Command
     from s2s_scale.supervision import Ended
 
@@ -140,10 +139,9 @@ def version_line() -> str:
 def _launched(verb: Verb, words: list[str]) -> int:
     """A verb that a profile starts: the launcher's environment first, then the runner."""
     from s2s_scale.cli.build import build_settings
-    from s2s_scale.launch.description import describe
-    from s2s_scale.launch.plan import plan_launch
-    from s2s_scale.launch.wishes import wishes_of
-    from s2s_scale.remote_hosts import check_hosts
+    from s2s_scale.launch.hosts import check_hosts
+    from s2s_scale.launch.launchers import plan_launch
+    from s2s_scale.launch.spec import describe, wishes_of
     from s2s_scale.restarts import Command
 
     settings = build_settings(verb, words[1:])
@@ -179,7 +177,7 @@ def _launched(verb: Verb, words: list[str]) -> int:
 
 def _start(settings: Settings, launch: Launch, command: Command) -> int:
     """Start the ranks, and again after a fault where that is wanted."""
-    from s2s_scale.launch.plan import plan_launch
+    from s2s_scale.launch.launchers import plan_launch
     from s2s_scale.launch.starting import start
     from s2s_scale.restarts import run_to_its_end
 

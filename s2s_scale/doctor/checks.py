@@ -15,7 +15,7 @@ from pathlib import Path
 
 from s2s_scale.deepspeed_config import offloads_optimizer, read_config
 from s2s_scale.errors import UserError
-from s2s_scale.hostfile import read_hostfile
+from s2s_scale.launch.hosts import check_hosts, read_hostfile
 from s2s_scale.profiles import (
     LauncherProfile,
     cuda_devices,
@@ -25,7 +25,6 @@ from s2s_scale.profiles import (
     needed_packages,
     tpu_chips,
 )
-from s2s_scale.remote_hosts import check_hosts
 from s2s_scale.utils import holders
 
 NEEDED: dict[str, tuple[int, ...]] = {

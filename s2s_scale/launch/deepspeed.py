@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from s2s_scale.errors import UserError
-from s2s_scale.hostfile import choose, read_hostfile
-from s2s_scale.launch.description import Launch, Rank
-from s2s_scale.launch.this_host import (
+from s2s_scale.launch.hosts import choose, read_hostfile
+from s2s_scale.launch.spec import (
+    NAMES,
+    STARTED_BY,
+    Launch,
+    Rank,
+    Wishes,
     all_local_devices,
     device_of,
     local_devices,
     rank_environment,
     rendezvous_port,
 )
-from s2s_scale.launch.wishes import Wishes
 from s2s_scale.profiles import LauncherProfile
-from s2s_scale.rank_variables import NAMES, STARTED_BY
 
 RUNNERS = ("pdsh", "openmpi", "mpich", "mvapich", "slurm", "impi")
 

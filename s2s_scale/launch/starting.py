@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from s2s_scale.config import DEFAULT_GRACE_SECONDS
-from s2s_scale.launch.description import Launch
+from s2s_scale.launch.spec import Launch
 from s2s_scale.supervision import Ended, supervise
 
 DEEPSPEED_ENVIRONMENT = "DS_ENV_FILE"

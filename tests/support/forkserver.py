@@ -32,7 +32,7 @@ from tests.support.variables import free_port, rank_variables
 LIMIT_SECONDS = 120
 PRELOADED = (
     "s2s_scale.runner",
-    "s2s_scale.launch.plan",
+    "s2s_scale.launch.launchers",
     "s2s_scale.launch.starting",
     "s2s_scale.cli.build",
     "s2s_scale.backends.local",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from s2s_scale import cli, profiles
-from s2s_scale.launch import this_host
+from s2s_scale.launch import spec
 from tests.support.command import Here, Outcome, finish, refused, run_command, start_command
 
 
@@ -38,7 +38,7 @@ def training(here: Here, model: Path, data: Path, tmp_path: Path, monkeypatch):
 def two_gpus(monkeypatch) -> None:
     """Two CUDA devices, as far as a command that starts nothing can tell."""
     monkeypatch.setattr(profiles, "cuda_is_here", lambda: True)
-    monkeypatch.setattr(this_host, "cuda_devices", lambda environ: ["0", "1"])
+    monkeypatch.setattr(spec, "cuda_devices", lambda environ: ["0", "1"])
 
 
 @pytest.fixture

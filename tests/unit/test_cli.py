@@ -26,7 +26,7 @@ from s2s_scale.cli.verb_options import (
 from s2s_scale.cli.verbs import verbs
 from s2s_scale.config import DataArguments, ModelArguments
 from s2s_scale.errors import UserError
-from s2s_scale.launch.wishes import Wishes
+from s2s_scale.launch.spec import Wishes
 from s2s_scale.settings import split_settings
 
 ROOT = Path(__file__).parents[2]

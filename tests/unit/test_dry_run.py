@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 from s2s_scale import profiles
-from s2s_scale.launch import this_host
-from s2s_scale.launch.description import describe
-from s2s_scale.launch.plan import plan_launch
-from s2s_scale.launch.wishes import Wishes
+from s2s_scale.launch import spec
+from s2s_scale.launch.launchers import plan_launch
+from s2s_scale.launch.spec import Wishes, describe
 from s2s_scale.profiles import available, resolve
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "dry_run"
@@ -32,7 +31,7 @@ def machine(monkeypatch):
     """A machine with 8 cores and two GPUs, called ``here``."""
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(socket, "gethostname", lambda: "here")
-    monkeypatch.setattr(this_host, "cuda_devices", lambda environ: ["0", "1"])
+    monkeypatch.setattr(spec, "cuda_devices", lambda environ: ["0", "1"])
 
 
 def text_of(profile, words=WORDS, wishes=None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from s2s_scale.errors import UserError
-from s2s_scale.hostfile import choose, read_hostfile
+from s2s_scale.launch.hosts import choose, read_hostfile
 
 HOSTS = {"a": [0, 1, 2, 3], "b": [0, 1]}
 

@@ -10,10 +10,9 @@ import pytest
 
 from s2s_scale import profiles
 from s2s_scale.errors import UserError
-from s2s_scale.launch.description import Launch, describe
-from s2s_scale.launch.plan import LAUNCHERS, plan_launch
+from s2s_scale.launch.launchers import LAUNCHERS, plan_launch
+from s2s_scale.launch.spec import Launch, Wishes, describe
 from s2s_scale.launch.starting import start
-from s2s_scale.launch.wishes import Wishes
 from s2s_scale.profiles import LauncherProfile
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from s2s_scale.rank_variables import NAMES, STARTED_BY, adopt
+from s2s_scale.launch.spec import NAMES, STARTED_BY, adopt
 
 
 @pytest.mark.parametrize("runner", sorted(NAMES))

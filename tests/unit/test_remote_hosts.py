@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from s2s_scale import remote_hosts
 from s2s_scale.errors import UserError
-from s2s_scale.remote_hosts import Found, check_hosts
+from s2s_scale.launch import hosts
+from s2s_scale.launch.hosts import Found, check_hosts
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_hosts_like_this_one_are_fine_and_the_first_gives_its_address(ssh, tmp_p
 
 
 def test_all_problems_of_all_hosts_at_once(ssh, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote_hosts, "versions", lambda: {"torch": "9.9", "python": "3.99"})
+    monkeypatch.setattr(hosts, "versions", lambda: {"torch": "9.9", "python": "3.99"})
     with pytest.raises(UserError) as caught:
         check_hosts(["gone", "bare", "a"], tmp_path)
     text = "\n".join(caught.value.problems)
@@ -49,7 +49,7 @@ def test_all_problems_of_all_hosts_at_once(ssh, tmp_path, monkeypatch):
 def test_differences_name_what_was_found_and_expected(tmp_path):
     here = Found(versions={"torch": "2.13"}, code="aa", sees_folder=True)
     there = Found(address="", versions={}, code="bb", sees_folder=False)
-    lines = remote_hosts._differences(here, there, tmp_path / "token")
+    lines = hosts._differences(here, there, tmp_path / "token")
     assert len(lines) == 4
     assert "torch is not installed, but 2.13" in lines[0]
     assert "bb, here aa" in lines[1]

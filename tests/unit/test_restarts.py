@@ -10,10 +10,9 @@ import pytest
 
 from s2s_scale import restarts
 from s2s_scale.errors import UserError
-from s2s_scale.launch.description import Launch, Rank
-from s2s_scale.launch.plan import plan_launch
+from s2s_scale.launch.launchers import plan_launch
+from s2s_scale.launch.spec import Launch, Rank, Wishes
 from s2s_scale.launch.starting import start
-from s2s_scale.launch.wishes import Wishes
 from s2s_scale.profiles import resolve
 from s2s_scale.reports import RUN_VARIABLE
 from s2s_scale.restarts import Command, divided, is_fault, run_to_its_end
@@ -125,7 +124,7 @@ def test_rows_of_a_step_on_fewer_processes(rows, processes, most, found):
 
 DIES_ONCE = """
 import os, pathlib, signal, sys
-from s2s_scale.rank_variables import reporting_rank
+from s2s_scale.launch.spec import reporting_rank
 from s2s_scale.reports import report_done
 marks = pathlib.Path(sys.argv[1])
 marks.write_text(marks.read_text() + os.environ["S2S_SCALE_RUN"] + "\\n")
