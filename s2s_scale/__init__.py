@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from s2s_scale.arguments import Seq2SeqTrainingArguments
-    from s2s_scale.losses import label_smoothed_nll_loss
+    from s2s_scale.loss.losses import label_smoothed_nll_loss
     from s2s_scale.optim import arg_to_scheduler
     from s2s_scale.trainer import Seq2SeqTrainer
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Seq2SeqTrainer": "s2s_scale.trainer",
     "Seq2SeqTrainingArguments": "s2s_scale.arguments",
-    "label_smoothed_nll_loss": "s2s_scale.losses",
+    "label_smoothed_nll_loss": "s2s_scale.loss.losses",
     "arg_to_scheduler": "s2s_scale.optim",
 }
 

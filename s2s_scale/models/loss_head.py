@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from s2s_scale.linear_loss import linear_cross_entropy
-from s2s_scale.losses import TokenLoss, count_tokens
+from s2s_scale.loss.linear_cross_entropy import linear_cross_entropy
+from s2s_scale.loss.losses import TokenLoss, count_tokens
 from s2s_scale.models.families import FAMILIES
 
 

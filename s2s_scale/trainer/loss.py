@@ -18,7 +18,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from s2s_scale.data.collators import SEGMENTS, count_pads
 from s2s_scale.errors import UserError
-from s2s_scale.losses import TokenLoss, count_tokens, cross_entropy, mask_pads, of_model_mean
+from s2s_scale.loss.losses import TokenLoss, count_tokens, cross_entropy, mask_pads, of_model_mean
 from s2s_scale.models import LossHead, decoder_inputs_from_labels, loss_head_problem
 from s2s_scale.models.packed import PackedModel, packing_problem
 from s2s_scale.trainer.base import TrainerBase

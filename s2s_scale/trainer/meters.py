@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from s2s_scale.losses import TokenLoss
+from s2s_scale.loss.losses import TokenLoss
 
 Total = Callable[[Tensor], Tensor]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from s2s_scale.losses import (
+from s2s_scale.loss.losses import (
     IGNORE_INDEX,
     count_tokens,
     cross_entropy,

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from s2s_scale.cpu.ops import SharedCasts, active, add_scaled, can_add_to, usual_count
-from s2s_scale.losses import IGNORE_INDEX, TokenLoss, count_tokens
+from s2s_scale.loss.losses import IGNORE_INDEX, TokenLoss, count_tokens
 
 _CHUNK_VALUES = {"cpu": 2**25}
 _ACCELERATOR_CHUNK_VALUES = 2**26
