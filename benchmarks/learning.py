@@ -140,7 +140,7 @@ def _demo(task: Task, folder: Path, seed: int) -> tuple[Any, Rows, Rows]:
     from s2s_scale.config import DataArguments
     from s2s_scale.demo import MODEL
     from s2s_scale.demo.data import write_demo_data
-    from s2s_scale.models.new_model import run_new_model
+    from s2s_scale.models.create import run_new_model
 
     data, made = folder / "data", folder / "model"
     write_demo_data(data, sizes={"train": task.rows, "val": task.validation, "test": 1})

@@ -186,7 +186,7 @@ def fresh_process(side: str, folder: Path, cache: Path) -> dict[str, float]:
 def demo(rows: int) -> Iterator[Path]:
     """A folder with the demo's data and a new model for them."""
     from s2s_scale.demo.data import write_demo_data
-    from s2s_scale.models.new_model import new_model
+    from s2s_scale.models.create import new_model
 
     with TemporaryDirectory() as name:
         folder = Path(name)

@@ -142,7 +142,7 @@ def _prepare(folder: Path) -> None:
 
 def _new_model(folder: Path) -> None:
     from s2s_scale.config import DataArguments
-    from s2s_scale.models.new_model import run_new_model
+    from s2s_scale.models.create import run_new_model
 
     run_new_model(
         **MODEL,

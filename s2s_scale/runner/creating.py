@@ -5,7 +5,7 @@ from __future__ import annotations
 import transformers
 
 from s2s_scale.config import DataArguments
-from s2s_scale.models.new_model import run_new_model
+from s2s_scale.models.create import run_new_model
 from s2s_scale.settings import Settings
 
 

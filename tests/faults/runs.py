@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from s2s_scale.models.new_model import new_model
+from s2s_scale.models.create import new_model
 from tests.support.copying import write_copy_task
 
 ROWS, ROWS_PER_STEP, STEPS = 44, 8, 12

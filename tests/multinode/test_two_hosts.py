@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from s2s_scale.models.new_model import new_model
+from s2s_scale.models.create import new_model
 from tests.support.command import run_command
 from tests.support.copying import write_copy_task
 from tests.support.faults import MESSAGE, RAISE, faulty_path

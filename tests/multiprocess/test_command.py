@@ -39,7 +39,7 @@ def train(folder, *, ranks, model, data):
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory):
-    from s2s_scale.models.new_model import new_model
+    from s2s_scale.models.create import new_model
 
     root = tmp_path_factory.mktemp("ranks")
     data = write_copy_task(root / "data", {"train": 200, "val": 21, "test": 37})

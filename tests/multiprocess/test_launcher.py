@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from s2s_scale.models.new_model import new_model
+from s2s_scale.models.create import new_model
 from tests.support.command import finish, run_command, start_command
 from tests.support.copying import write_copy_task
 from tests.support.faults import HANG, MESSAGE, RAISE, faulty_path

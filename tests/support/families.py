@@ -73,7 +73,7 @@ def tiny_folder(name: str, folder: Path, **options: Any) -> Path:
 
     Loads with ``AutoModelForSeq2SeqLM`` and ``AutoTokenizer``; d_model 128, 2+2 layers.
     """
-    from s2s_scale.models.new_model import new_model
+    from s2s_scale.models.create import new_model
 
     options = {"texts": TINY_TEXTS, "vocab_size": 300, **options}
     new_model(architecture=name, size="tiny", output_dir=folder, **options)

@@ -14,7 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from s2s_scale.config import DataArguments
 from s2s_scale.errors import UserError
-from s2s_scale.models.new_model import (
+from s2s_scale.models.create import (
     ARCHITECTURES,
     SHAPES,
     SIZES,
