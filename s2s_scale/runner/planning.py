@@ -6,7 +6,7 @@ from s2s_scale import models
 from s2s_scale.backends import make_backend
 from s2s_scale.data.batch_plan import row_lengths
 from s2s_scale.data.sources import load_pairs
-from s2s_scale.planner import print_plan
+from s2s_scale.report.plan_summary import print_plan
 from s2s_scale.runner.pieces import read_settings, tokenize_with
 from s2s_scale.settings import Settings
 from s2s_scale.trainer.sampling import make_sampler

@@ -17,7 +17,7 @@ from s2s_scale.data.collators import PadToWidths, Seq2SeqCollator
 from s2s_scale.data.packing import PackedSampler
 from s2s_scale.data.samplers import PlanSampler, ShapedExamples, TokenSampler
 from s2s_scale.errors import UserError
-from s2s_scale.planner import shape_rows
+from s2s_scale.report.plan_summary import shape_rows
 from s2s_scale.trainer.sampling import make_sampler
 from tests.support.lengths import long_tailed, share_of_pads_at_random
 from tests.support.simulated import SimulatedBackend
