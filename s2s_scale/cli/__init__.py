@@ -15,15 +15,13 @@ from s2s_scale.cli.verbs import Verb, verbs
 from s2s_scale.config import DEFAULT_FAULT_SECONDS, DEFAULT_GRACE_SECONDS
 from s2s_scale.errors import UserError, did_you_mean
 from s2s_scale.launch.spec import adopt, reporting_rank
-from s2s_scale.maintenance import MaintenanceWatch
-from s2s_scale.preemption import EXIT_RESUME, Stopped, guarding
+from s2s_scale.resilience.preemption import EXIT_RESUME, MaintenanceWatch, Stopped, guarding
 from s2s_scale.settings import Settings
 from s2s_scale.settings.values import TRUE_WORDS
 
 if TYPE_CHECKING:
     from s2s_scale.launch.spec import Launch, Wishes
-    from s2s_scale.restarts import Command
-    from s2s_scale.supervision import Ended
+    from s2s_scale.resilience.supervisor import Command, Ended
 
 EXIT_USER_ERROR = 2
 HELP_WORDS = ("-h", "--help")
@@ -74,7 +72,7 @@ def _told_launcher(error: UserError) -> bool:
     rank = os.environ.get("RANK", "")
     if not rank.isdigit():
         return False
-    from s2s_scale.reports import report_error
+    from s2s_scale.resilience.reports import report_error
 
     return report_error(error, rank=int(rank))
 
@@ -83,7 +81,7 @@ def _tell_done(code: int) -> None:
     """A rank says that it has come to an orderly end: 0, or interrupted."""
     rank = reporting_rank(os.environ)
     if rank is not None:
-        from s2s_scale.reports import report_done
+        from s2s_scale.resilience.reports import report_done
 
         report_done(rank=rank, code=code)
 
@@ -142,7 +140,7 @@ def _launched(verb: Verb, words: list[str]) -> int:
     from s2s_scale.launch.hosts import check_hosts
     from s2s_scale.launch.launchers import plan_launch
     from s2s_scale.launch.spec import describe, wishes_of
-    from s2s_scale.restarts import Command
+    from s2s_scale.resilience.supervisor import Command
 
     settings = build_settings(verb, words[1:])
     assert settings.profile is not None  # every verb that comes here has --profile
@@ -178,8 +176,7 @@ def _launched(verb: Verb, words: list[str]) -> int:
 def _start(settings: Settings, launch: Launch, command: Command) -> int:
     """Start the ranks, and again after a fault where that is wanted."""
     from s2s_scale.launch.launchers import plan_launch
-    from s2s_scale.launch.starting import start
-    from s2s_scale.restarts import run_to_its_end
+    from s2s_scale.resilience.supervisor import run_to_its_end, start
 
     profile = settings.profile
     assert profile is not None

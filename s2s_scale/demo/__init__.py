@@ -24,7 +24,7 @@ from s2s_scale.config import DEFAULT_GRACE_SECONDS
 from s2s_scale.demo.data import SPLIT_SIZES, write_demo_data
 from s2s_scale.errors import UserError
 from s2s_scale.launch.launchers import plan_launch
-from s2s_scale.preemption import EXIT_RESUME, Stopped, guarding
+from s2s_scale.resilience.preemption import EXIT_RESUME, Stopped, guarding
 from s2s_scale.settings import Settings
 
 MODEL: dict[str, Any] = {"architecture": "marian", "size": "tiny", "vocab_size": 800}

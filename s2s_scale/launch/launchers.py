@@ -103,7 +103,7 @@ def torchrun(
         address = wishes.master_addr or "127.0.0.1"
         rendezvous = [f"--nnodes={nodes}", f"--node-rank={node}"]
         rendezvous += [f"--master-addr={address}", f"--master-port={port}"]
-    program = (sys.executable, "-m", "s2s_scale.torchrun")
+    program = (sys.executable, "-m", "s2s_scale.resilience.torchrun")
     flags = (*rendezvous, f"--nproc-per-node={len(places)}", "-m", "s2s_scale")
     host = socket.gethostname()
     return Launch(

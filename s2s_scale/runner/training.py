@@ -31,7 +31,7 @@ from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.evaluation.metrics import TextMetrics
 from s2s_scale.report.plan_summary import shape_rows
 from s2s_scale.report.results import Results, print_table, write_run_report
-from s2s_scale.reports import RUN_VARIABLE
+from s2s_scale.resilience.reports import RUN_VARIABLE
 from s2s_scale.runner.pieces import (
     Run,
     build_trainer,

@@ -16,7 +16,7 @@ from s2s_scale.checkpoint.manager import Identity
 from s2s_scale.data.cache import hash_tokenizer, rows_fingerprint
 from s2s_scale.data.samplers import EpochSampler, PlanSampler
 from s2s_scale.data.streaming import StreamedExamples
-from s2s_scale.reports import RUN_VARIABLE
+from s2s_scale.resilience.reports import RUN_VARIABLE
 from s2s_scale.trainer.graphs import GraphTrainer
 
 _VERSIONED = ("torch", "transformers", "accelerate", "safetensors", "deepspeed", "fairscale")

@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 from transformers.trainer_callback import ExportableState
 
-from s2s_scale import watchdog
 from s2s_scale.checkpoint import (
     STATE_FILE,
     TRAINING_STATE,
@@ -34,6 +33,7 @@ from s2s_scale.checkpoint.portable import (
     write_json,
     write_states,
 )
+from s2s_scale.resilience import watchdog
 from s2s_scale.trainer.position import PositionTrainer
 
 

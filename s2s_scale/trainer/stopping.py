@@ -7,10 +7,10 @@ from typing import Any, NoReturn
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from s2s_scale import preemption
 from s2s_scale.checkpoint import TRAINING_STATE, newest_verified
 from s2s_scale.checkpoint.portable import read_json
-from s2s_scale.preemption import Stopped
+from s2s_scale.resilience import preemption
+from s2s_scale.resilience.preemption import Stopped
 from s2s_scale.trainer.rolling_back import RollBackTrainer
 
 

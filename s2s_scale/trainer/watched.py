@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from s2s_scale import watchdog
+from s2s_scale.resilience import watchdog
 
 
 class WatchdogCallback(TrainerCallback):

@@ -33,7 +33,7 @@ LIMIT_SECONDS = 120
 PRELOADED = (
     "s2s_scale.runner",
     "s2s_scale.launch.launchers",
-    "s2s_scale.launch.starting",
+    "s2s_scale.resilience.supervisor",
     "s2s_scale.cli.build",
     "s2s_scale.backends.local",
     "torch.distributed",

@@ -23,7 +23,7 @@ def training(here: Here, model: Path, data: Path, tmp_path: Path, monkeypatch):
     def started(*_: object, **__: object) -> int:
         raise AssertionError("a launcher was started")
 
-    monkeypatch.setattr("s2s_scale.launch.starting.start", started)
+    monkeypatch.setattr("s2s_scale.resilience.supervisor.start", started)
 
     def train(*words: object) -> Outcome:
         files = ("--model_name_or_path", model, "--data_dir", data)

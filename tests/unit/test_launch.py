@@ -12,8 +12,8 @@ from s2s_scale import profiles
 from s2s_scale.errors import UserError
 from s2s_scale.launch.launchers import LAUNCHERS, plan_launch
 from s2s_scale.launch.spec import Launch, Wishes, describe
-from s2s_scale.launch.starting import start
 from s2s_scale.profiles import LauncherProfile
+from s2s_scale.resilience.supervisor import start
 
 
 def profile(**values) -> LauncherProfile:
@@ -110,7 +110,7 @@ def test_one_process_profiles_refuse_a_number_of_processes():
 
 def test_the_first_failure_is_printed_once_and_the_exit_code_kept(capfd):
     program = (
-        "import sys; from s2s_scale.reports import report_failure; "
+        "import sys; from s2s_scale.resilience.reports import report_failure; "
         "assert report_failure(['a.txt:3: empty line'], rank=1, code=2); "
         "assert report_failure(['later words'], rank=1); sys.exit(2)"
     )

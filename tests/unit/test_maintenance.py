@@ -7,8 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from s2s_scale.maintenance import VARIABLE, MaintenanceWatch, notice
-from s2s_scale.preemption import Stopped, guarding
+from s2s_scale.resilience.preemption import VARIABLE, MaintenanceWatch, Stopped, guarding, notice
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from s2s_scale import preemption
-from s2s_scale.preemption import EXIT_RESUME, SIGNALS, Stopped, guarding
+from s2s_scale.resilience import preemption
+from s2s_scale.resilience.preemption import EXIT_RESUME, SIGNALS, Stopped, guarding
 
 
 def wait_for_reason(guard):
@@ -69,7 +69,7 @@ def test_a_background_job_is_not_meant_by_ctrl_c():
 
 HEAD = """
 import os, signal, sys, time
-from s2s_scale.preemption import guarding
+from s2s_scale.resilience.preemption import guarding
 """
 
 
@@ -96,7 +96,7 @@ with guarding(1.0) as guard:
 
 def test_a_second_signal_ends_at_once():
     program = """
-import s2s_scale.preemption as preemption
+import s2s_scale.resilience.preemption as preemption
 preemption.SAME_SECONDS = 0.2
 with guarding(60) as guard:
     guard.at_boundaries = True

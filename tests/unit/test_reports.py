@@ -12,10 +12,10 @@ import time
 
 import pytest
 
-from s2s_scale import supervision
 from s2s_scale.errors import UserError
-from s2s_scale.preemption import EXIT_RESUME, SAME_SECONDS
-from s2s_scale.reports import (
+from s2s_scale.resilience import supervisor
+from s2s_scale.resilience.preemption import EXIT_RESUME, SAME_SECONDS
+from s2s_scale.resilience.reports import (
     REPORT_TOKEN,
     Certainty,
     Reports,
@@ -24,9 +24,9 @@ from s2s_scale.reports import (
     report_error,
     report_failure,
 )
-from s2s_scale.supervision import supervise
+from s2s_scale.resilience.supervisor import supervise
 
-HEAD = "import os, sys, time, signal; from s2s_scale.reports import *; "
+HEAD = "import os, sys, time, signal; from s2s_scale.resilience.reports import *; "
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_done_ranks(reports):
 
 def test_a_stranger_is_not_listened_to(reports, monkeypatch, capsys):
     monkeypatch.setenv(REPORT_TOKEN, "guess")
-    monkeypatch.setattr("s2s_scale.reports.ATTEMPTS", 1)
+    monkeypatch.setattr("s2s_scale.resilience.reports.ATTEMPTS", 1)
     assert not report_failure(["x"], rank=0)
     assert "out of reach" in capsys.readouterr().err
     assert reports.first_failure() is None
@@ -129,8 +129,8 @@ def test_an_interrupted_rank_is_not_success():
 
 
 def test_a_launcher_that_goes_on_after_a_failure_is_ended(monkeypatch, capfd):
-    monkeypatch.setattr(supervision, "ORDERLY_SECONDS", 0.5)
-    monkeypatch.setattr(supervision, "TERMINATION_SECONDS", 0.5)
+    monkeypatch.setattr(supervisor, "ORDERLY_SECONDS", 0.5)
+    monkeypatch.setattr(supervisor, "TERMINATION_SECONDS", 0.5)
     child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']"
     program = (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); import subprocess; "
@@ -147,7 +147,7 @@ def test_a_launcher_that_goes_on_after_a_failure_is_ended(monkeypatch, capfd):
 
 
 SETTLES = """
-from s2s_scale.preemption import guarding
+from s2s_scale.resilience.preemption import guarding
 with guarding(60) as guard:
     guard.at_boundaries = True
     os.kill(os.getppid(), signal.{name})
@@ -177,6 +177,6 @@ def test_a_second_signal_ends_everything(tmp_path):
 
 
 def test_ranks_that_do_not_end_are_ended_when_their_grace_is_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervision, "STOPPING_SECONDS", 1.0)
+    monkeypatch.setattr(supervisor, "STOPPING_SECONDS", 1.0)
     program = SETTLES.format(name="SIGTERM", file=str(tmp_path / "reason"), more=60)
     assert run(program, grace_seconds=1.0) == EXIT_RESUME

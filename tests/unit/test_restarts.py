@@ -8,15 +8,13 @@ import sys
 
 import pytest
 
-from s2s_scale import restarts
 from s2s_scale.errors import UserError
 from s2s_scale.launch.launchers import plan_launch
 from s2s_scale.launch.spec import Launch, Rank, Wishes
-from s2s_scale.launch.starting import start
 from s2s_scale.profiles import resolve
-from s2s_scale.reports import RUN_VARIABLE
-from s2s_scale.restarts import Command, divided, is_fault, run_to_its_end
-from s2s_scale.supervision import Ended
+from s2s_scale.resilience import supervisor
+from s2s_scale.resilience.reports import RUN_VARIABLE
+from s2s_scale.resilience.supervisor import Command, Ended, divided, is_fault, run_to_its_end, start
 
 WORDS = ("train", "--per_device_train_batch_size=4", "--data_dir", "d")
 
@@ -54,8 +52,8 @@ class Story:
 
 @pytest.fixture(autouse=True)
 def all_answer(monkeypatch):
-    monkeypatch.setattr(restarts, "answering", list)
-    monkeypatch.setattr(restarts, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(supervisor, "answering", list)
+    monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0.01)
 
 
 FAULT, KILLED, DONE = Ended(75), Ended(137), Ended(0)
@@ -83,7 +81,7 @@ def test_the_last_fault_is_the_end():
 
 
 def test_a_host_that_is_gone_is_left_out_and_steps_keep_their_rows(monkeypatch, capsys):
-    monkeypatch.setattr(restarts, "answering", lambda hosts: [h for h in hosts if h == "a"])
+    monkeypatch.setattr(supervisor, "answering", lambda hosts: [h for h in hosts if h == "a"])
     story = Story(FAULT, DONE)
     assert story.run(max_restarts=1, min_processes=2) == 0
     assert [rank.host for rank in story.started[1].ranks] == ["a", "a"]
@@ -101,7 +99,7 @@ def test_tokens_need_no_other_step():
 
 
 def test_fewer_than_allowed_end_the_run(monkeypatch):
-    monkeypatch.setattr(restarts, "answering", lambda hosts: [h for h in hosts if h == "a"])
+    monkeypatch.setattr(supervisor, "answering", lambda hosts: [h for h in hosts if h == "a"])
     with pytest.raises(UserError, match="2 of 4 processes are left; expected 4 or more"):
         Story(FAULT, DONE).run(max_restarts=1)
     with pytest.raises(UserError, match="2 of 4 processes are left; expected 3 or more"):
@@ -125,7 +123,7 @@ def test_rows_of_a_step_on_fewer_processes(rows, processes, most, found):
 DIES_ONCE = """
 import os, pathlib, signal, sys
 from s2s_scale.launch.spec import reporting_rank
-from s2s_scale.reports import report_done
+from s2s_scale.resilience.reports import report_done
 marks = pathlib.Path(sys.argv[1])
 marks.write_text(marks.read_text() + os.environ["S2S_SCALE_RUN"] + "\\n")
 if len(marks.read_text().split()) == 1:

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from s2s_scale import fault_judge, watchdog
-from s2s_scale.fault_judge import Judge
-from s2s_scale.watchdog import Watchdog
+from s2s_scale.resilience import health, watchdog
+from s2s_scale.resilience.health import Judge
+from s2s_scale.resilience.watchdog import Watchdog
 
 
 def beat(ticks, where="at training step (step 5)", *, paused=False, waits=False):
@@ -115,7 +115,7 @@ def test_the_judge_that_stood_still_itself_blames_nobody():
 
 @pytest.fixture
 def quick(monkeypatch):
-    for module in (fault_judge, watchdog):
+    for module in (health, watchdog):
         monkeypatch.setattr(module, "BEAT_SECONDS", 0.3)
 
 

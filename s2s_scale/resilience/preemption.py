@@ -8,10 +8,16 @@ saves, and raises ``Stopped`` itself.
 A thread reads the signals from a pipe, so that neither a compilation nor a collective keeps one
 from being seen. It ends the process when it is asked a second time, or when ``grace_seconds`` are
 over.
+
+Notices of Google's cloud that this host will be taken away: maintenance, and preemption.
+
+The metadata server of a VM is asked by one process of the host, in a thread. ``GCE_METADATA_HOST``
+names another server, as it does for Google's own libraries.
 """
 
 from __future__ import annotations
 
+import http.client
 import mmap
 import os
 import selectors
@@ -23,8 +29,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from s2s_scale.lines import LineClient
-from s2s_scale.reports import starter_address
+from s2s_scale.resilience.messages import LineClient
+from s2s_scale.resilience.reports import starter_address
 
 EXIT_RESUME = 85
 """Exit code of a run that was asked to stop: start it again (HTCondor's code for a checkpoint)."""
@@ -283,3 +289,69 @@ def _once_at_forks() -> None:
 def _in_child() -> None:
     if _active is not None:
         _active.in_child()
+
+
+SERVER = "metadata.google.internal"
+VARIABLE = "GCE_METADATA_HOST"
+EVERY_SECONDS = 5.0
+ANSWER_SECONDS = 2.0
+PATHS = ("maintenance-event", "preempted")
+NOTHING = ("NONE", "FALSE", "")
+
+
+class MaintenanceWatch:
+    """Asks until there is a notice or it is stopped; ``tell`` gets the notice, once."""
+
+    def __init__(
+        self, tell: Callable[[str], None], *, every_seconds: float = EVERY_SECONDS
+    ) -> None:
+        self._tell = tell
+        self._every = every_seconds
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="maintenance", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No more questions; does not wait for an answer that is due."""
+        self._stopping.set()
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(self._every):
+            found = notice()
+            if found is not None:
+                self._tell(found)
+                return
+
+
+def notice() -> str | None:
+    """What the metadata server has to say, such as 'preempted=TRUE'; None for nothing.
+
+    A server that cannot be reached has nothing to say: this host is none of Google's.
+    """
+    for path in PATHS:
+        value = _ask(path)
+        if value is not None and value.upper() not in NOTHING:
+            return f"{path}={value}"
+    return None
+
+
+def _ask(path: str) -> str | None:
+    """The value of an attribute of this VM; None where there is no answer in time."""
+    host = os.environ.get(VARIABLE) or SERVER
+    connection = http.client.HTTPConnection(host, timeout=ANSWER_SECONDS)
+    try:
+        # No proxy is asked, whatever the environment says: the server is on this very host.
+        connection.request(
+            "GET",
+            f"/computeMetadata/v1/instance/{path}",
+            headers={"Metadata-Flavor": "Google"},
+        )
+        answer = connection.getresponse()
+        text = answer.read(1000).decode("utf-8", "replace").strip()
+        return text if answer.status == http.HTTPStatus.OK else None
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()

@@ -24,11 +24,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from s2s_scale.fault_judge import BEAT_SECONDS, Fault, Judge
-from s2s_scale.lines import LineClient, LineServer, Message
-from s2s_scale.preemption import EXIT_RESUME, Stopped
-from s2s_scale.preemption import active as active_guard
-from s2s_scale.reports import (
+from s2s_scale.resilience.health import BEAT_SECONDS, Fault, Judge
+from s2s_scale.resilience.messages import LineClient, LineServer, Message
+from s2s_scale.resilience.preemption import EXIT_RESUME, Stopped
+from s2s_scale.resilience.preemption import active as active_guard
+from s2s_scale.resilience.reports import (
     EXIT_FAULT,
     Certainty,
     lost_contact,

@@ -1,4 +1,4 @@
-"""torchrun without its own report of a failure: ``python -m s2s_scale.torchrun``, torchrun's flags.
+"""torchrun without its own report of a failure: ``python -m s2s_scale.resilience.torchrun``, torchrun's flags.
 
 torchrun ends with a traceback of its own when a rank fails, whatever the rank said, and with exit
 code 1. Here the exit code is that of the rank that failed first, and the rank's own words stand.
@@ -19,8 +19,8 @@ from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from s2s_scale.preemption import EXIT_RESUME, SIGNALS
-from s2s_scale.reports import Certainty, report_failure
+from s2s_scale.resilience.preemption import EXIT_RESUME, SIGNALS
+from s2s_scale.resilience.reports import Certainty, report_failure
 
 
 def main(arguments: Sequence[str]) -> int:

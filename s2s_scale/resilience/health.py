@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from s2s_scale.lines import Message
-from s2s_scale.reports import EXIT_FAULT
+from s2s_scale.resilience.messages import Message
+from s2s_scale.resilience.reports import EXIT_FAULT
 
 BEAT_SECONDS = 2.0
 """How often a rank gives a sign of life."""

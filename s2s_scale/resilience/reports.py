@@ -17,7 +17,7 @@ from enum import IntEnum
 from types import TracebackType
 
 from s2s_scale.errors import UserError
-from s2s_scale.lines import LineClient, LineServer, Message
+from s2s_scale.resilience.messages import LineClient, LineServer, Message
 
 REPORT_TO = "S2S_SCALE_REPORT_TO"
 """Environment variable: ``host:port`` of the process that started the run."""

@@ -1,0 +1,1 @@
+"""Faults, requests to stop, and restarts."""
