@@ -60,7 +60,7 @@ class Phases:
 
 def our_first_step(folder: Path, run: Path, phases: Phases) -> None:
     """``s2s-scale train`` for one step; its parts are told apart where the runner calls them."""
-    import s2s_scale.runner.training as runner
+    import s2s_scale.runner.train as runner
     from s2s_scale import cli
 
     phases.end("imports")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from s2s_scale.runner.creating import new_model
-from s2s_scale.runner.generating import generate
-from s2s_scale.runner.planning import plan
-from s2s_scale.runner.training import evaluate, train
+from s2s_scale.runner.generate import generate
+from s2s_scale.runner.plan import new_model, plan
+from s2s_scale.runner.train import evaluate, train
 
 __all__ = ["evaluate", "generate", "new_model", "plan", "train"]

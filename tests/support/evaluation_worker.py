@@ -15,7 +15,7 @@ import sys
 from s2s_scale.cli.build import build_settings
 from s2s_scale.cli.verbs import verbs
 from s2s_scale.data.sources import load_pairs
-from s2s_scale.runner.pieces import (
+from s2s_scale.runner.build import (
     build_trainer,
     load_model,
     open_backend,

@@ -23,18 +23,18 @@ SECONDS = 0.3
 def install() -> None:
     """Mark the moment that the environment names, if it does."""
     if os.environ.get(NO_REPORT):
-        from s2s_scale.runner import training
+        from s2s_scale.runner import train
 
-        training.write_run_report = lambda *_, **__: ("no report", "no picture")  # type: ignore[assignment]
+        train.write_run_report = lambda *_, **__: ("no report", "no picture")  # type: ignore[assignment]
     place, _, count = os.environ.get(MOMENT, "").partition(":")
     if place:
         _PLACES[place](int(count or 1))
 
 
 def _loading(count: int) -> None:
-    from s2s_scale.runner import training
+    from s2s_scale.runner import train
 
-    _wrap(training, "load_model", count, seconds=60)
+    _wrap(train, "load_model", count, seconds=60)
 
 
 def _training(count: int) -> None:

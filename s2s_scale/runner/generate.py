@@ -33,7 +33,7 @@ from s2s_scale.generation.stream import (
     read_lines,
     search,
 )
-from s2s_scale.runner.pieces import open_backend, source_prefix_of, wanted_device
+from s2s_scale.runner.build import open_backend, source_prefix_of, wanted_device
 from s2s_scale.settings import Settings, split_settings
 from s2s_scale.utils import table_console
 

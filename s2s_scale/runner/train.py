@@ -32,7 +32,7 @@ from s2s_scale.evaluation.metrics import TextMetrics
 from s2s_scale.report.plan_summary import shape_rows
 from s2s_scale.report.results import Results, print_table, write_run_report
 from s2s_scale.resilience.reports import RUN_VARIABLE
-from s2s_scale.runner.pieces import (
+from s2s_scale.runner.build import (
     Run,
     build_trainer,
     load_model,
