@@ -56,7 +56,7 @@ def measure(run: Run) -> dict[str, float]:
     from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
     from s2s_scale.backends import make_backend
     from s2s_scale.data.collators import Seq2SeqCollator
-    from s2s_scale.profiles import resolve
+    from s2s_scale.settings.profiles import resolve
 
     profile = resolve("cpu-xla" if run.xla else "cpu")
     os.environ.update(profile.environment)

@@ -227,7 +227,7 @@ def our_trainer(case: Case, model: Any, rows: Any, collate: Any, folder: Path) -
     """Our trainer with what the shipped profile says, and as many tokens a step as 32 rows have."""
     from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
     from s2s_scale.backends import make_backend
-    from s2s_scale.profiles import resolve
+    from s2s_scale.settings.profiles import resolve
 
     profile = resolve("gpu" if case.device == "cuda" else "cpu")
     os.environ.update(profile.environment if case.device == "cpu" else {})

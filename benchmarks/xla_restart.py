@@ -34,7 +34,7 @@ SIZE = {"layers": 2, "d_model": 64, "vocab_size": 512}
 
 def train(profile_name: str, folder: Path) -> None:
     """Train without end, from the checkpoint that is there; tell of each step and checkpoint."""
-    from s2s_scale.profiles import resolve
+    from s2s_scale.settings.profiles import resolve
 
     profile = resolve(profile_name)
     os.environ.update(profile.environment)

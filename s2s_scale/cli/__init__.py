@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s2s_scale import __version__
-from s2s_scale.cli.verbs import Verb, verbs
 from s2s_scale.config import DEFAULT_FAULT_SECONDS, DEFAULT_GRACE_SECONDS
 from s2s_scale.errors import UserError, did_you_mean
 from s2s_scale.launch.spec import adopt, reporting_rank
 from s2s_scale.resilience.preemption import EXIT_RESUME, MaintenanceWatch, Stopped, guarding
 from s2s_scale.settings import Settings
-from s2s_scale.settings.values import TRUE_WORDS
+from s2s_scale.settings.commands import Verb, verbs
+from s2s_scale.settings.parsing import TRUE_WORDS
 
 if TYPE_CHECKING:
     from s2s_scale.launch.spec import Launch, Wishes
@@ -136,11 +136,11 @@ def version_line() -> str:
 
 def _launched(verb: Verb, words: list[str]) -> int:
     """A verb that a profile starts: the launcher's environment first, then the runner."""
-    from s2s_scale.cli.build import build_settings
     from s2s_scale.launch.hosts import check_hosts
     from s2s_scale.launch.launchers import plan_launch
     from s2s_scale.launch.spec import describe, wishes_of
     from s2s_scale.resilience.supervisor import Command
+    from s2s_scale.settings.build import build_settings
 
     settings = build_settings(verb, words[1:])
     assert settings.profile is not None  # every verb that comes here has --profile
@@ -227,7 +227,7 @@ def _without_dry_run(words: list[str]) -> list[str]:
 
 
 def _plan(verb: Verb, words: list[str]) -> int:
-    from s2s_scale.cli.build import build_settings
+    from s2s_scale.settings.build import build_settings
 
     settings = build_settings(verb, words[1:])
     from s2s_scale import runner
@@ -236,8 +236,8 @@ def _plan(verb: Verb, words: list[str]) -> int:
 
 
 def _new_model(verb: Verb, words: list[str]) -> int:
-    from s2s_scale.cli.build import build_settings
-    from s2s_scale.profiles import default_profile_name
+    from s2s_scale.settings.build import build_settings
+    from s2s_scale.settings.profiles import default_profile_name
 
     settings = build_settings(verb, words[1:])
     _name_accelerator("cuda" if default_profile_name() == "gpu" else "cpu")
@@ -247,7 +247,7 @@ def _new_model(verb: Verb, words: list[str]) -> int:
 
 
 def _demo(verb: Verb, words: list[str]) -> int:
-    from s2s_scale.cli.build import build_settings
+    from s2s_scale.settings.build import build_settings
 
     settings = build_settings(verb, words[1:])
     _name_accelerator("cpu")
@@ -257,9 +257,9 @@ def _demo(verb: Verb, words: list[str]) -> int:
 
 
 def _profiles(verb: Verb, words: list[str]) -> int:
-    from s2s_scale.cli.command_line import parse_line
     from s2s_scale.errors import raise_problems
-    from s2s_scale.profiles import as_yaml, resolve
+    from s2s_scale.settings.command_line import parse_line
+    from s2s_scale.settings.profiles import as_yaml, resolve
 
     line = parse_line(verb, words[1:])
     raise_problems(line.problems)
@@ -272,8 +272,8 @@ def _profiles(verb: Verb, words: list[str]) -> int:
 
 
 def _doctor(verb: Verb, words: list[str]) -> int:
-    from s2s_scale.cli.build import build_settings
     from s2s_scale.cli.commands import doctor
+    from s2s_scale.settings.build import build_settings
 
     return doctor(build_settings(verb, words[1:]), words)
 

@@ -16,14 +16,13 @@ from typing import Any
 
 from rich.table import Table
 
-from s2s_scale.cli.command_line import parse_line
-from s2s_scale.cli.verb_options import CHECKPOINT_ACTIONS
-from s2s_scale.cli.verbs import Verb
 from s2s_scale.errors import UserError, did_you_mean, raise_problems
 from s2s_scale.launch.launchers import plan_launch
 from s2s_scale.launch.spec import describe, wishes_of
-from s2s_scale.profiles import available, resolve
 from s2s_scale.settings import Settings
+from s2s_scale.settings.command_line import parse_line
+from s2s_scale.settings.commands import CHECKPOINT_ACTIONS, Verb
+from s2s_scale.settings.profiles import available, resolve
 from s2s_scale.utils import table_console
 
 DAMAGED = 2

@@ -6,8 +6,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable
 
-from s2s_scale.cli.verb_options import CHECKPOINT_ACTIONS
-from s2s_scale.cli.verbs import Verb, verbs
+from s2s_scale.settings.commands import CHECKPOINT_ACTIONS, Verb, verbs
 from s2s_scale.settings.options import Option
 
 # Groups that come first, in this order; others follow as they occur in transformers' source.

@@ -13,10 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from s2s_scale.deepspeed_config import offloads_optimizer, read_config
 from s2s_scale.errors import UserError
 from s2s_scale.launch.hosts import check_hosts, read_hostfile
-from s2s_scale.profiles import (
+from s2s_scale.settings.deepspeed_config import offloads_optimizer, read_config
+from s2s_scale.settings.profiles import (
     LauncherProfile,
     cuda_devices,
     cuda_is_here,

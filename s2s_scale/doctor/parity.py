@@ -33,8 +33,8 @@ from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.launch.spec import Launch
 from s2s_scale.models.tiny import ragged_rows, tiny_model
-from s2s_scale.profiles import LauncherProfile, deepspeed_config_path
 from s2s_scale.resilience.supervisor import start
+from s2s_scale.settings.profiles import LauncherProfile, deepspeed_config_path
 from s2s_scale.trainer import Seq2SeqTrainer
 
 ROWS = 100

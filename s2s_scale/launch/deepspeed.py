@@ -25,7 +25,7 @@ from s2s_scale.launch.spec import (
     rank_environment,
     rendezvous_port,
 )
-from s2s_scale.profiles import LauncherProfile
+from s2s_scale.settings.profiles import LauncherProfile
 
 RUNNERS = ("pdsh", "openmpi", "mpich", "mvapich", "slurm", "impi")
 

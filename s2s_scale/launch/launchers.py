@@ -29,7 +29,7 @@ from s2s_scale.launch.spec import (
     rendezvous_port,
     without_flags,
 )
-from s2s_scale.profiles import LauncherProfile
+from s2s_scale.settings.profiles import LauncherProfile
 
 
 def worker(profile: LauncherProfile, words: tuple[str, ...], environ: Mapping[str, str]) -> Launch:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2s_scale.errors import UserError
-from s2s_scale.profiles import AUTO, LauncherProfile, cuda_devices
+from s2s_scale.settings.profiles import AUTO, LauncherProfile, cuda_devices
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from s2s_scale.data.streaming import PairStream, StreamedExamples
 from s2s_scale.data.tokenize import check_token_ids, tokenize_pairs
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.evaluation.text import TextEvaluation
-from s2s_scale.profiles import AUTO, LauncherProfile, deepspeed_config_path
 from s2s_scale.resilience.watchdog import watching
 from s2s_scale.settings import Settings, split_settings
+from s2s_scale.settings.profiles import AUTO, LauncherProfile, deepspeed_config_path
 from s2s_scale.trainer import Seq2SeqTrainer
 from s2s_scale.trainer.progress import LineProgressCallback
 from s2s_scale.trainer.watched import WatchdogCallback

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s2s_scale.profiles import LauncherProfile
+    from s2s_scale.settings.profiles import LauncherProfile
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s2s_scale.doctor.parity import Case, Job, compare, read
-from s2s_scale.profiles import deepspeed_config_path, resolve
+from s2s_scale.settings.profiles import deepspeed_config_path, resolve
 from tests.parity.matrix import reference, run_jobs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from s2s_scale.profiles import resolve
+from s2s_scale.settings.profiles import resolve
 from tests.parity.matrix import CONFIGS, MESHES
 from tests.support.ranks import run_ranks
 

@@ -11,7 +11,7 @@ import torch
 
 from s2s_scale.doctor.parity import Case, Deviation, Figures, Job, compare, read
 from s2s_scale.models.tiny import FAMILY_NAMES
-from s2s_scale.profiles import resolve
+from s2s_scale.settings.profiles import resolve
 from tests.support.ranks import run_ranks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"

@@ -12,8 +12,6 @@ import json
 import os
 import sys
 
-from s2s_scale.cli.build import build_settings
-from s2s_scale.cli.verbs import verbs
 from s2s_scale.data.sources import load_pairs
 from s2s_scale.runner.build import (
     build_trainer,
@@ -23,6 +21,8 @@ from s2s_scale.runner.build import (
     tokenize,
 )
 from s2s_scale.settings import Settings
+from s2s_scale.settings.build import build_settings
+from s2s_scale.settings.commands import verbs
 from tests.support.shares_worker import held_parameters
 
 

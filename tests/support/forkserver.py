@@ -34,7 +34,7 @@ PRELOADED = (
     "s2s_scale.runner",
     "s2s_scale.launch.launchers",
     "s2s_scale.resilience.supervisor",
-    "s2s_scale.cli.build",
+    "s2s_scale.settings.build",
     "s2s_scale.backends.local",
     "torch.distributed",
     "transformers.models.t5.modeling_t5",

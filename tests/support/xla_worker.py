@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collators import Seq2SeqCollator
-from s2s_scale.profiles import resolve
+from s2s_scale.settings.profiles import resolve
 from tests.support.ranks import run_ranks
 from tests.support.training import Spoilt, Unpacked, history, ragged_rows, settings
 

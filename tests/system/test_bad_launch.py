@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from s2s_scale import cli, profiles
+from s2s_scale import cli
 from s2s_scale.launch import spec
+from s2s_scale.settings import profiles
 from tests.support.command import Here, Outcome, finish, refused, run_command, start_command
 
 

@@ -100,7 +100,7 @@ def test_profiles_are_listed_from_an_empty_folder(site, tmp_path):
 
 def test_deepspeed_configs_are_found_from_an_empty_folder(site, tmp_path):
     code = (
-        "import s2s_scale.profiles as p; folder = p.shipped_folder('ds_configs'); "
+        "import s2s_scale.settings.profiles as p; folder = p.shipped_folder('ds_configs'); "
         "print(folder); print(*sorted(path.stem for path in folder.glob('*.json')))"
     )
     folder, names = from_elsewhere(site, tmp_path, "-c", code).splitlines()
@@ -126,6 +126,6 @@ def test_console_script_returns_the_exit_code(site, tmp_path):
 
 
 def test_checkout_is_used_in_an_editable_install(tmp_path):
-    code = "import s2s_scale.profiles as p; print(p.shipped_folder('launchers'))"
+    code = "import s2s_scale.settings.profiles as p; print(p.shipped_folder('launchers'))"
     found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT)).strip()
     assert Path(found) == ROOT / "launchers"

@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 
 import s2s_scale
-from s2s_scale import cli, profiles
-from s2s_scale.cli.verb_options import (
+from s2s_scale import cli
+from s2s_scale.config import DataArguments, ModelArguments
+from s2s_scale.errors import UserError
+from s2s_scale.launch.spec import Wishes
+from s2s_scale.settings import profiles, split_settings
+from s2s_scale.settings.commands import (
     DATA_READING,
     EVALUATE_TEXTS,
     EVALUATION_NAMES,
@@ -22,12 +26,8 @@ from s2s_scale.cli.verb_options import (
     PLAN_DATA_NAMES,
     PLAN_NAMES,
     PLAN_TEXTS,
+    verbs,
 )
-from s2s_scale.cli.verbs import verbs
-from s2s_scale.config import DataArguments, ModelArguments
-from s2s_scale.errors import UserError
-from s2s_scale.launch.spec import Wishes
-from s2s_scale.settings import split_settings
 
 ROOT = Path(__file__).parents[2]
 RUN = ["--model", "m", "--data_dir", "d", "--output_dir", "o"]

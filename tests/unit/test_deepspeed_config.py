@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainingArguments
 
 from s2s_scale.backends.deepspeed.backend import DeepSpeedBackend
-from s2s_scale.deepspeed_config import (
+from s2s_scale.settings.deepspeed_config import (
     DEFAULTS,
     contradictions,
     offloads_optimizer,

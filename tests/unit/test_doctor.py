@@ -15,7 +15,7 @@ from s2s_scale.doctor import checks
 from s2s_scale.doctor.checks import Finding, Patient, examine
 from s2s_scale.doctor.parity import Case, Figures, Job, compare
 from s2s_scale.doctor.report import print_findings
-from s2s_scale.profiles import missing_packages, resolve
+from s2s_scale.settings.profiles import missing_packages, resolve
 from s2s_scale.utils import holders
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from s2s_scale import profiles
 from s2s_scale.launch import spec
 from s2s_scale.launch.launchers import plan_launch
 from s2s_scale.launch.spec import Wishes, describe
-from s2s_scale.profiles import available, resolve
+from s2s_scale.settings import profiles
+from s2s_scale.settings.profiles import available, resolve
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "dry_run"
 SHIPPED = sorted(path.stem for path in profiles.shipped_folder("launchers").rglob("*.yaml"))

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from s2s_scale import profiles
 from s2s_scale.errors import UserError
 from s2s_scale.launch.launchers import LAUNCHERS, plan_launch
 from s2s_scale.launch.spec import Launch, Wishes, describe
-from s2s_scale.profiles import LauncherProfile
 from s2s_scale.resilience.supervisor import start
+from s2s_scale.settings import profiles
+from s2s_scale.settings.profiles import LauncherProfile
 
 
 def profile(**values) -> LauncherProfile:

@@ -18,7 +18,7 @@ from s2s_scale.config import SCHEDULES, DataArguments, ModelArguments, TrainingE
 from s2s_scale.errors import UserError
 from s2s_scale.settings import options
 from s2s_scale.settings.options import Option, data_options, model_options, training_options
-from s2s_scale.settings.values import from_words
+from s2s_scale.settings.parsing import from_words
 
 TABLE = {entry.name: entry for entry in training_options()}
 THEIRS = {entry.name: entry for entry in dataclasses.fields(transformers.Seq2SeqTrainingArguments)}

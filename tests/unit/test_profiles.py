@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from s2s_scale import cli, profiles
+from s2s_scale import cli
 from s2s_scale.errors import UserError
-from s2s_scale.profiles import as_yaml, available, resolve, search_path
+from s2s_scale.settings import profiles
+from s2s_scale.settings.profiles import as_yaml, available, resolve, search_path
 
 
 @pytest.fixture

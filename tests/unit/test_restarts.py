@@ -11,10 +11,10 @@ import pytest
 from s2s_scale.errors import UserError
 from s2s_scale.launch.launchers import plan_launch
 from s2s_scale.launch.spec import Launch, Rank, Wishes
-from s2s_scale.profiles import resolve
 from s2s_scale.resilience import supervisor
 from s2s_scale.resilience.reports import RUN_VARIABLE
 from s2s_scale.resilience.supervisor import Command, Ended, divided, is_fault, run_to_its_end, start
+from s2s_scale.settings.profiles import resolve
 
 WORDS = ("train", "--per_device_train_batch_size=4", "--data_dir", "d")
 

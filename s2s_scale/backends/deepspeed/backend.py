@@ -30,7 +30,8 @@ from s2s_scale.backends.deepspeed.state import (
     zero_optimizer,
 )
 from s2s_scale.backends.local import LocalBackend, on_host, whole
-from s2s_scale.deepspeed_config import (
+from s2s_scale.errors import raise_problems
+from s2s_scale.settings.deepspeed_config import (
     contradictions,
     offloads_optimizer,
     read_config,
@@ -38,7 +39,6 @@ from s2s_scale.deepspeed_config import (
     without_sections_of_flags,
     zero_stage,
 )
-from s2s_scale.errors import raise_problems
 
 
 class DeepSpeedBackend(LocalBackend):

@@ -7,20 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from s2s_scale.cli.command_line import parse_line, unknown_option
-from s2s_scale.cli.verbs import Verb
 from s2s_scale.config import DataArguments
-from s2s_scale.deepspeed_config import contradictions, read_config
 from s2s_scale.errors import UserError, raise_problems
-from s2s_scale.profiles import (
+from s2s_scale.settings import Settings
+from s2s_scale.settings.command_line import parse_line, unknown_option
+from s2s_scale.settings.commands import Verb
+from s2s_scale.settings.deepspeed_config import contradictions, read_config
+from s2s_scale.settings.parsing import expected, from_node, read_entries
+from s2s_scale.settings.profiles import (
     LauncherProfile,
     deepspeed_config_path,
     default_profile_name,
     resolve,
 )
-from s2s_scale.settings import Settings
-from s2s_scale.settings.values import expected, from_node
-from s2s_scale.settings.yaml_files import read_entries
 
 COMMAND_LINE = "command line"
 

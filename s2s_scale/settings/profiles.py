@@ -16,8 +16,14 @@ from typing import Any
 
 from s2s_scale.errors import UserError, did_you_mean, raise_problems, unknown_name
 from s2s_scale.settings.options import Option, data_options, model_options, training_options
-from s2s_scale.settings.values import from_node, is_null, plain
-from s2s_scale.settings.yaml_files import Entry, mapping_entries, read_entries
+from s2s_scale.settings.parsing import (
+    Entry,
+    from_node,
+    is_null,
+    mapping_entries,
+    plain,
+    read_entries,
+)
 
 BACKENDS = ("local", "fairscale_oss", "deepspeed", "xla")
 LAUNCHERS = ("none", "torchrun", "deepspeed")

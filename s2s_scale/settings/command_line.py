@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s2s_scale.cli.verbs import Verb, verbs
 from s2s_scale.errors import UserError, did_you_mean
+from s2s_scale.settings.commands import Verb, verbs
 from s2s_scale.settings.options import Option
-from s2s_scale.settings.values import FALSE_WORDS, NONE_WORDS, TRUE_WORDS, expected, from_words
+from s2s_scale.settings.parsing import FALSE_WORDS, NONE_WORDS, TRUE_WORDS, expected, from_words
 
 
 @dataclass

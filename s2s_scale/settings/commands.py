@@ -1,9 +1,18 @@
-"""Which options each verb takes, and what those of the dataclasses mean to it."""
+"""The verbs of the command line and their help texts. Imports nothing heavy.
+
+What each verb checks of the values that it is given, before any work.
+
+Which options each verb takes, and what those of the dataclasses mean to it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from s2s_scale.settings.options import Option, data_options, model_options, option, training_options
 
@@ -264,3 +273,227 @@ def plan_options() -> list[Option]:
     training = _pick(training_options(), PLAN_NAMES)
     everything = _reword([*PLAN, *model, *data, *training], PLAN_TEXTS)
     return _require(everything, "model_name_or_path")
+
+
+# Options of generate that do nothing unless another is given too.
+NEEDS_ANOTHER = {
+    "metrics": "reference",
+    "search": "reference",
+    "temperature": "do_sample",
+    "top_k": "do_sample",
+    "top_p": "do_sample",
+}
+
+
+def check_train(given: Mapping[str, Any]) -> list[str]:
+    return _data_problems(given, *DATA_SOURCES) + check_launch(given)
+
+
+def check_evaluate(given: Mapping[str, Any]) -> list[str]:
+    file = "validation_file" if given.get("split") == "val" else "test_file"
+    return _data_problems(given, "data_dir", file, "dataset_name") + check_launch(given)
+
+
+def check_generate(given: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name in ("input", "reference"):
+        path = given.get(name)
+        if path not in (None, "-") and not Path(path).is_file():
+            problems.append(f"--{name}: file '{path}' does not exist; expected a text file")
+    output = given.get("output")
+    if output not in (None, "-") and Path(output).exists() and not given.get("overwrite"):
+        problems.append(f"--output: '{output}' exists; give another name or --overwrite")
+    problems += [
+        f"--{name}: has no effect without --{needed}; add it"
+        for name, needed in NEEDS_ANOTHER.items()
+        if given.get(name) is not None and not given.get(needed)
+    ]
+    problems += _below(given, 1, "num_beams", "max_length", "max_new_tokens", "batch_size")
+    problems += _below(given, 1, "num_return_sequences", "no_repeat_ngram_size", "top_k")
+    returned, beams = given.get("num_return_sequences"), given.get("num_beams")
+    if returned and beams and returned > beams and not given.get("do_sample"):
+        problems.append(
+            f"--num_return_sequences: {returned} is more than --num_beams {beams}; "
+            "raise --num_beams or give --do_sample"
+        )
+    return problems
+
+
+def check_new_model(given: Mapping[str, Any]) -> list[str]:
+    problems = _data_problems(given, *DATA_SOURCES) + _below(given, 1, "vocab_size")
+    languages = [name for name in ("src_lang", "tgt_lang") if not given.get(name)]
+    if given.get("architecture") == "mbart" and languages:
+        problems.append(
+            f"--architecture mbart: needs {' and '.join(f'--{name}' for name in languages)}, "
+            "such as --src_lang en_XX --tgt_lang de_DE"
+        )
+    return problems
+
+
+def check_plan(given: Mapping[str, Any]) -> list[str]:
+    problems = _data_problems(given, *DATA_SOURCES) + _below(given, 0, "epoch")
+    return problems + _below(given, 1, "world_size", "first_steps")
+
+
+def check_launch(given: Mapping[str, Any]) -> list[str]:
+    problems = _below(given, 1, "num_processes", "num_nodes", "min_processes")
+    problems += _below(given, 0, "node_rank", "max_restarts")
+    port = given.get("master_port")
+    if port is not None and not 1 <= port <= 65535:
+        problems.append(f"--master_port: expected a port from 1 to 65535, got {port}")
+    return problems
+
+
+def _data_problems(given: Mapping[str, Any], *sources: str) -> list[str]:
+    """A problem unless one of the options in ``sources`` says where the text is."""
+    if any(given.get(name) for name in sources):
+        return []
+    flags = " or ".join(f"--{name}" for name in sources)
+    return [f"no data: expected {flags}"]
+
+
+def _below(given: Mapping[str, Any], least: int, *names: str) -> list[str]:
+    """A problem for each number that is given and smaller than ``least``."""
+    return [
+        f"--{name}: expected a whole number of at least {least}, got {given[name]}"
+        for name in names
+        if given.get(name) is not None and given[name] < least
+    ]
+
+
+Check = Callable[[Mapping[str, Any]], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: ``options()`` are all it accepts; ``own`` those that no dataclass holds.
+
+    ``positional`` is what stands alone on its command line: a settings FILE, a NAME, a FOLDER,
+    or nothing.
+    ``check`` gets given values and defaults in one mapping and returns its problems.
+    """
+
+    name: str
+    summary: str
+    description: str
+    options: Callable[[], list[Option]]
+    own: tuple[Option, ...] = ()
+    positional: str | None = None
+    examples: tuple[str, ...] = ()
+    check: Check | None = None
+
+
+@functools.cache
+def verbs() -> dict[str, Verb]:
+    """All verbs by name, in the order of the help."""
+    table = (
+        Verb(
+            "train",
+            "train a model; then evaluate it on val and test if asked",
+            "Train a model on pairs of text. With --do_eval and --do_predict it is then evaluated "
+            "on the val and test splits.",
+            train_options,
+            own=LAUNCH,
+            positional="FILE",
+            examples=(
+                "s2s-scale train --model models/new --data_dir data --output_dir runs/first",
+                "s2s-scale train conf.yaml --learning_rate 3e-4 --max_steps 1000",
+            ),
+            check=check_train,
+        ),
+        Verb(
+            "evaluate",
+            "loss and text metrics of a saved model on val or test",
+            "Evaluate a saved model on a split: loss, BLEU, chrF, ROUGE and exact match.",
+            evaluate_options,
+            own=(*EVALUATE, *LAUNCH),
+            positional="FILE",
+            examples=("s2s-scale evaluate --model runs/first --data_dir data --split val",),
+            check=check_evaluate,
+        ),
+        Verb(
+            "generate",
+            "generate a target text for each source line",
+            "Generate a target text for each line of a file or of standard input.",
+            generate_options,
+            own=(*GENERATE, *LAUNCH),
+            positional="FILE",
+            examples=(
+                "s2s-scale generate --model runs/first < source.txt > target.txt",
+                "s2s-scale generate --model runs/first --input val.source "
+                "--reference val.target --search 'num_beams=4:8'",
+            ),
+            check=check_generate,
+        ),
+        Verb(
+            "new-model",
+            "make a fresh model and train its tokenizer on your text",
+            "Train a tokenizer on your text and write it with a model of random weights, ready "
+            "for 's2s-scale train'.",
+            new_model_options,
+            own=NEW_MODEL,
+            positional="FILE",
+            examples=(
+                "s2s-scale new-model --architecture marian --size tiny --data_dir data "
+                "--output_dir models/new",
+            ),
+            check=check_new_model,
+        ),
+        Verb(
+            "profiles",
+            "list the launcher profiles, or show one",
+            "List the launcher profiles that are found, or show one with the origin of each value.",
+            list,
+            positional="NAME",
+            examples=("s2s-scale profiles", "s2s-scale profiles cpu"),
+        ),
+        Verb(
+            "plan",
+            "show which rows make each training step",
+            "Show the batch plan: which rows make each step, and how many pads that takes.",
+            plan_options,
+            own=PLAN,
+            positional="FILE",
+            examples=("s2s-scale plan --model models/new --data_dir data --batching sortish",),
+            check=check_plan,
+        ),
+        Verb(
+            "checkpoint",
+            "list, verify, show or convert checkpoints",
+            "Look at checkpoints. 'list' and 'verify' read every byte of each one in FOLDER and "
+            "compare it with the manifest; 'show' says where the run stood and with which "
+            "settings; 'convert' writes the other format.",
+            lambda: list(CHECKPOINT),
+            own=CHECKPOINT,
+            positional="FOLDER",
+            examples=(
+                "s2s-scale checkpoint verify runs/first",
+                "s2s-scale checkpoint show runs/first/checkpoint-500",
+                "s2s-scale checkpoint convert runs/first/checkpoint-500 --to native "
+                "--output_dir converted",
+            ),
+        ),
+        Verb(
+            "doctor",
+            "check this machine for a profile; compare its figures",
+            "Check versions, devices, compilers, shared memory, network, hosts and disk for a "
+            "profile. With --parity a tiny model is trained under the profile, and every figure "
+            "is compared with one process that sees the same rows.",
+            lambda: [*DOCTOR, *LAUNCH],
+            own=(*DOCTOR, *LAUNCH),
+            examples=(
+                "s2s-scale doctor --profile cpu-zero2",
+                "s2s-scale doctor --profile gpu-zero3 --hostfile hosts --parity",
+            ),
+            check=check_launch,
+        ),
+        Verb(
+            "demo",
+            "train a small translation model here, in minutes",
+            "Make a data set of real translations, train a small model on it and write a report.",
+            lambda: list(DEMO),
+            own=DEMO,
+            examples=("s2s-scale demo",),
+        ),
+    )
+    return {verb.name: verb for verb in table}
