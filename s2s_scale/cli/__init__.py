@@ -200,10 +200,13 @@ def _work(verb: Verb, settings: Settings, environment: Mapping[str, str]) -> int
     # Before the import below, which brings in torch: it reads the environment once.
     os.environ.update(environment)
     _name_accelerator(settings.profile.device)
-    from s2s_scale import runner
+    if verb.name == "generate":
+        from s2s_scale.runner.generate import generate
 
-    actions = {"train": runner.train, "evaluate": runner.evaluate, "generate": runner.generate}
-    return int(actions[verb.name](settings))
+        return generate(settings)
+    from s2s_scale.runner.train import evaluate, train
+
+    return train(settings) if verb.name == "train" else evaluate(settings)
 
 
 def _name_accelerator(device: str) -> None:
@@ -230,9 +233,9 @@ def _plan(verb: Verb, words: list[str]) -> int:
     from s2s_scale.settings.build import build_settings
 
     settings = build_settings(verb, words[1:])
-    from s2s_scale import runner
+    from s2s_scale.runner.plan import plan
 
-    return int(runner.plan(settings))
+    return plan(settings)
 
 
 def _new_model(verb: Verb, words: list[str]) -> int:
@@ -241,9 +244,9 @@ def _new_model(verb: Verb, words: list[str]) -> int:
 
     settings = build_settings(verb, words[1:])
     _name_accelerator("cuda" if default_profile_name() == "gpu" else "cpu")
-    from s2s_scale import runner
+    from s2s_scale.runner.plan import new_model
 
-    return int(runner.new_model(settings))
+    return new_model(settings)
 
 
 def _demo(verb: Verb, words: list[str]) -> int:

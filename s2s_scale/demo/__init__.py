@@ -172,11 +172,11 @@ def _train(folder: Path, *, resume: bool) -> int:
     assert settings.profile is not None  # the settings file names one
     launch = plan_launch(settings.profile, ("train", *words), environ=os.environ)
     os.environ.update(launch.environment)  # before the import below: torch reads it once
-    from s2s_scale import runner
+    from s2s_scale.runner.train import train
 
     try:
         with guarding(DEFAULT_GRACE_SECONDS):
-            return runner.train(settings)
+            return train(settings)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return INTERRUPTED

@@ -1,4 +1,4 @@
-"""torchrun without its own report of a failure: ``python -m s2s_scale.resilience.torchrun``, torchrun's flags.
+"""torchrun without its own report of a failure, run by ``python -m s2s_scale.resilience.torchrun``.
 
 torchrun ends with a traceback of its own when a rank fails, whatever the rank said, and with exit
 code 1. Here the exit code is that of the rank that failed first, and the rank's own words stand.

@@ -23,7 +23,7 @@ from s2s_scale.checkpoint import (
     resolve_resume,
     tidy,
 )
-from s2s_scale.checkpoint.atomic import locked
+from s2s_scale.checkpoint.atomic import locked, writing
 from s2s_scale.checkpoint.portable import SETTINGS, read_json
 from s2s_scale.data.sources import Split, has_split, load_pairs
 from s2s_scale.data.streaming import open_stream

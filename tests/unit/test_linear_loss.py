@@ -11,7 +11,7 @@ from transformers.models.fsmt import modeling_fsmt
 
 from s2s_scale import Seq2SeqTrainer
 from s2s_scale.errors import UserError
-from s2s_scale.loss import linear_cross_entropy
+from s2s_scale.loss import linear_cross_entropy as linear_loss
 from s2s_scale.loss.linear_cross_entropy import chunk_positions, linear_cross_entropy
 from s2s_scale.loss.losses import IGNORE_INDEX, mask_pads
 from s2s_scale.models import LossHead, decoder_inputs_from_labels, loss_head_problem
@@ -27,9 +27,9 @@ PADS_IGNORED = SimpleNamespace(ignore_pad_token_for_loss=True)
 @pytest.fixture
 def small_chunks(monkeypatch):
     """So small that even these tensors make many chunks, the last one short."""
-    monkeypatch.setattr(linear_cross_entropy, "_CHUNK_VALUES", {"cpu": 7 * V})
-    monkeypatch.setattr(linear_cross_entropy, "_LEAST_TRAINING_CHUNK", 7)
-    monkeypatch.setattr(linear_cross_entropy, "_LEAST_CHUNK", 7)
+    monkeypatch.setattr(linear_loss, "_CHUNK_VALUES", {"cpu": 7 * V})
+    monkeypatch.setattr(linear_loss, "_LEAST_TRAINING_CHUNK", 7)
+    monkeypatch.setattr(linear_loss, "_LEAST_CHUNK", 7)
     assert chunk_positions(V, device="cpu", training=True) == 7
 
 
