@@ -39,7 +39,7 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def holders(files: Sequence[Path], proc: Path = Path("/proc")) -> list[tuple[int, str]]:
+def processes_holding(files: Sequence[Path], proc: Path = Path("/proc")) -> list[tuple[int, str]]:
     """(pid, name) of every process, this one left out, that has one of ``files`` open.
 
     Only processes that this user may look into are seen.

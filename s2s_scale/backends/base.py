@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from s2s_scale.backends.collectives import Collectives, TorchCollectives
 
 T = TypeVar("T")
 Batch = Mapping[str, Any]
@@ -52,6 +54,11 @@ class Backend(abc.ABC):
         self.device = device
         self.mesh_shape = dict(mesh or {})
 
+    @property
+    def collectives(self) -> Collectives:
+        """Communication between the ranks, whose process group may be made at any time."""
+        return TorchCollectives(self.device) if dist.is_initialized() else Collectives()
+
     @abc.abstractmethod
     def problems(self) -> Sequence[str]:
         """What stops this backend on this machine, one line with its remedy each; empty if nothing.
@@ -74,16 +81,6 @@ class Backend(abc.ABC):
         Raises:
             UserError: values that contradict each other or this backend.
         """
-
-    @property
-    @abc.abstractmethod
-    def data_rank(self) -> int:
-        """Which share of each step's rows this process takes, from 0; 0 also writes the files."""
-
-    @property
-    @abc.abstractmethod
-    def data_world_size(self) -> int:
-        """Into how many shares each step's rows are divided."""
 
     @property
     @abc.abstractmethod
@@ -110,43 +107,6 @@ class Backend(abc.ABC):
 
         Called on every rank once the data are known, before the model is wrapped.
         """
-
-    @abc.abstractmethod
-    def total(self, value: Tensor) -> Tensor:
-        """``value`` summed over all ranks, on every rank. Every rank must call it."""
-
-    @abc.abstractmethod
-    def total_count(self, count: int, device: torch.device) -> Tensor:
-        """``count`` of this process summed over all processes, an int64 scalar on ``device``.
-
-        Every rank must call it.
-        """
-
-    @abc.abstractmethod
-    def anywhere(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on any process. Every rank must call it, at each step: cheap."""
-
-    @abc.abstractmethod
-    def gather_rows(self, rows: Tensor, padding: int) -> Tensor:
-        """All ranks' ``rows`` [B, T], rank after rank: [ranks * B, longest T], on every rank.
-
-        Every rank must call it with the same B; T may differ, shorter rows are padded on the right.
-        """
-
-    @abc.abstractmethod
-    def fetch_rows(self, rows: Tensor) -> Tensor:
-        """``rows`` [B, ...] in host memory, as this process's batch has them.
-
-        Where a process drives several devices: those of all of them. Every rank must call it.
-        """
-
-    @abc.abstractmethod
-    def gather_objects(self, value: T) -> list[T]:
-        """Every rank's ``value``, in the order of ranks, on every rank. Every rank must call it."""
-
-    @abc.abstractmethod
-    def main_first(self) -> AbstractContextManager[None]:
-        """Context that rank 0 runs through before the others enter. Every rank must enter it."""
 
     @abc.abstractmethod
     def place_model(self, model: nn.Module) -> None:
@@ -205,21 +165,21 @@ class Backend(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def looks_before_update(self) -> bool:
-        """Whether an update is made after ``drop_update_where``, which then can keep it away."""
+    def can_skip_update(self) -> bool:
+        """Whether an update is made after ``skip_update_where``, which then can keep it away."""
 
     @abc.abstractmethod
-    def drop_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
+    def skip_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
         """Make the next ``optimizer.step`` change nothing if ``bad`` is true on any rank.
 
         ``bad`` is a bool scalar. Returns the same for all ranks. Every rank must call it.
         """
 
     @abc.abstractmethod
-    def forget_steps(self, optimizer: Any, count: int) -> None:
+    def revert_step_count(self, optimizer: Any, count: int) -> None:
         """Take back ``count`` steps that were dropped from what the optimizer counts itself.
 
-        Only where ``drop_update_where`` cannot keep it from counting.
+        Only where ``skip_update_where`` cannot keep it from counting.
         """
 
     @abc.abstractmethod
@@ -243,7 +203,7 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def whole_state(self, optimizer: Any) -> AbstractContextManager[None]:
+    def consolidated_state(self, optimizer: Any) -> AbstractContextManager[None]:
         """Context in which rank 0 can save ``optimizer.state_dict()``; every rank must enter it."""
 
     @abc.abstractmethod

@@ -57,7 +57,7 @@ class FairScaleBackend(LocalBackend):
         return ShardedOptimizer(groups, optim=optimizer_class, **options)
 
     @contextmanager
-    def whole_state(self, optimizer: Any) -> Iterator[None]:
+    def consolidated_state(self, optimizer: Any) -> Iterator[None]:
         sharded = sharded_optimizer(optimizer)
         sharded.consolidate_state_dict(RECIPIENT)
         try:
@@ -81,9 +81,9 @@ class FairScaleBackend(LocalBackend):
             owner = owners.get(id(parameter), writer)
             moments = {} if sharded is None else sharded.optim.state.get(parameter, {})
             if owner != writer:
-                ranks = (self.data_rank, owner, writer)
+                ranks = (self.collectives.rank, owner, writer)
                 moments = _pass_on(moments, ranks, device=parameter.device)
-            if self.data_rank == writer:
+            if self.collectives.rank == writer:
                 moments = {k: on_host(v) for k, v in moments.items() if v is not None}
                 yield ParameterState(name, on_host(parameter), moments)
             else:

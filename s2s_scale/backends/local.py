@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from s2s_scale.backends.base import Backend, Batch, ParameterState, ReadState
 from s2s_scale.cpu import CpuFunctions, keep_freed_memory
-from s2s_scale.data.prefetch import ahead
+from s2s_scale.data.prefetch import prefetch
 
 
 def equal_shares(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
@@ -80,14 +80,6 @@ class LocalBackend(Backend):
         return dict(values)
 
     @property
-    def data_rank(self) -> int:
-        return dist.get_rank() if dist.is_initialized() else 0
-
-    @property
-    def data_world_size(self) -> int:
-        return dist.get_world_size() if dist.is_initialized() else 1
-
-    @property
     def static_shapes(self) -> bool:
         return False
 
@@ -97,58 +89,10 @@ class LocalBackend(Backend):
 
     @property
     def averaged_ranks(self) -> int:
-        return self.data_world_size
-
-    def total_count(self, count: int, device: torch.device) -> Tensor:
-        return self.total(torch.tensor(count, device=device))
+        return self.collectives.world_size
 
     def set_accumulation(self, args: Any, micro_batches: int) -> None:
         args.gradient_accumulation_steps = micro_batches
-
-    def total(self, value: Tensor) -> Tensor:
-        if self.data_world_size == 1:
-            return value
-        summed = value.detach().clone()
-        dist.all_reduce(summed)
-        return summed
-
-    def anywhere(self, flag: bool) -> bool:
-        if self.data_world_size == 1:
-            return flag
-        # A value is read at each step anyhow (``drop_update_where``): one more costs little.
-        place = torch.device("cuda" if self.device == "cuda" else "cpu")
-        value = torch.tensor(int(flag), dtype=torch.int32, device=place)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
-
-    def gather_rows(self, rows: Tensor, padding: int) -> Tensor:
-        if self.data_world_size == 1:
-            return rows
-        width = torch.tensor(rows.shape[1], device=rows.device)
-        dist.all_reduce(width, op=dist.ReduceOp.MAX)
-        missing = int(width) - rows.shape[1]
-        padded = nn.functional.pad(rows, (0, missing), value=padding).contiguous()
-        parts = [torch.empty_like(padded) for _ in range(self.data_world_size)]
-        dist.all_gather(parts, padded)
-        return torch.cat(parts)
-
-    def fetch_rows(self, rows: Tensor) -> Tensor:
-        return rows.cpu()
-
-    def gather_objects(self, value: T) -> list[T]:
-        if self.data_world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.data_world_size
-        dist.all_gather_object(gathered, value)
-        return gathered
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        if self.data_rank > 0:
-            dist.barrier()
-        yield
-        if self.data_rank == 0 and self.data_world_size > 1:
-            dist.barrier()
 
     def place_model(self, model: nn.Module) -> None:
         return None
@@ -157,7 +101,7 @@ class LocalBackend(Backend):
         return batch
 
     def place_batches(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
-        return ahead(batches)
+        return prefetch(batches)
 
     def autocast(self) -> AbstractContextManager[None]:
         trains = self._functions is not None and torch.is_grad_enabled()
@@ -175,7 +119,7 @@ class LocalBackend(Backend):
     @property
     def _alone(self) -> bool:
         """Whether gradients of this process stay with it: nothing waits for them to arrive."""
-        return type(self) is LocalBackend and self.data_world_size == 1
+        return type(self) is LocalBackend and self.collectives.world_size == 1
 
     def start_training(self, model: nn.Module, optimizer: Any, *, accumulation: int) -> None:
         return None
@@ -191,17 +135,17 @@ class LocalBackend(Backend):
         return None
 
     @property
-    def looks_before_update(self) -> bool:
+    def can_skip_update(self) -> bool:
         return True
 
-    def drop_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
-        anywhere = self.total(bad.float()) > 0
+    def skip_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
+        anywhere = self.collectives.all_reduce_sum(bad.float()) > 0
         if anywhere:
             # Without gradients the optimizer skips every parameter: weights and moments stay.
             optimizer.zero_grad(set_to_none=True)
         return anywhere
 
-    def forget_steps(self, optimizer: Any, count: int) -> None:
+    def revert_step_count(self, optimizer: Any, count: int) -> None:
         return None
 
     def compilations(self) -> tuple[int, float]:
@@ -226,7 +170,7 @@ class LocalBackend(Backend):
     def after_prepare(self, optimizer: Optimizer) -> None:
         return None
 
-    def whole_state(self, optimizer: Any) -> AbstractContextManager[None]:
+    def consolidated_state(self, optimizer: Any) -> AbstractContextManager[None]:
         return nullcontext()
 
     def whole_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -234,11 +178,11 @@ class LocalBackend(Backend):
 
     def writers(self, model: nn.Module, optimizer: Any) -> dict[str, int]:
         sizes = {name: math.prod(shape) for name, shape in self.whole_shapes(model).items()}
-        return equal_shares(sizes, self.data_world_size)
+        return equal_shares(sizes, self.collectives.world_size)
 
     def _writes(self, name: str, writers: Mapping[str, int] | None) -> bool:
         """Whether ``state`` gives this parameter to this rank."""
-        return self.data_rank == (writers or {}).get(name, 0)
+        return self.collectives.rank == (writers or {}).get(name, 0)
 
     def state(
         self, model: nn.Module, optimizer: Any, writers: Mapping[str, int] | None = None
@@ -287,7 +231,7 @@ class LocalBackend(Backend):
         torch.manual_seed(value)
 
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
-        if self.data_rank > 0:
+        if self.collectives.rank > 0:
             return {}
         return {name: whole(parameter) for name, parameter in model.named_parameters()}
 

@@ -5,7 +5,7 @@ Loading this package imports no torch; ``checkpoint.portable`` and ``checkpoint.
 
 from __future__ import annotations
 
-from s2s_scale.checkpoint.atomic import SINGLE, Ranks, whole_files, whole_folder, writing
+from s2s_scale.checkpoint.atomic import SINGLE, Ranks, atomic_dir, whole_files, writing
 from s2s_scale.checkpoint.manager import (
     CHECKPOINT_NAME,
     RUN_FILES,
@@ -21,9 +21,9 @@ from s2s_scale.checkpoint.manager import (
     newest_verified,
     refuse_earlier_run,
     remove_earlier_run,
+    remove_partial,
     resolve_resume,
     rotate,
-    tidy,
 )
 from s2s_scale.checkpoint.manifest import (
     MANIFEST,
@@ -45,6 +45,7 @@ __all__ = [
     "DamagedCheckpoint",
     "Ranks",
     "SaveError",
+    "atomic_dir",
     "check_whole",
     "check_writable",
     "checkpoints",
@@ -55,12 +56,11 @@ __all__ = [
     "read_manifest",
     "refuse_earlier_run",
     "remove_earlier_run",
+    "remove_partial",
     "resolve_resume",
     "rotate",
-    "tidy",
     "verify",
     "whole_files",
-    "whole_folder",
     "write_manifest",
     "writing",
 ]

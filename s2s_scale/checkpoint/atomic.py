@@ -50,7 +50,7 @@ SINGLE = Ranks(main=True, gather=lambda value: [value])
 
 
 @contextmanager
-def whole_folder(final: Path, ranks: Ranks = SINGLE) -> Iterator[Path]:
+def atomic_dir(final: Path, ranks: Ranks = SINGLE) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``final`` when the block ends well, else vanishes.
 
     Files are flushed to disk before the rename, so ``final`` is either absent, its earlier self,
@@ -81,7 +81,7 @@ def whole_files(folder: Path, ranks: Ranks = SINGLE) -> Iterator[Path]:
     Every rank must enter.
 
     Raises:
-        SaveError: as ``whole_folder``.
+        SaveError: as ``atomic_dir``.
     """
     partial = folder / ".final.incomplete"
 
@@ -174,7 +174,7 @@ def writing(what: str, folder: Path) -> Iterator[None]:
     """Report a failed write in the block as one ``SaveError``; for files that need no rename.
 
     Raises:
-        SaveError: as ``whole_folder``.
+        SaveError: as ``atomic_dir``.
     """
     try:
         yield

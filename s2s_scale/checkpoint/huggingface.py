@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from s2s_scale.backends.base import ParameterState
-from s2s_scale.checkpoint.atomic import whole_folder
+from s2s_scale.checkpoint.atomic import atomic_dir
 from s2s_scale.checkpoint.manager import STATE_FILE, check_whole
 from s2s_scale.checkpoint.manifest import MANIFEST, write_manifest
 from s2s_scale.checkpoint.portable import (
@@ -29,7 +29,7 @@ from s2s_scale.checkpoint.portable import (
     TRAINING_STATE,
     PortableCheckpoint,
     StateWriter,
-    put_together,
+    finalize_shards,
     read_json,
     weight_keys,
     write_json,
@@ -43,7 +43,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 OPTIMIZER_FILE, SCHEDULE_FILE, SCALER_FILE = "optimizer.pt", "scheduler.pt", "scaler.pt"
 
 
-class StockCheckpoint:
+class HFTrainerCheckpoint:
     """Weights and moments of a transformers checkpoint; ``checkpoint(name)`` is one parameter's.
 
     Everything is read with ``weights_only``.
@@ -223,7 +223,7 @@ def convert(source: Path, target: Path, kind: str) -> None:
     portable = (source / f"{TRAINING_STATE}").is_file() and not (source / OPTIMIZER_FILE).is_file()
     if portable == (kind == "portable"):
         raise UserError(f"{source}: is {kind} already; expected --to the other format")
-    with whole_folder(target) as folder:
+    with atomic_dir(target) as folder:
         if kind == "native":
             _to_native(source, folder)
         else:
@@ -246,14 +246,14 @@ def _to_portable(source: Path, folder: Path) -> None:
     known = (source / TRAINING_STATE).is_file()
     frozen = read_json(source / TRAINING_STATE)["frozen"] if known else ()
     trainable = [name for name in shapes if name not in frozen] if known else None
-    saved = StockCheckpoint(source, model, shapes, trainable=trainable)
+    saved = HFTrainerCheckpoint(source, model, shapes, trainable=trainable)
     _copy_beside(source, folder, without=("*.bin", "model*.safetensors*"))
     buffers = {key: saved.buffer(key) for key in saved.keys.buffers}
     for key, value in buffers.items():
         if value is not None:
             _set_buffer(model, key, value)
     writer = StateWriter(folder, model)
-    content = put_together(folder, [write_states(_states(saved, model), writer)])
+    content = finalize_shards(folder, [write_states(_states(saved, model), writer)])
     training = _training_state(source, saved)
     training["optimizer"] = {"class": _class_of(saved), "numbers": content.numbers}
     write_json(folder / TRAINING_STATE, training)
@@ -270,7 +270,7 @@ def bare_model(folder: Path) -> Any:
     return model
 
 
-def _states(saved: StockCheckpoint, model: nn.Module) -> Iterator[ParameterState]:
+def _states(saved: HFTrainerCheckpoint, model: nn.Module) -> Iterator[ParameterState]:
     return (saved(name) for name, _ in model.named_parameters())
 
 
@@ -279,7 +279,7 @@ def _set_buffer(model: nn.Module, key: str, value: torch.Tensor) -> None:
     model.get_submodule(module)._buffers[name] = value
 
 
-def _training_state(source: Path, saved: StockCheckpoint) -> dict[str, Any]:
+def _training_state(source: Path, saved: HFTrainerCheckpoint) -> dict[str, Any]:
     """The run's position; of transformers' own checkpoints it is in the trainer's state alone."""
     if (source / TRAINING_STATE).is_file():
         return read_json(source / TRAINING_STATE)
@@ -294,7 +294,7 @@ def _training_state(source: Path, saved: StockCheckpoint) -> dict[str, Any]:
     }
 
 
-def _class_of(saved: StockCheckpoint) -> str:
+def _class_of(saved: HFTrainerCheckpoint) -> str:
     moments = {key for state in saved._optimizer["state"].values() for key in state}
     return "adafactor" if moments & {"RMS", "exp_avg_sq_row"} else "adamw_torch"
 

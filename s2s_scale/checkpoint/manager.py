@@ -49,7 +49,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints in ``output_dir``, oldest step first.
 
     A folder counts when it holds both the trainer's state and weights; half-written ones never
-    get their final name (see ``whole_folder``), so this only guards against damage from outside.
+    get their final name (see ``atomic_dir``), so this only guards against damage from outside.
     """
     found = []
     if output_dir.is_dir():
@@ -171,7 +171,7 @@ def rotate(output_dir: Path, *, limit: int | None, best: str | None) -> list[Pat
     return removed
 
 
-def tidy(output_dir: Path) -> None:
+def remove_partial(output_dir: Path) -> None:
     """Remove what a run left that was killed while it saved; for the holder of the lock."""
     for replaced in output_dir.glob(".checkpoint-*.replaced"):
         final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))

@@ -164,7 +164,7 @@ class StateWriter:
             self._save_as(key, buffers[key].detach().cpu())
 
 
-def put_together(folder: Path, written: Sequence[Written]) -> Content:
+def finalize_shards(folder: Path, written: Sequence[Written]) -> Content:
     """One set of files from those of all ranks; to be called by one of them, when all are done."""
     entries: dict[str, Entry] = {}
     for stem in STEMS:

@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING
 from s2s_scale import __version__
 from s2s_scale.config import DEFAULT_FAULT_SECONDS, DEFAULT_GRACE_SECONDS
 from s2s_scale.errors import UserError, did_you_mean
-from s2s_scale.launch.spec import adopt, reporting_rank
-from s2s_scale.resilience.preemption import EXIT_RESUME, MaintenanceWatch, Stopped, guarding
+from s2s_scale.launch.spec import reporting_rank, set_rank_env
+from s2s_scale.resilience.preemption import (
+    EXIT_RESUME,
+    MaintenanceWatcher,
+    Stopped,
+    handle_preemption,
+)
 from s2s_scale.settings import Settings
 from s2s_scale.settings.commands import Verb, verbs
 from s2s_scale.settings.parsing import TRUE_WORDS
 
 if TYPE_CHECKING:
-    from s2s_scale.launch.spec import Launch, Wishes
+    from s2s_scale.launch.spec import Launch, LaunchOptions
     from s2s_scale.resilience.supervisor import Command, Ended
 
 EXIT_USER_ERROR = 2
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started again; 130: interrupted; 141: what read the output went away. An error in the program
     itself keeps its traceback.
     """
-    adopt(os.environ)
+    set_rank_env(os.environ)
     words = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
     try:
         code = _run(words)
@@ -138,15 +143,15 @@ def _launched(verb: Verb, words: list[str]) -> int:
     """A verb that a profile starts: the launcher's environment first, then the runner."""
     from s2s_scale.launch.hosts import check_hosts
     from s2s_scale.launch.launchers import plan_launch
-    from s2s_scale.launch.spec import describe, wishes_of
+    from s2s_scale.launch.spec import describe, launch_options_of
     from s2s_scale.resilience.supervisor import Command
     from s2s_scale.settings.build import build_settings
 
     settings = build_settings(verb, words[1:])
     assert settings.profile is not None  # every verb that comes here has --profile
-    wishes = wishes_of(settings.verb_values)
+    options = launch_options_of(settings.verb_values)
     bare = _without_dry_run(words)
-    launch = plan_launch(settings.profile, bare, environ=os.environ, wishes=wishes)
+    launch = plan_launch(settings.profile, bare, environ=os.environ, options=options)
     if verb.name == "generate" and not launch.in_process:
         raise UserError(
             f"--profile {settings.profile.name}: 'generate' runs in one process; take a profile "
@@ -159,13 +164,13 @@ def _launched(verb: Verb, words: list[str]) -> int:
         if launch.remote:
             folder = settings.get("output_dir")
             address = check_hosts(launch.hosts, Path(folder) if folder else None)
-            wishes = dataclasses.replace(wishes, master_addr=wishes.master_addr or address)
-            launch = plan_launch(settings.profile, bare, environ=os.environ, wishes=wishes)
-        return _start(settings, launch, Command(tuple(bare), wishes, settings.values))
-    with guarding(float(settings.get("grace_seconds", DEFAULT_GRACE_SECONDS))) as guard:
+            options = dataclasses.replace(options, master_addr=options.master_addr or address)
+            launch = plan_launch(settings.profile, bare, environ=os.environ, options=options)
+        return _start(settings, launch, Command(tuple(bare), options, settings.values))
+    with handle_preemption(float(settings.get("grace_seconds", DEFAULT_GRACE_SECONDS))) as guard:
         if guard is None or settings.profile.device != "tpu":
             return _work(verb, settings, launch.environment)
-        watch = MaintenanceWatch(guard.ask)  # one process drives all chips of its host
+        watch = MaintenanceWatcher(guard.ask)  # one process drives all chips of its host
         watch.start()
         try:
             return _work(verb, settings, launch.environment)
@@ -176,14 +181,14 @@ def _launched(verb: Verb, words: list[str]) -> int:
 def _start(settings: Settings, launch: Launch, command: Command) -> int:
     """Start the ranks, and again after a fault where that is wanted."""
     from s2s_scale.launch.launchers import plan_launch
-    from s2s_scale.resilience.supervisor import run_to_its_end, start
+    from s2s_scale.resilience.supervisor import run_with_restarts, start
 
     profile = settings.profile
     assert profile is not None
     grace = float(settings.get("grace_seconds", DEFAULT_GRACE_SECONDS))
 
-    def plan(words: tuple[str, ...], wishes: Wishes) -> Launch:
-        return plan_launch(profile, words, environ=os.environ, wishes=wishes)
+    def plan(words: tuple[str, ...], options: LaunchOptions) -> Launch:
+        return plan_launch(profile, words, environ=os.environ, options=options)
 
     def begin(launch: Launch) -> Ended:
         for note in launch.notes:
@@ -191,7 +196,7 @@ def _start(settings: Settings, launch: Launch, command: Command) -> int:
         return start(launch, environ=os.environ, grace_seconds=grace)
 
     fault = float(settings.get("fault_timeout_seconds", DEFAULT_FAULT_SECONDS))
-    return run_to_its_end(launch, command, plan=plan, start=begin, fault_seconds=fault)
+    return run_with_restarts(launch, command, plan=plan, start=begin, fault_seconds=fault)
 
 
 def _work(verb: Verb, settings: Settings, environment: Mapping[str, str]) -> int:

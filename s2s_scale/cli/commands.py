@@ -18,7 +18,7 @@ from rich.table import Table
 
 from s2s_scale.errors import UserError, did_you_mean, raise_problems
 from s2s_scale.launch.launchers import plan_launch
-from s2s_scale.launch.spec import describe, wishes_of
+from s2s_scale.launch.spec import describe, launch_options_of
 from s2s_scale.settings import Settings
 from s2s_scale.settings.command_line import parse_line
 from s2s_scale.settings.commands import CHECKPOINT_ACTIONS, Verb
@@ -199,16 +199,18 @@ def doctor(settings: Settings, words: list[str]) -> int:
     assert profile is not None
     if own["parity_folder"]:
         return _rank(settings)
-    from s2s_scale.doctor.checks import Patient, examine
+    from s2s_scale.doctor.checks import DoctorContext, run_checks
 
     hostfile = Path(own["hostfile"]) if own["hostfile"] else None
     if own["dry_run"]:
-        launch = plan_launch(profile, words, environ=os.environ, wishes=wishes_of(own))
+        launch = plan_launch(profile, words, environ=os.environ, options=launch_options_of(own))
         print(describe(launch, environ=os.environ), end="")
         return 0
     from s2s_scale.doctor.report import print_findings
 
-    findings = examine(Patient(profile, hostfile=hostfile, output_dir=Path(own["output_dir"])))
+    findings = run_checks(
+        DoctorContext(profile, hostfile=hostfile, output_dir=Path(own["output_dir"]))
+    )
     good = print_findings(findings, title=f"profile {profile.name}")
     if own["parity"] and good:
         good = _parity(settings, words)
@@ -227,7 +229,7 @@ def _parity(settings: Settings, words: list[str]) -> bool:
             profile,
             [*words, "--parity_folder", str(Path(folder).resolve())],
             environ=os.environ,
-            wishes=wishes_of(own),
+            options=launch_options_of(own),
         )
         job = parity.job_for(
             profile, families=tuple(own["families"]), ranks=max(1, len(launch.ranks))

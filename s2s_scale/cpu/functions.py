@@ -30,7 +30,7 @@ from s2s_scale.cpu.ops import (
     activated,
     attention,
     dropout,
-    filled_up,
+    pad_rows,
 )
 
 KEPT_SCORES = 512 * 512
@@ -96,7 +96,7 @@ class CpuFunctions(TorchFunctionMode):
     def _low(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x`` as products take it; queries, keys and values share one cast."""
         if self._last is None or self._last[0] is not x or self._last[1].dtype != dtype:
-            self._last = (x, filled_up(x, dtype))
+            self._last = (x, pad_rows(x, dtype))
         return self._last[1]
 
     def _dropout(

@@ -239,7 +239,7 @@ def usual_count(count: int) -> int:
     return -(-count // step) * step
 
 
-def filled_up(rows: Tensor, dtype: torch.dtype) -> Tensor:
+def pad_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """``rows`` [..., K] as [n, K] in ``dtype``, below fp32 with zeros up to the usual count."""
     flat = rows.detach().reshape(-1, rows.shape[-1])
     if dtype.itemsize >= 4:
@@ -256,7 +256,7 @@ def filled_up(rows: Tensor, dtype: torch.dtype) -> Tensor:
 class Linear(torch.autograd.Function):
     """``F.linear(x, weight, bias)`` with products of ``low``'s type.
 
-    ``low``: ``x`` [..., K] as ``filled_up`` gives it; ``weight_low``, ``bias_low``: ``weight``
+    ``low``: ``x`` [..., K] as ``pad_rows`` gives it; ``weight_low``, ``bias_low``: ``weight``
     [N, K] and ``bias`` [N] in its type.
     """
 
@@ -280,7 +280,7 @@ class Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, by_y: Tensor) -> tuple[Tensor | None, ...]:
         low, weight_low, weight, bias = ctx.saved_tensors
-        flat = filled_up(by_y, low.dtype)
+        flat = pad_rows(by_y, low.dtype)
         by_x = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
             by_x = (flat @ weight_low)[: ctx.shape[:-1].numel()].view(ctx.shape).to(ctx.kind)

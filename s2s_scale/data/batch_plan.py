@@ -400,7 +400,7 @@ def deal_batches(
     """Deal evaluation batches to ranks: ``result[round][rank]`` are the rows of that rank.
 
     In a round every rank has the same number of rows, as collective operations need; in the last
-    one, ids below 0 (``~row``) fill up and stand for rows that count nothing (see ``MarkedRows``).
+    one, ids below 0 (``~row``) fill up and stand for rows that count nothing (see ``FillerRows``).
     With ``rows_per_rank`` every rank has exactly so many rows in every round.
     """
     rounds = []

@@ -378,7 +378,7 @@ class PackedSampler(EpochSampler):
             groups = [[rows[number] for number in part] for part in numbers]
             yield PackedBatch(
                 [np.concatenate([self.plan.order[:0], *group]) for group in groups],
-                spare=0,
+                filler_row=0,
                 rows=self.rows,
                 widths=None if self.rows is None else self.layout.widths,
                 counts=[np.array([len(row) for row in group], dtype=np.int64) for group in groups],

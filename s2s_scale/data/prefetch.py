@@ -39,7 +39,7 @@ def _stop_all() -> None:
         thread.join(STOP_SECONDS)
 
 
-def ahead(items: Iterator[T], *, count: int = BATCHES_AHEAD) -> Iterator[T]:
+def prefetch(items: Iterator[T], *, count: int = BATCHES_AHEAD) -> Iterator[T]:
     """The same items, made in a thread that is up to ``count`` of them ahead."""
     made: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=count)
     stopped = threading.Event()

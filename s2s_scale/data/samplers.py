@@ -59,14 +59,14 @@ class MicroBatch:
     """
 
     parts: Sequence[Rows]
-    spare: int
+    filler_row: int
     rows: int | None = None
     widths: Widths | None = None
 
     def of_rank(self, rank: int) -> ShapedRows:
         """One rank's row ids, at least one."""
         ids: list[int] = self.parts[rank].tolist()
-        last = ids[-1] if ids else self.spare
+        last = ids[-1] if ids else self.filler_row
         missing = max(1, self.rows or 1) - len(ids)
         return ShapedRows(ids + [~last] * missing, self.widths)
 
@@ -74,7 +74,7 @@ class MicroBatch:
         """Rows, source width and target width of each rank's part after padding."""
         found = []
         for part in self.parts:
-            rows = part if len(part) else np.array([self.spare])
+            rows = part if len(part) else np.array([self.filler_row])
             source, target = self.widths or (int(side[rows].max()) for side in lengths)
             found.append((self.rows or len(rows), source, target))
         return found
@@ -88,7 +88,7 @@ class EpochSampler(Sampler[int]):
     """This rank's row ids of an epoch, in the order in which it trains on them.
 
     ``plan`` is the current epoch's plan, the same on every rank. An id below 0 is ``~row``: a row
-    that carries no loss (see ``MarkedRows``). It stands where a rank has no row left in a
+    that carries no loss (see ``FillerRows``). It stands where a rank has no row left in a
     micro-batch, and where a micro-batch of fixed shape is filled up.
     """
 
@@ -222,13 +222,13 @@ class PlanSampler(EpochSampler):
         for parts in divide_step(
             rows, world_size=self.world_size, rows_per_device=self.rows_per_device
         ):
-            spare = int(rows[-1])  # in sortish the shortest row, so it costs the least
+            filler_row = int(rows[-1])  # in sortish the shortest row, so it costs the least
             if self.grid is None or self.lengths is None:
-                yield MicroBatch(parts, spare)
+                yield MicroBatch(parts, filler_row)
                 continue
             together = np.concatenate(parts)
             widths = self.grid.holding(*(int(side[together].max()) for side in self.lengths))
-            yield MicroBatch(parts, spare, self.rows_per_device, widths)
+            yield MicroBatch(parts, filler_row, self.rows_per_device, widths)
 
     @property
     def steps(self) -> int:
@@ -319,12 +319,12 @@ class TokenSampler(EpochSampler):
         groups = self.plan.groups_of(step)
         for number, parts in enumerate(self.sharing.divide(groups)):
             group, rows = groups[number // self.sharing.parts]
-            spare = int(rows[-1])
+            filler_row = int(rows[-1])
             if self.sharing.rows is None:
-                yield MicroBatch(parts, spare)
+                yield MicroBatch(parts, filler_row)
                 continue
             source, target = self.layout.widths[group].tolist()
-            yield MicroBatch(parts, spare, int(self.sharing.rows[group]), (source, target))
+            yield MicroBatch(parts, filler_row, int(self.sharing.rows[group]), (source, target))
 
     @property
     def n_micro_batches(self) -> int:
@@ -363,7 +363,7 @@ class ShapedExamples(list[Mapping[str, Any]]):
         self.widths = widths
 
 
-class MarkedRows(Dataset[Mapping[str, Any]]):
+class FillerRows(Dataset[Mapping[str, Any]]):
     """A map-style data set in which ``~row`` is that row with all its labels at -100.
 
     Its tensors thus have real shapes, and its loss is zero. Ids from 0 on are the row itself.

@@ -22,7 +22,7 @@ from s2s_scale.config import DEFAULT_GRACE_SECONDS
 from s2s_scale.demo.data import SPLIT_SIZES, write_demo_data
 from s2s_scale.errors import UserError
 from s2s_scale.launch.launchers import plan_launch
-from s2s_scale.resilience.preemption import EXIT_RESUME, Stopped, guarding
+from s2s_scale.resilience.preemption import EXIT_RESUME, Stopped, handle_preemption
 from s2s_scale.settings import Settings
 from s2s_scale.settings.build import build_settings
 from s2s_scale.settings.commands import verbs
@@ -175,7 +175,7 @@ def _train(folder: Path, *, resume: bool) -> int:
     from s2s_scale.runner.train import train
 
     try:
-        with guarding(DEFAULT_GRACE_SECONDS):
+        with handle_preemption(DEFAULT_GRACE_SECONDS):
             return train(settings)
     except Stopped as stop:
         print(stop, file=sys.stderr)

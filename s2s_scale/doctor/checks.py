@@ -25,7 +25,7 @@ from s2s_scale.settings.profiles import (
     needed_packages,
     tpu_chips,
 )
-from s2s_scale.utils import holders
+from s2s_scale.utils import processes_holding
 
 NEEDED: dict[str, tuple[int, ...]] = {
     "torch": (2, 9),
@@ -57,7 +57,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Patient:
+class DoctorContext:
     """What is examined: this machine for ``profile``, and the hosts of ``hostfile``."""
 
     profile: LauncherProfile
@@ -65,15 +65,15 @@ class Patient:
     output_dir: Path = Path()
 
 
-Check = Callable[[Patient], "Iterator[Finding]"]
+Check = Callable[[DoctorContext], "Iterator[Finding]"]
 
 
-def examine(patient: Patient) -> list[Finding]:
+def run_checks(patient: DoctorContext) -> list[Finding]:
     """Every check's findings, in the order of ``CHECKS``."""
     return [finding for check in CHECKS for finding in check(patient)]
 
 
-def versions(patient: Patient) -> Iterator[Finding]:
+def versions(patient: DoctorContext) -> Iterator[Finding]:
     """Python and the packages that every run needs, and those of the profile's backend."""
     python = sys.version_info[:2]
     yield Finding(
@@ -102,7 +102,7 @@ def _package(package: str, least: tuple[int, ...]) -> Finding:
     return Finding(package, found, "" if numbers >= least else f"pip install '{package}>={wanted}'")
 
 
-def devices(patient: Patient) -> Iterator[Finding]:
+def devices(patient: DoctorContext) -> Iterator[Finding]:
     """The profile's kind of device, and whether there are enough of them."""
     profile = patient.profile
     if profile.device == "cpu":
@@ -134,7 +134,7 @@ def _tpu() -> Iterator[Finding]:
         yield Finding("TPU chips", "none", "run on a TPU VM, or take --profile cpu-xla")
         return
     yield Finding("TPU chips", f"{len(chips)}: {', '.join(map(str, chips))}")
-    others = holders(chips)
+    others = processes_holding(chips)
     yield Finding(
         "TPU held by",
         ", ".join(f"process {pid} ({name})" for pid, name in others) or "nobody",
@@ -142,7 +142,7 @@ def _tpu() -> Iterator[Finding]:
     )
 
 
-def xla_parts(patient: Patient) -> Iterator[Finding]:
+def xla_parts(patient: DoctorContext) -> Iterator[Finding]:
     """torch, torch-xla and libtpu fit each other, and the devices answer."""
     profile = patient.profile
     if profile.backend != "xla" or not find_spec("torch_xla"):
@@ -178,7 +178,7 @@ def _xla_devices(profile: LauncherProfile) -> Finding:
     return Finding("XLA devices", asked.stdout.strip().splitlines()[-1])
 
 
-def op_builds(patient: Patient) -> Iterator[Finding]:
+def op_builds(patient: DoctorContext) -> Iterator[Finding]:
     """What DeepSpeed compiles at first use, and what it needs for that."""
     profile = patient.profile
     if profile.backend != "deepspeed" or not find_spec("deepspeed"):
@@ -214,7 +214,7 @@ def _cpu_adam() -> Finding:
     )
 
 
-def shared_memory(patient: Patient) -> Iterator[Finding]:
+def shared_memory(patient: DoctorContext) -> Iterator[Finding]:
     """/dev/shm carries batches of data-loader workers and collectives between processes."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
@@ -227,7 +227,7 @@ def shared_memory(patient: Patient) -> Iterator[Finding]:
     )
 
 
-def network(patient: Patient) -> Iterator[Finding]:
+def network(patient: DoctorContext) -> Iterator[Finding]:
     """The address that other hosts would be told; it matters where there are other hosts."""
     name = socket.gethostname()
     try:
@@ -252,7 +252,7 @@ def network(patient: Patient) -> Iterator[Finding]:
     )
 
 
-def hosts(patient: Patient) -> Iterator[Finding]:
+def hosts(patient: DoctorContext) -> Iterator[Finding]:
     """Every host of the host file: reachable, same packages, same code, shared output folder."""
     if patient.hostfile is None:
         return
@@ -266,7 +266,7 @@ def hosts(patient: Patient) -> Iterator[Finding]:
     yield Finding("hosts", f"{', '.join(names)}: reachable, and the same as this one")
 
 
-def disk(patient: Patient) -> Iterator[Finding]:
+def disk(patient: DoctorContext) -> Iterator[Finding]:
     """Room for checkpoints where they will be written."""
     folder = patient.output_dir.resolve()
     while not folder.exists():

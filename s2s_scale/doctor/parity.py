@@ -94,7 +94,7 @@ def compute(job: Job, backend: Backend, folder: Path) -> None:
         # accelerate keeps its settings for the whole process; each case has settings of its own.
         AcceleratorState._reset_state()
         figures = _run(job, case, backend)
-        if backend.data_rank == 0:
+        if backend.collectives.rank == 0:
             values = {"loss": figures.loss, "grad_norm": figures.grad_norm}
             torch.save({**values, "weights": figures.weights}, folder / f"{number}.pt")
 
@@ -109,7 +109,7 @@ def read(job: Job, folder: Path) -> list[Figures]:
 
 def _run(job: Job, case: Case, backend: Backend) -> Figures:
     with TemporaryDirectory() as scratch:
-        devices = backend.data_world_size * backend.rows_multiple
+        devices = backend.collectives.world_size * backend.rows_multiple
         arguments = _arguments(job, case, devices, scratch)
         args = Seq2SeqTrainingArguments(**backend.training_overrides(arguments, trains=True))
         model = tiny_model(case.family).train()

@@ -94,7 +94,7 @@ def versions() -> dict[str, str]:
 
 def code_hash() -> str:
     """A digest of this package's source files, the same on two hosts with the same code."""
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode())

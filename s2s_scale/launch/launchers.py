@@ -21,8 +21,8 @@ from s2s_scale.launch.hosts import choose, read_hostfile
 from s2s_scale.launch.spec import (
     ALONE,
     Launch,
+    LaunchOptions,
     Rank,
-    Wishes,
     device_of,
     local_devices,
     rank_environment,
@@ -48,7 +48,7 @@ def none(
     profile: LauncherProfile,
     words: tuple[str, ...],
     environ: Mapping[str, str],
-    wishes: Wishes,
+    options: LaunchOptions,
 ) -> Launch:
     """No launcher: one process, which is this one unless it may be started again.
 
@@ -62,7 +62,7 @@ def none(
         first = allowed.split(",")[0].strip()
         environment["CUDA_VISIBLE_DEVICES"] = first
         device = f"cuda:{first}"
-    apart = bool(wishes.max_restarts) and ALONE not in environ
+    apart = bool(options.max_restarts) and ALONE not in environ
     return Launch(
         command=(sys.executable, "-m", "s2s_scale", *words),
         environment={**environment, ALONE: "1"} if apart else environment,
@@ -88,19 +88,19 @@ def torchrun(
     profile: LauncherProfile,
     words: tuple[str, ...],
     environ: Mapping[str, str],
-    wishes: Wishes,
+    options: LaunchOptions,
 ) -> Launch:
     """torchrun on this host; with ``--num_nodes`` as one of the hosts on which it is started."""
-    nodes, node = wishes.num_nodes or 1, wishes.node_rank or 0
-    _check_node(wishes)
-    places = local_devices(profile, environ, wishes)
+    nodes, node = options.num_nodes or 1, options.node_rank or 0
+    _check_node(options)
+    places = local_devices(profile, environ, options)
     notes: tuple[str, ...] = ()
     rendezvous = ["--standalone"]
-    if nodes > 1 or wishes.master_port or wishes.master_addr:
-        port = wishes.master_port or TORCHRUN_PORT
+    if nodes > 1 or options.master_port or options.master_addr:
+        port = options.master_port or TORCHRUN_PORT
         if nodes == 1:
-            port, notes = rendezvous_port(wishes)
-        address = wishes.master_addr or "127.0.0.1"
+            port, notes = rendezvous_port(options)
+        address = options.master_addr or "127.0.0.1"
         rendezvous = [f"--nnodes={nodes}", f"--node-rank={node}"]
         rendezvous += [f"--master-addr={address}", f"--master-port={port}"]
     program = (sys.executable, "-m", "s2s_scale.resilience.torchrun")
@@ -118,19 +118,19 @@ def torchrun(
     )
 
 
-def _check_node(wishes: Wishes) -> None:
+def _check_node(options: LaunchOptions) -> None:
     """``--num_nodes`` with torchrun needs to know which of them this is, and where the first is."""
-    if (wishes.num_nodes or 1) == 1:
+    if (options.num_nodes or 1) == 1:
         return
-    missing = [name for name in ("node_rank", "master_addr") if getattr(wishes, name) is None]
+    missing = [name for name in ("node_rank", "master_addr") if getattr(options, name) is None]
     if missing:
         raise UserError(
-            f"--num_nodes {wishes.num_nodes}: torchrun is started on each host and also needs "
+            f"--num_nodes {options.num_nodes}: torchrun is started on each host and also needs "
             + " and ".join(f"--{name}" for name in missing)
         )
-    if not 0 <= int(wishes.node_rank or 0) < int(wishes.num_nodes or 1):
+    if not 0 <= int(options.node_rank or 0) < int(options.num_nodes or 1):
         raise UserError(
-            f"--node_rank {wishes.node_rank}: expected 0 to {int(wishes.num_nodes or 1) - 1}"
+            f"--node_rank {options.node_rank}: expected 0 to {int(options.num_nodes or 1) - 1}"
         )
 
 
@@ -141,52 +141,54 @@ USES = {
         *("num_processes", "num_nodes", "node_rank", "master_addr", "master_port"),
         *("max_restarts", "min_processes"),
     },
-    "deepspeed": {*vars(Wishes())},
+    "deepspeed": {*vars(LaunchOptions())},
 }
 RESTARTED = {"train", "evaluate"}
 """Verbs whose only process may be started again; on TPUs it may be one of several hosts'."""
 ONLY_WITH_HOSTFILE = ("num_nodes", "node_rank", "launcher_runner")
 
 
-def refuse_without_effect(profile: LauncherProfile, wishes: Wishes, words: Sequence[str]) -> None:
+def refuse_without_effect(
+    profile: LauncherProfile, options: LaunchOptions, words: Sequence[str]
+) -> None:
     """A flag that would do nothing is an error.
 
     Raises:
         UserError: with every such flag.
     """
-    if profile.launcher == "none" and wishes.num_processes not in (None, 1):
+    if profile.launcher == "none" and options.num_processes not in (None, 1):
         raise UserError(
-            f"--num_processes {wishes.num_processes}: profile '{profile.name}' starts one process; "
-            "choose a profile with a launcher, such as cpu-ddp or gpu-ddp"
+            f"--num_processes {options.num_processes}: profile '{profile.name}' starts one "
+            "process; choose a profile with a launcher, such as cpu-ddp or gpu-ddp"
         )
-    if profile.launcher == "torchrun" and wishes.hostfile:
-        raise UserError(_on_each_host(profile, wishes, words))
+    if profile.launcher == "torchrun" and options.hostfile:
+        raise UserError(_on_each_host(profile, options, words))
     uses = USES[profile.launcher]
     if profile.launcher == "none" and profile.device != "tpu" and {*words[:1]} & RESTARTED:
         uses = uses | {"max_restarts"}
-    useless = [name for name in wishes.given() if name not in uses]
-    if profile.launcher == "deepspeed" and not wishes.hostfile:
-        useless += [name for name in wishes.given() if name in ONLY_WITH_HOSTFILE]
+    useless = [name for name in options.given() if name not in uses]
+    if profile.launcher == "deepspeed" and not options.hostfile:
+        useless += [name for name in options.given() if name in ONLY_WITH_HOSTFILE]
         why = "without --hostfile"
     else:
         why = f"with profile '{profile.name}' (launcher {profile.launcher})"
     problems = [f"--{name}: has no effect {why}; leave it out" for name in useless]
-    if wishes.min_processes and not wishes.max_restarts and "min_processes" not in useless:
+    if options.min_processes and not options.max_restarts and "min_processes" not in useless:
         problems.append("--min_processes: has no effect without --max_restarts; add it")
     raise_problems(problems)
 
 
-def _on_each_host(profile: LauncherProfile, wishes: Wishes, words: Sequence[str]) -> str:
+def _on_each_host(profile: LauncherProfile, options: LaunchOptions, words: Sequence[str]) -> str:
     """torchrun is started on each host by itself: the commands to type."""
     hosts = choose(
-        read_hostfile(Path(str(wishes.hostfile))),
-        num_nodes=wishes.num_nodes,
-        num_processes=wishes.num_processes,
-        include=wishes.include,
-        exclude=wishes.exclude,
+        read_hostfile(Path(str(options.hostfile))),
+        num_nodes=options.num_nodes,
+        num_processes=options.num_processes,
+        include=options.include,
+        exclude=options.exclude,
     )
-    first = wishes.master_addr or next(iter(hosts))
-    port = wishes.master_port or TORCHRUN_PORT
+    first = options.master_addr or next(iter(hosts))
+    port = options.master_port or TORCHRUN_PORT
     kept = shlex.join(without_flags(words, {"hostfile", "include", "exclude", *USES["torchrun"]}))
     commands = [
         f"on {host}: s2s-scale {kept} --num_nodes {len(hosts)} --node_rank {number} "
@@ -199,7 +201,7 @@ def _on_each_host(profile: LauncherProfile, wishes: Wishes, words: Sequence[str]
     )
 
 
-Planner = Callable[[LauncherProfile, tuple[str, ...], Mapping[str, str], Wishes], Launch]
+Planner = Callable[[LauncherProfile, tuple[str, ...], Mapping[str, str], LaunchOptions], Launch]
 
 # One entry per launcher that a profile may name: what it makes of a profile and a command line.
 LAUNCHERS: dict[str, Planner] = {"none": none, "torchrun": torchrun, "deepspeed": deepspeed}
@@ -210,7 +212,7 @@ def plan_launch(
     words: Sequence[str],
     *,
     environ: Mapping[str, str],
-    wishes: Wishes | None = None,
+    options: LaunchOptions | None = None,
 ) -> Launch:
     """How ``s2s-scale WORDS…`` is started under ``profile``; ``words`` begin with the verb.
 
@@ -223,6 +225,6 @@ def plan_launch(
     """
     if environ.get("RANK"):
         return worker(profile, tuple(words), environ)
-    wishes = wishes or Wishes()
-    refuse_without_effect(profile, wishes, tuple(words))
-    return LAUNCHERS[profile.launcher](profile, tuple(words), environ, wishes)
+    options = options or LaunchOptions()
+    refuse_without_effect(profile, options, tuple(words))
+    return LAUNCHERS[profile.launcher](profile, tuple(words), environ, options)

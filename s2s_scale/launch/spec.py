@@ -70,7 +70,7 @@ def describe(launch: Launch, *, environ: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class LaunchOptions:
     """What the command line says of hosts and processes; None where it says nothing."""
 
     num_processes: int | None = None
@@ -90,9 +90,9 @@ class Wishes:
         return [name for name, value in vars(self).items() if value is not None]
 
 
-def wishes_of(options: Mapping[str, Any]) -> Wishes:
+def launch_options_of(options: Mapping[str, Any]) -> LaunchOptions:
     """The launch flags among a verb's own options."""
-    return Wishes(**{name: options[name] for name in vars(Wishes())})
+    return LaunchOptions(**{name: options[name] for name in vars(LaunchOptions())})
 
 
 def without_flags(words: Sequence[str], names: set[str]) -> list[str]:
@@ -114,23 +114,23 @@ PROCESSES_ON_A_CPU = 2
 
 
 def local_devices(
-    profile: LauncherProfile, environ: Mapping[str, str], wishes: Wishes
+    profile: LauncherProfile, environ: Mapping[str, str], options: LaunchOptions
 ) -> list[str]:
     """Names of the devices on this host that take a process each; "cpu" for each on a CPU."""
-    everything = all_local_devices(profile, environ, wishes)
-    wanted = wishes.num_processes or profile.processes
+    everything = all_local_devices(profile, environ, options)
+    wanted = options.num_processes or profile.processes
     return everything if wanted == AUTO else everything[: int(wanted)]
 
 
 def all_local_devices(
-    profile: LauncherProfile, environ: Mapping[str, str], wishes: Wishes
+    profile: LauncherProfile, environ: Mapping[str, str], options: LaunchOptions
 ) -> list[str]:
     """Likewise, of which ``local_devices`` takes the first so many; on a CPU as many as wanted.
 
     Raises:
         UserError: more processes than CUDA devices.
     """
-    wanted = wishes.num_processes or profile.processes
+    wanted = options.num_processes or profile.processes
     if profile.device == "cpu":
         return ["cpu"] * (PROCESSES_ON_A_CPU if wanted == AUTO else int(wanted))
     devices = cuda_devices({**environ, **profile.environment})
@@ -160,10 +160,10 @@ def rank_environment(
     return environment
 
 
-def rendezvous_port(wishes: Wishes) -> tuple[int, tuple[str, ...]]:
+def rendezvous_port(options: LaunchOptions) -> tuple[int, tuple[str, ...]]:
     """The port on which the ranks find each other, and what there is to say of it."""
-    wanted = wishes.master_port
-    if wanted is not None and (_is_free(wanted) or wishes.master_addr):
+    wanted = options.master_port
+    if wanted is not None and (_is_free(wanted) or options.master_addr):
         return wanted, ()
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -198,7 +198,7 @@ NAMES = {
 }
 
 
-def adopt(environ: MutableMapping[str, str]) -> None:
+def set_rank_env(environ: MutableMapping[str, str]) -> None:
     """Set RANK, LOCAL_RANK and WORLD_SIZE from the runner's own names, where it did not."""
     names = NAMES.get(environ.get(STARTED_BY, ""))
     if names is None or "RANK" in environ or names[0] not in environ:

@@ -34,20 +34,20 @@ class Fault:
 
 
 @dataclass
-class Standing:
-    """What rank 0 knows of a rank. ``ticks`` counts the marks that it has passed."""
+class RankStatus:
+    """What rank 0 knows of a rank. ``progress`` counts the marks that it has passed."""
 
     host: str
     heard_at: float
     moved_at: float
-    ticks: int = -1
+    progress: int = -1
     where: str = "not heard of yet"
     paused: bool = True
     waits: bool = False
     done: bool = False
 
 
-class Judge:
+class HealthMonitor:
     """Decides from what the ranks say whether one is lost, or all of them hang. Holds no clock."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Judge:
     ) -> None:
         self.hang_seconds = hang_seconds
         self.silence_seconds = silence_seconds
-        self.ranks = [Standing(host=host, heard_at=now, moved_at=now) for host in hosts]
+        self.ranks = [RankStatus(host=host, heard_at=now, moved_at=now) for host in hosts]
         self._fault: Fault | None = None
         self._last_look = now
 
@@ -63,9 +63,9 @@ class Judge:
         """A sign of life: where the rank stands and how many marks it has passed."""
         standing = self.ranks[rank]
         standing.heard_at = now
-        if message["ticks"] != standing.ticks:
+        if message["progress"] != standing.progress:
             standing.moved_at = now
-        standing.ticks, standing.where = int(message["ticks"]), str(message["where"])
+        standing.progress, standing.where = int(message["progress"]), str(message["where"])
         standing.paused, standing.waits = bool(message["paused"]), bool(message["waits"])
 
     def done(self, rank: int) -> None:
@@ -116,8 +116,8 @@ class Judge:
 
     def _behind(self, running: Sequence[int]) -> list[int]:
         """Those with the fewest marks; among equals, those that do not wait for other ranks."""
-        fewest = min(self.ranks[rank].ticks for rank in running)
-        behind = [rank for rank in running if self.ranks[rank].ticks == fewest]
+        fewest = min(self.ranks[rank].progress for rank in running)
+        behind = [rank for rank in running if self.ranks[rank].progress == fewest]
         return [rank for rank in behind if not self.ranks[rank].waits] or behind
 
     def _found(

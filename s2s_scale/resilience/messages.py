@@ -21,7 +21,7 @@ LONGEST_LINE = 1 << 20
 CONNECT_SECONDS = 5.0
 
 
-class LineServer:
+class MessageServer:
     """Takes lines from any number of peers, in a thread of its own that also calls the hooks.
 
     ``on_line(peer, message)``, ``on_close(peer)`` and ``on_idle()`` (about four times a second) all
@@ -129,7 +129,7 @@ class _Peer:
 
 
 class LineClient:
-    """One connection to a ``LineServer``; ``connection`` is its socket.
+    """One connection to a ``MessageServer``; ``connection`` is its socket.
 
     Raises:
         OSError: the server cannot be reached, from construction and ``send``.

@@ -1,8 +1,8 @@
 """A process that is asked to stop: signals, the process that started the run, notices of its host.
 
-``guarding`` turns SIGTERM, SIGINT and SIGUSR1 into one request. Before training there is nothing
-to save, so the request is raised in the main thread, as Ctrl-C is. From ``at_boundaries`` on it is
-only noted: the trainer looks at ``reason`` where it can stop, agrees on that with the other ranks,
+``handle_preemption`` turns SIGTERM, SIGINT and SIGUSR1 into one request. Before training nothing
+has to be saved, so the request is raised in the main thread, as Ctrl-C is. From ``at_boundaries``
+on it is only noted: the trainer looks at ``reason`` where it can stop, agrees on that with the other ranks,
 saves, and raises ``Stopped`` itself.
 
 A thread reads the signals from a pipe, so that neither a compilation nor a collective keeps one
@@ -59,8 +59,8 @@ class Stopped(BaseException):
         self.agreed = agreed
 
 
-class StopGuard:
-    """What this process was asked. One is active at a time; see ``guarding``."""
+class PreemptionHandler:
+    """What this process was asked. One is active at a time; see ``handle_preemption``."""
 
     def __init__(self, grace_seconds: float) -> None:
         self.grace_seconds = grace_seconds
@@ -109,7 +109,7 @@ class StopGuard:
         with suppress(OSError):
             self._writer.send(bytes([_TEXT]) + reason.encode() + b"\n")
 
-    def settled(self) -> None:
+    def mark_saved(self) -> None:
         """All that can be saved is: the rest of this process's life needs no more requests."""
         self._settled = True
         self._children_may_end[0] = 1
@@ -247,31 +247,31 @@ class _Starter:
         return [str(message["stop"]) for message in messages if "stop" in message]
 
 
-_active: StopGuard | None = None
+_active: PreemptionHandler | None = None
 
 
 @contextmanager
-def guarding(grace_seconds: float) -> Iterator[StopGuard | None]:
+def handle_preemption(grace_seconds: float) -> Iterator[PreemptionHandler | None]:
     """A process's work, which can be asked to stop. Does nothing outside the main thread."""
     global _active
     if threading.current_thread() is not threading.main_thread() or _active is not None:
         yield _active
         return
     _once_at_forks()
-    guard = StopGuard(grace_seconds)
+    guard = PreemptionHandler(grace_seconds)
     guard.start()
     _active = guard
     try:
         yield guard
     except Stopped:
-        guard.settled()
+        guard.mark_saved()
         raise
     finally:
         _active = None
         guard.stop()
 
 
-def active() -> StopGuard | None:
+def active() -> PreemptionHandler | None:
     """This process's guard, if it has one."""
     return _active
 
@@ -299,7 +299,7 @@ PATHS = ("maintenance-event", "preempted")
 NOTHING = ("NONE", "FALSE", "")
 
 
-class MaintenanceWatch:
+class MaintenanceWatcher:
     """Asks until there is a notice or it is stopped; ``tell`` gets the notice, once."""
 
     def __init__(

@@ -17,7 +17,7 @@ from enum import IntEnum
 from types import TracebackType
 
 from s2s_scale.errors import UserError
-from s2s_scale.resilience.messages import LineClient, LineServer, Message
+from s2s_scale.resilience.messages import LineClient, Message, MessageServer
 
 REPORT_TO = "S2S_SCALE_REPORT_TO"
 """Environment variable: ``host:port`` of the process that started the run."""
@@ -33,17 +33,17 @@ ATTEMPTS = 3
 ANSWER_SECONDS = 5.0
 
 
-class Certainty(IntEnum):
+class FailureSource(IntEnum):
     """How near a report is to the cause. The nearest is shown, and of equals the earliest.
 
     When a rank dies, the others lose contact with it and fail too, often sooner than anybody has
     seen why the first one died.
     """
 
-    SAID = 0  # the rank's own words
+    REPORTED = 0  # the rank's own words
     SEEN = 1  # its launcher saw a signal end it
-    MISSED = 2  # the other ranks' watchdogs
-    CONSEQUENCE = 3  # an error that says only that another rank went away
+    WATCHDOG = 2  # the other ranks' watchdogs
+    SECONDARY = 3  # an error that says only that another rank went away
     ENDED = 4  # its launcher saw it end with an exit code
 
 
@@ -55,7 +55,7 @@ class Failure:
     host: str
     problems: tuple[str, ...]
     code: int = 1
-    certainty: Certainty = Certainty.SAID
+    certainty: FailureSource = FailureSource.REPORTED
 
     @property
     def lines(self) -> list[str]:
@@ -72,7 +72,7 @@ class Reports:
 
     def __init__(self, address: str = "127.0.0.1") -> None:
         self._address = address
-        self._server = LineServer(host=address, on_line=self._take, on_idle=self._tell)
+        self._server = MessageServer(host=address, on_line=self._take, on_idle=self._tell)
         self._failures: list[Failure] = []
         self._done: dict[int, int] = {}
         self._stop: str | None = None
@@ -147,7 +147,7 @@ def _failure(message: Message) -> Failure:
         host=str(message["host"]),
         problems=tuple(map(str, message["problems"])),
         code=int(message["code"]),
-        certainty=Certainty(message["certainty"]),
+        certainty=FailureSource(message["certainty"]),
     )
 
 
@@ -157,7 +157,7 @@ def report_failure(
     rank: int,
     host: str | None = None,
     code: int = 1,
-    certainty: Certainty = Certainty.SAID,
+    certainty: FailureSource = FailureSource.REPORTED,
 ) -> bool:
     """Tell the process that started the run what is wrong with ``rank``; False if nobody listens.
 
@@ -175,7 +175,7 @@ def report_error(error: BaseException, *, rank: int) -> bool:
         problems_of(error),
         rank=rank,
         code=EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAULT if lost else 1,
-        certainty=Certainty.CONSEQUENCE if lost else Certainty.SAID,
+        certainty=FailureSource.SECONDARY if lost else FailureSource.REPORTED,
     )
 
 

@@ -26,9 +26,9 @@ from typing import Any
 from s2s_scale.config import DEFAULT_GRACE_SECONDS
 from s2s_scale.errors import UserError
 from s2s_scale.launch.hosts import answering
-from s2s_scale.launch.spec import Launch, Wishes, without_flags
+from s2s_scale.launch.spec import Launch, LaunchOptions, without_flags
 from s2s_scale.resilience.preemption import EXIT_RESUME, SAME_SECONDS, SIGNALS
-from s2s_scale.resilience.reports import EXIT_FAULT, RUN_VARIABLE, Certainty, Reports
+from s2s_scale.resilience.reports import EXIT_FAULT, RUN_VARIABLE, FailureSource, Reports
 
 ORDERLY_SECONDS = 20.0
 """How long a launcher may take to end after the first rank has failed: then SIGTERM."""
@@ -120,14 +120,20 @@ class _Stopping:
 
 def _verdict(code: int, reports: Reports, hosts: Mapping[int, str], stopping: _Stopping) -> int:
     failure, done = reports.first_failure(), reports.done_ranks
-    if failure is not None and stopping.reason is None and failure.certainty <= Certainty.MISSED:
+    if (
+        failure is not None
+        and stopping.reason is None
+        and failure.certainty <= FailureSource.WATCHDOG
+    ):
         _print_errors(failure.lines)  # the others were then asked to stop by their launcher
         return failure.code or 1
     if EXIT_RESUME in done.values():
         return EXIT_RESUME  # whatever became of the others meanwhile
     if stopping.at_once:
         return 128 + int(getattr(signal, str(stopping.reason)))
-    if failure is not None and (stopping.reason is None or failure.certainty == Certainty.SAID):
+    if failure is not None and (
+        stopping.reason is None or failure.certainty == FailureSource.REPORTED
+    ):
         _print_errors(failure.lines)
         return failure.code or 1
     if stopping.reason is not None and (code or not done):
@@ -211,10 +217,10 @@ STEP_DEFAULTS = (8, 1)
 
 @dataclass(frozen=True)
 class Command:
-    """What is started: the words with their verb, the wishes for hosts, the settings' values."""
+    """What is started: the words with their verb, the options for hosts, the settings' values."""
 
     words: tuple[str, ...]
-    wishes: Wishes
+    options: LaunchOptions
     values: Mapping[str, Any]
 
     @property
@@ -223,24 +229,24 @@ class Command:
         return self.values.get("batching") == "tokens" or "tokens_per_step" in self.values
 
 
-def run_to_its_end(
+def run_with_restarts(
     launch: Launch,
     command: Command,
     *,
-    plan: Callable[[tuple[str, ...], Wishes], Launch],
+    plan: Callable[[tuple[str, ...], LaunchOptions], Launch],
     start: Callable[[Launch], Ended],
     fault_seconds: float,
 ) -> int:
     """Start the run, again after each fault as often as ``--max_restarts`` allows; its exit code.
 
     A fault is a rank that was killed, hung or lost its network, not one that ended with an error.
-    ``plan`` makes a launch of words and wishes, as for the first one.
+    ``plan`` makes a launch of words and options, as for the first one.
 
     Raises:
         UserError: fewer processes are left than the run may have.
     """
     mark = secrets.token_hex(8)
-    most = command.wishes.max_restarts or 0
+    most = command.options.max_restarts or 0
     for number in range(most + 1):
         marked = {**launch.environment, RUN_VARIABLE: mark}
         ended = start(dataclasses.replace(launch, environment=marked))
@@ -264,17 +270,17 @@ def _again(
     before: Launch,
     command: Command,
     *,
-    plan: Callable[[tuple[str, ...], Wishes], Launch],
+    plan: Callable[[tuple[str, ...], LaunchOptions], Launch],
     fault_seconds: float,
 ) -> Launch:
     """The launch after ``before``: the same, or with the hosts and devices that are left."""
-    wishes, least = command.wishes, command.wishes.min_processes
+    options, least = command.options, command.options.min_processes
     if before.remote:
         patience = fault_seconds if least is None else min(PATIENCE_SECONDS, fault_seconds)
         left = _wait_for(before.hosts, patience)
         if len(left) < len(before.hosts):
-            wishes = _only(left, before, wishes)
-    launch = plan(command.words, wishes)
+            options = _only(left, before, options)
+    launch = plan(command.words, options)
     wanted, there = len(before.ranks), len(launch.ranks)
     if there >= wanted:
         return launch
@@ -283,7 +289,7 @@ def _again(
             f"{there} of {wanted} processes are left; expected {least or wanted} or more; mend "
             "what is gone, or allow fewer with --min_processes"
         )
-    return plan(_same_step(command, wanted, there), wishes)
+    return plan(_same_step(command, wanted, there), options)
 
 
 def _wait_for(hosts: Sequence[str], seconds: float) -> list[str]:
@@ -294,8 +300,8 @@ def _wait_for(hosts: Sequence[str], seconds: float) -> list[str]:
     return left
 
 
-def _only(hosts: Sequence[str], before: Launch, wishes: Wishes) -> Wishes:
-    """The wishes for these hosts alone, each with the slots that it had."""
+def _only(hosts: Sequence[str], before: Launch, options: LaunchOptions) -> LaunchOptions:
+    """The options for these hosts alone, each with the slots that it had."""
     if not hosts:
         raise UserError(f"none of {', '.join(before.hosts)} answers over ssh any more")
     gone = [host for host in before.hosts if host not in hosts]
@@ -303,7 +309,12 @@ def _only(hosts: Sequence[str], before: Launch, wishes: Wishes) -> Wishes:
     slots = {host: [r.slot for r in before.ranks if r.host == host] for host in hosts}
     include = "@".join(f"{host}:{','.join(names)}" for host, names in slots.items())
     return dataclasses.replace(
-        wishes, include=include, exclude=None, num_nodes=None, num_processes=None, master_addr=None
+        options,
+        include=include,
+        exclude=None,
+        num_nodes=None,
+        num_processes=None,
+        master_addr=None,
     )
 
 

@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from s2s_scale.resilience.preemption import EXIT_RESUME, SIGNALS
-from s2s_scale.resilience.reports import Certainty, report_failure
+from s2s_scale.resilience.reports import FailureSource, report_failure
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,7 +62,7 @@ def _report(rank: int, code: int) -> None:
         [f"ended by {ended}; what it printed is above"],
         rank=rank,
         code=_exit_code(code),
-        certainty=Certainty.SEEN if news else Certainty.ENDED,
+        certainty=FailureSource.SEEN if news else FailureSource.ENDED,
     )
 
 

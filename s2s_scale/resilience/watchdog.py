@@ -24,13 +24,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from s2s_scale.resilience.health import BEAT_SECONDS, Fault, Judge
-from s2s_scale.resilience.messages import LineClient, LineServer, Message
+from s2s_scale.resilience.health import BEAT_SECONDS, Fault, HealthMonitor
+from s2s_scale.resilience.messages import LineClient, Message, MessageServer
 from s2s_scale.resilience.preemption import EXIT_RESUME, Stopped
 from s2s_scale.resilience.preemption import active as active_guard
 from s2s_scale.resilience.reports import (
     EXIT_FAULT,
-    Certainty,
+    FailureSource,
     lost_contact,
     problems_of,
     report_done,
@@ -52,16 +52,16 @@ class _Hub:
     """Rank 0's side: takes every rank's lines, asks the judge, and tells all."""
 
     def __init__(self, address: str, clock: Callable[[], float]) -> None:
-        self.server = LineServer(
+        self.server = MessageServer(
             host=address, on_line=self._take, on_close=self._closed, on_idle=self._look
         )
-        self._judge: Judge | None = None
+        self._judge: HealthMonitor | None = None
         self._clock = clock
         self._rank_of: dict[int, int] = {}
         self._told: Fault | None = None
         self._next_beat = 0.0
 
-    def start(self, judge: Judge) -> None:
+    def start(self, judge: HealthMonitor) -> None:
         self._judge = judge
         self.server.start()
 
@@ -102,7 +102,7 @@ class _Place:
 
     phase: str = "preparing"
     step: int | None = None
-    ticks: int = 0
+    progress: int = 0
     paused: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -162,7 +162,7 @@ class Watchdog:
         everyone = gather_objects(mine)
         _, port, token = everyone[0]
         if self._hub is not None:
-            judge = Judge(
+            judge = HealthMonitor(
                 [host for host, _, _ in everyone],
                 hang_seconds=self.hang_seconds,
                 silence_seconds=self.silence_seconds,
@@ -179,7 +179,7 @@ class Watchdog:
         if place.paused and place.paused[0] == "preparing":
             place.paused.pop(0)
         place.phase, place.step = phase, step
-        place.ticks += 1
+        place.progress += 1
 
     @contextmanager
     def pause(self, what: str) -> Iterator[None]:
@@ -238,7 +238,7 @@ class Watchdog:
                 rank=fault.rank,
                 host=fault.host,
                 code=fault.code,
-                certainty=Certainty.MISSED,
+                certainty=FailureSource.WATCHDOG,
             )
             _write(self._last_words(fault, told=told))
         _flush_stdout()
@@ -320,7 +320,7 @@ class Watchdog:
 
     def _post_beat(self) -> None:
         place = self._place
-        message = {"ticks": place.ticks, "where": self._where(), "paused": bool(place.paused)}
+        message = {"progress": place.progress, "where": self._where(), "paused": bool(place.paused)}
         self._send({"kind": "beat", "rank": self.rank, "waits": self._waits(), **message})
 
     def _send(self, message: Message) -> None:

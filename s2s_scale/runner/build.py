@@ -69,9 +69,9 @@ def open_backend(settings: Settings) -> Iterator[Backend]:
     transformers.utils.logging.disable_progress_bar()
     try:
         with watching(
-            backend.data_rank,
-            backend.data_world_size,
-            gather_objects=backend.gather_objects,
+            backend.collectives.rank,
+            backend.collectives.world_size,
+            gather_objects=backend.collectives.gather_objects,
             fault_seconds=fault_seconds,
         ):
             yield backend
@@ -149,7 +149,7 @@ def tokenize(
     run: Run, loaded: models.Loaded, backend: Backend, pairs: datasets.Dataset, split: Split
 ) -> datasets.Dataset:
     """A split's token ids, checked against the model's vocabulary. Every rank must call it."""
-    with backend.main_first():  # the other ranks then find the examples in the cache
+    with backend.collectives.main_first():  # the other ranks then find the examples in the cache
         examples = tokenize_with(loaded.tokenizer, loaded.config, run, pairs, split)
     check_token_ids(
         examples,

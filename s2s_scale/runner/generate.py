@@ -114,7 +114,7 @@ def _own_batches(
 
 def _static_batches(backend: Backend, model: Any, batch_size: int) -> StaticBatches:
     """Batches of few shapes."""
-    generator = StaticGenerator(model, sync=backend.flush, fetch=backend.fetch_rows)
+    generator = StaticGenerator(model, sync=backend.flush, fetch=backend.collectives.to_host)
     rows = math.ceil(batch_size / backend.rows_multiple) * backend.rows_multiple
     return StaticBatches(generator, rows, backend.place_batch)
 

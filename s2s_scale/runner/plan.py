@@ -11,9 +11,9 @@ from s2s_scale import models
 from s2s_scale.backends import make_backend
 from s2s_scale.config import DataArguments
 from s2s_scale.data.batch_plan import row_lengths
+from s2s_scale.data.plan_summary import print_plan
 from s2s_scale.data.sources import load_pairs
 from s2s_scale.models.create import run_new_model
-from s2s_scale.report.plan_summary import print_plan
 from s2s_scale.runner.build import read_settings, tokenize_with
 from s2s_scale.settings import Settings
 from s2s_scale.trainer.sampling import make_sampler

@@ -20,16 +20,16 @@ from s2s_scale.checkpoint import (
     newest_verified,
     refuse_earlier_run,
     remove_earlier_run,
+    remove_partial,
     resolve_resume,
-    tidy,
 )
 from s2s_scale.checkpoint.atomic import locked, writing
 from s2s_scale.checkpoint.portable import SETTINGS, read_json
+from s2s_scale.data.plan_summary import shape_rows
 from s2s_scale.data.sources import Split, has_split, load_pairs
 from s2s_scale.data.streaming import open_stream
 from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.evaluation.metrics import TextMetrics
-from s2s_scale.report.plan_summary import shape_rows
 from s2s_scale.report.results import Results, print_table, write_run_report
 from s2s_scale.resilience.reports import RUN_VARIABLE
 from s2s_scale.runner.build import (
@@ -82,7 +82,7 @@ def train(settings: Settings) -> int:
         if resume is None:
             trainer.add_callback(RemoveEarlierRun(run.output_dir))
         stack.callback(trainer.wait_for_background_save)
-        on_main(backend, lambda: tidy(run.output_dir))
+        on_main(backend, lambda: remove_partial(run.output_dir))
         return _train(run, trainer, examples, resume)
 
 
@@ -106,12 +106,12 @@ def on_main(backend: Backend, find: Callable[[], T]) -> T:
     """What rank 0 finds, on every rank; a ``UserError`` of its is raised on all of them."""
     found: T | None = None
     problems: tuple[str, ...] = ()
-    if backend.data_rank == 0:
+    if backend.collectives.rank == 0:
         try:
             found = find()
         except UserError as error:
             problems = error.problems
-    found, problems = backend.gather_objects((found, problems))[0]
+    found, problems = backend.collectives.gather_objects((found, problems))[0]
     raise_problems(problems)
     return cast("T", found)
 
@@ -169,7 +169,7 @@ def evaluate(settings: Settings) -> int:
         results = Results()
         metrics = trainer.evaluate(examples[split], metric_key_prefix=split)
         results.add(split, metrics, run.texts.get(split))
-        if backend.data_rank == 0:
+        if backend.collectives.rank == 0:
             print_table(results, title=f"{run.model_args.model_name_or_path} on {split}")
             if keep:
                 print(f"results: {results.write(run.output_dir, split)}")
@@ -213,7 +213,7 @@ def _finish(
     ``train_metrics``: empty where no step was made, and an earlier command's results stand.
     """
     results, output_dir = Results(), run.output_dir
-    main = trainer.backend.data_rank == 0
+    main = trainer.backend.collectives.rank == 0
     if train_metrics:
         results.add("train", train_metrics, None)
         if main:

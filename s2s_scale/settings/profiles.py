@@ -163,7 +163,7 @@ def shipped_folder(kind: str) -> Path:
     """The shipped folder ``launchers`` or ``ds_configs``: in a wheel inside the package, in a
     checkout or editable install at the top of the repository.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "_shipped" / kind
     return inside if inside.is_dir() else package.parent / kind
 

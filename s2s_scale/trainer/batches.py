@@ -19,13 +19,13 @@ from s2s_scale.config import DEFAULT_BUCKETS
 from s2s_scale.data.batch_plan import row_lengths
 from s2s_scale.data.collators import Collate, PackedCollator, PadToWidths, Seq2SeqCollator
 from s2s_scale.data.packing import PackedSampler
+from s2s_scale.data.plan_summary import PlanSummary, summarise
 from s2s_scale.data.prefetch import ArrowRows, reads_from_arrow
-from s2s_scale.data.samplers import EpochSampler, MarkedRows, PlanBatchSampler, TokenSampler
+from s2s_scale.data.samplers import EpochSampler, FillerRows, PlanBatchSampler, TokenSampler
 from s2s_scale.data.streaming import StreamedExamples
 from s2s_scale.errors import UserError
 from s2s_scale.models import source_vocab_size
 from s2s_scale.models.packed import decoder_start
-from s2s_scale.report.plan_summary import PlanSummary, summarise
 from s2s_scale.trainer.auto_batch import Trial, find_budget, keep, read_kept
 from s2s_scale.trainer.loaders import EvaluationLoader, TrainingLoader, loader_options
 from s2s_scale.trainer.meters import TrainingMeter
@@ -75,8 +75,8 @@ class BatchTrainer(OptimizationTrainer):
             self.args,
             dataset,
             rows_per_device=self._train_batch_size,
-            rank=self.backend.data_rank,
-            world_size=self.backend.data_world_size,
+            rank=self.backend.collectives.rank,
+            world_size=self.backend.collectives.world_size,
             num_buckets=self._num_buckets,
             rows_multiple=self.backend.rows_multiple,
         )
@@ -129,10 +129,12 @@ class BatchTrainer(OptimizationTrainer):
         dataset, collate = self._model_columns(self.train_dataset, "training")
         workers = self.args.dataloader_num_workers
         return TrainingLoader(
-            MarkedRows(dataset),
+            FillerRows(dataset),
             PlanBatchSampler(sampler),
             self._packing() if isinstance(sampler, PackedSampler) else self._padded(collate),
-            worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.backend.data_rank),
+            worker_init_fn=partial(
+                seed_worker, num_workers=workers, rank=self.backend.collectives.rank
+            ),
             **loader_options(self.args),
         )
 
@@ -172,7 +174,7 @@ class BatchTrainer(OptimizationTrainer):
         if kept is None:
             fixed = self._num_buckets is not None
             tokens, groups = token_sizes(args, lengths, fixed_shapes=fixed)
-            share = tokens // (groups * self.backend.data_world_size)
+            share = tokens // (groups * self.backend.collectives.world_size)
             trial = Trial(
                 self._try_batch,
                 list(model.parameters()),
@@ -181,8 +183,8 @@ class BatchTrainer(OptimizationTrainer):
             )
             kept = find_budget(2 * share, longest, lambda rows: trial.fits(rows, longest))
             self._meter = TrainingMeter(args.device)
-        budget = min(self.backend.gather_objects(kept))
-        if self.backend.data_rank == 0:
+        budget = min(self.backend.collectives.gather_objects(kept))
+        if self.backend.collectives.rank == 0:
             keep(folder, key, budget)
             print(f"note: micro-batches of at most {budget} padded tokens", file=sys.stderr)
         return budget
@@ -196,12 +198,12 @@ class BatchTrainer(OptimizationTrainer):
         self.backend.finish_step(self.model)
 
     def _stream_loader(self, dataset: StreamedExamples) -> StreamLoader:
-        args, world_size = self.args, self.backend.data_world_size
+        args, world_size = self.args, self.backend.collectives.world_size
         plan = partial(
             make_sampler,
             args,
             rows_per_device=self._train_batch_size,
-            rank=self.backend.data_rank,
+            rank=self.backend.collectives.rank,
             world_size=world_size,
         )
         rows = dataset.buffer
@@ -285,8 +287,8 @@ class BatchTrainer(OptimizationTrainer):
             rows_per_batch=self.args.eval_batch_size * self.backend.rows_multiple,
             num_buckets=self._num_buckets,
             max_tokens=self.args.eval_tokens_per_device,
-            rank=self.backend.data_rank,
-            world_size=self.backend.data_world_size,
+            rank=self.backend.collectives.rank,
+            world_size=self.backend.collectives.world_size,
             **loader_options(self.args),
         )
         if self.args.dataloader_persistent_workers:

@@ -98,7 +98,10 @@ class EvaluationTrainer(BatchTrainer):
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
             metrics = dict(output.metrics or {})
-            own = self._evaluation_meter.read(self.backend.total) | self._finish_text()
+            own = (
+                self._evaluation_meter.read(self.backend.collectives.all_reduce_sum)
+                | self._finish_text()
+            )
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in own.items()}
         finally:
             self.compute_metrics = stock_metrics
@@ -133,7 +136,7 @@ class EvaluationTrainer(BatchTrainer):
             return
         self._generates_text = True
         self._evaluated_rows = iter(loader.rounds)
-        if self.backend.data_rank == 0:
+        if self.backend.collectives.rank == 0:
             self._text = self.text_evaluation_for(loader.source, prefix)
             self._text.start(int((loader.row_order >= 0).sum()))
 
@@ -142,9 +145,9 @@ class EvaluationTrainer(BatchTrainer):
 
         ``rows``: the data rows of all ranks' batches; those below 0 stand for nothing.
         """
-        generated = self.backend.gather_rows(generated, self._padding_id())
+        generated = self.backend.collectives.gather_rows(generated, self._padding_id())
         if labels is not None:
-            labels = self.backend.gather_rows(labels, IGNORE_INDEX)
+            labels = self.backend.collectives.gather_rows(labels, IGNORE_INDEX)
         if self._text is None:
             return
         real = [place for place, row in enumerate(rows) if row >= 0]
@@ -158,7 +161,7 @@ class EvaluationTrainer(BatchTrainer):
     def _finish_text(self) -> dict[str, float]:
         """The text metrics, on every rank; empty where no text was generated."""
         metrics = self._text.finish() if self._text is not None else {}
-        return self.backend.gather_objects(metrics)[0]
+        return self.backend.collectives.gather_objects(metrics)[0]
 
     def _ordered_metrics(
         self, loader: EvaluationLoader | None
@@ -204,7 +207,7 @@ class EvaluationTrainer(BatchTrainer):
         if isinstance(values, (tuple, list)):
             return type(values)(self._on_host(value) for value in values)
         held = isinstance(values, Tensor) and values.device.type != "cpu"
-        return self.backend.fetch_rows(values) if held else values
+        return self.backend.collectives.to_host(values) if held else values
 
     def _predicted(
         self,
@@ -273,12 +276,12 @@ class EvaluationTrainer(BatchTrainer):
         """As ``_generate``, in few compiled graphs; in host memory."""
         if self._static_generator is None:
             self._static_generator = StaticGenerator(
-                self.model, sync=self.backend.flush, fetch=self.backend.fetch_rows
+                self.model, sync=self.backend.flush, fetch=self.backend.collectives.to_host
             )
         count = len(sources["input_ids"])
         active = None
         if rows is not None:
-            first = 0 if len(rows) == count else self.backend.data_rank * count
+            first = 0 if len(rows) == count else self.backend.collectives.rank * count
             active = torch.tensor(rows[first : first + count]) >= 0
         with self.backend.autocast():
             return self._static_generator.generate(**sources, active=active, **options)

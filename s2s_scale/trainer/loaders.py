@@ -19,7 +19,7 @@ from s2s_scale.data.batch_plan import (
     row_lengths,
 )
 from s2s_scale.data.buckets import ShapeGrid, Widths, choose_shapes
-from s2s_scale.data.samplers import MarkedRows, PlanBatchSampler, ShapedRows
+from s2s_scale.data.samplers import FillerRows, PlanBatchSampler, ShapedRows
 from s2s_scale.errors import UserError
 
 MOST_ROWS = 4
@@ -99,7 +99,7 @@ class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
         dealt = deal_batches(batches, world_size=world_size, rows_per_rank=full)
         self.grid, widths = _widths_of_rounds(dealt, lengths, num_buckets)
         super().__init__(
-            MarkedRows(dataset),
+            FillerRows(dataset),
             batch_sampler=[
                 ShapedRows(shares[rank].tolist(), width)
                 for shares, width in zip(dealt, widths, strict=True)

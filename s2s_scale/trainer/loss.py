@@ -208,7 +208,7 @@ class LossTrainer(TrainerBase):
             return None
         counts = [count_tokens(self._targets(batch["labels"])) for batch in batch_samples]
         tokens = torch.stack(counts).sum().to(device)
-        return self.backend.total(tokens)
+        return self.backend.collectives.all_reduce_sum(tokens)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -226,7 +226,7 @@ class LossTrainer(TrainerBase):
         batches = [batch for _, batch in pairs]
         if not batches or "labels" not in batches[0]:
             return batches, None
-        step_tokens = self.backend.total_count(sum(count for count, _ in pairs), device)
+        step_tokens = self.backend.collectives.sum_counts(sum(count for count, _ in pairs), device)
         self._meter.start_step(step_tokens)
         return batches, step_tokens
 
@@ -273,7 +273,7 @@ class LossTrainer(TrainerBase):
         if ("loss" in logs or "train_loss" in logs) and self.is_in_train:
             self._guard.read(self.optimizer, self.backend)
         if "loss" in logs and self.is_in_train:
-            logs.update(self._meter.read(self.backend.total))
+            logs.update(self._meter.read(self.backend.collectives.all_reduce_sum))
             if self._guard.steps:
                 logs["nonfinite_steps"] = len(self._guard.steps)
             if self._guard.spikes:

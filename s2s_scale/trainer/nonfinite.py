@@ -126,12 +126,12 @@ class NonFiniteGuard:
         spike = self._none
         if self.detector is not None:
             # Each rank's shares are multiplied by the number over which gradients are averaged.
-            loss = backend.total(self._loss) / backend.averaged_ranks
+            loss = backend.collectives.all_reduce_sum(self._loss) / backend.averaged_ranks
             spike = self.detector.look(loss)
             self._loss = torch.zeros_like(self._loss)
         left_out = step in self.left_out
         bad = torch.ones_like(self._bad) if left_out else self._bad | spike
-        dropped = backend.drop_update_where(optimizer, bad)
+        dropped = backend.skip_update_where(optimizer, bad)
         self._bad = torch.zeros_like(self._bad)
         if left_out:
             self._left_out(step, optimizer, backend)
@@ -148,7 +148,7 @@ class NonFiniteGuard:
         """
         unread, self._unread = self._unread, []
         bad = [entry for entry in unread if bool(entry.dropped)]
-        backend.forget_steps(optimizer, len(bad))
+        backend.revert_step_count(optimizer, len(bad))
         for entry in unread:
             if entry in bad:
                 self._report(entry)
@@ -157,7 +157,7 @@ class NonFiniteGuard:
 
     def _left_out(self, step: int, optimizer: Any, backend: Backend) -> None:
         logger.warning(f"step {step}: its rows are left out, since it was bad before")
-        backend.forget_steps(optimizer, 1)
+        backend.revert_step_count(optimizer, 1)
 
     def _report(self, entry: _Step) -> None:
         """Note a bad step, warn of it, and stop or go back where that is wanted.

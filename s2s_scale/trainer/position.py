@@ -77,7 +77,7 @@ class PositionTrainer(GraphTrainer):
         """How the run is spread out; it may be another one when the run goes on."""
         return {
             "backend": type(self.backend).__name__,
-            "processes": self.backend.data_world_size,
+            "processes": self.backend.collectives.world_size,
             "rows_per_device": self._train_batch_size,
             "accumulation": self.args.gradient_accumulation_steps,
         }
@@ -142,7 +142,9 @@ class PositionTrainer(GraphTrainer):
             return {}
         if self._stream is not None and args.batching != "tokens":
             rows = self._train_batch_size * args.gradient_accumulation_steps
-            size: dict[str, Any] = {"rows per optimizer step": rows * self.backend.data_world_size}
+            size: dict[str, Any] = {
+                "rows per optimizer step": rows * self.backend.collectives.world_size
+            }
         elif isinstance(sampler, PlanSampler):
             size = {"rows per optimizer step": sampler.rows_per_step}
         else:

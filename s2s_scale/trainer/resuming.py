@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from s2s_scale.checkpoint import MANIFEST, STATE_FILE, TRAINING_STATE, is_ours
-from s2s_scale.checkpoint.huggingface import OPTIMIZER_FILE, StockCheckpoint
+from s2s_scale.checkpoint.huggingface import OPTIMIZER_FILE, HFTrainerCheckpoint
 from s2s_scale.checkpoint.manager import Identity, check_identity
 from s2s_scale.checkpoint.portable import PortableCheckpoint, SavedState, check_fits, read_json
 from s2s_scale.errors import UserError
@@ -71,7 +71,7 @@ class ResumingTrainer(SavingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(SeedCallback(self.backend.seed, rank=self.backend.data_rank))
+        self.add_callback(SeedCallback(self.backend.seed, rank=self.backend.collectives.rank))
         self.add_callback(SettleCallback(self.settle_background_save))
 
     def _load_from_checkpoint(
@@ -135,7 +135,7 @@ class ResumingTrainer(SavingTrainer):
         """A checkpoint whose state can be read by parameter name."""
         model = self._plain_model()
         if is_stock(folder):
-            stock = StockCheckpoint(folder, model, self.backend.whole_shapes(model))
+            stock = HFTrainerCheckpoint(folder, model, self.backend.whole_shapes(model))
             run = _run_of_stock(folder, stock.schedule)
             yield Saved(stock, run, stock.schedule, stock.loss_scale, True)
             return
@@ -193,7 +193,7 @@ class ResumingTrainer(SavingTrainer):
             UserError: one line for each difference.
         """
         notes = check_identity(folder, run, self._identity(), self.args.accept_changes or ())
-        if self.backend.data_rank == 0:
+        if self.backend.collectives.rank == 0:
             for note in notes:
                 print(f"note: {note}", file=sys.stderr)
         if (folder / TRAINING_STATE).is_file():

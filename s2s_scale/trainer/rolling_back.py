@@ -31,7 +31,7 @@ class RollBackTrainer(ResumingTrainer):
             )
             if on
         ]
-        if given and not self.backend.looks_before_update:
+        if given and not self.backend.can_skip_update:
             raise UserError(
                 f"{', '.join(given)}: cannot take effect here, where a step's update is made "
                 "before its loss can be looked at; leave it out, or take another profile or "
@@ -54,7 +54,7 @@ class RollBackTrainer(ResumingTrainer):
         found = None
         if self._ranks.main:
             found = newest_verified(Path(str(self.args.output_dir)), among=earlier)
-        return self.backend.gather_objects(found)[0]
+        return self.backend.collectives.gather_objects(found)[0]
 
     def bad_steps(self) -> list[tuple[str, ...]]:
         """Step, what was found, what was done, and row ids of each bad step, for the report."""
@@ -108,7 +108,7 @@ class RollBackTrainer(ResumingTrainer):
         self.optimizer.zero_grad()
         self._tr_loss = self._tr_loss.new_zeros(())
         self._globalstep_last_logged = self.state.global_step
-        self._meter.read(self.backend.total)
+        self._meter.read(self.backend.collectives.all_reduce_sum)
         self._step_callback.go_to(self.state.global_step)
         self.callback_handler.lr_scheduler = self.lr_scheduler
         return {

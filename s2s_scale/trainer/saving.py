@@ -17,9 +17,9 @@ from s2s_scale.checkpoint import (
     TRAINING_STATE,
     Ranks,
     SaveError,
+    atomic_dir,
     rotate,
     whole_files,
-    whole_folder,
     write_manifest,
 )
 from s2s_scale.checkpoint.atomic import failure_of, seen_by_all
@@ -28,8 +28,8 @@ from s2s_scale.checkpoint.portable import (
     SETTINGS,
     Content,
     StateWriter,
+    finalize_shards,
     held,
-    put_together,
     write_json,
     write_states,
 )
@@ -49,7 +49,9 @@ class SavingTrainer(PositionTrainer):
 
     @property
     def _ranks(self) -> Ranks:
-        return Ranks(main=self.backend.data_rank == 0, gather=self.backend.gather_objects)
+        return Ranks(
+            main=self.backend.collectives.rank == 0, gather=self.backend.collectives.gather_objects
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write model and tokenizer, whole or not at all.
@@ -98,7 +100,7 @@ class SavingTrainer(PositionTrainer):
                 self._push_from_checkpoint(str(final))
 
     def _save_now(self, final: Path) -> None:
-        with whole_folder(final, self._ranks) as folder:
+        with atomic_dir(final, self._ranks) as folder:
             native = self.args.checkpoint_format == "native"
             content = self._write_native(folder) if native else self._write_portable(folder)
             if content is not None:
@@ -121,13 +123,13 @@ class SavingTrainer(PositionTrainer):
         writer.hold_buffers()
 
         def save() -> None:
-            with scratch, whole_folder(final) as folder:
+            with scratch, atomic_dir(final) as folder:
                 if failure is not None:  # told where all ranks hear of it
                     raise failure
                 shutil.copytree(scratch.name, folder, dirs_exist_ok=True)
                 writer.move_to(folder)
                 written = write_states(_given_away(states), writer)
-                self._close(folder, training, put_together(folder, [written]))
+                self._close(folder, training, finalize_shards(folder, [written]))
             self._rotate(final.parent)
 
         self._background.start(save)
@@ -151,7 +153,9 @@ class SavingTrainer(PositionTrainer):
                 self._background.wait()
             running = self._background.running
             error = None if running else self._background.result()
-        running, problems = self.backend.gather_objects((running, problems_of(error)))[0]
+        running, problems = self.backend.collectives.gather_objects((running, problems_of(error)))[
+            0
+        ]
         self._background_pending = running
         if error is not None and not isinstance(error, SaveError):
             raise error
@@ -178,11 +182,13 @@ class SavingTrainer(PositionTrainer):
         """
         super().save_model(str(folder), _internal_call=True)
         if not self.args.save_only_model:
-            with self.backend.whole_state(self.optimizer):
+            with self.backend.consolidated_state(self.optimizer):
                 self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
-        self.backend.gather_objects(None)  # all ranks' files are there before they are counted
+        self.backend.collectives.gather_objects(
+            None
+        )  # all ranks' files are there before they are counted
         return Content({}, {}) if self._ranks.main else None
 
     def _write_portable(self, folder: Path) -> Content | None:
@@ -198,18 +204,18 @@ class SavingTrainer(PositionTrainer):
 
         def write() -> None:
             nonlocal written
-            writes = self._ranks.main or self.backend.data_rank in writers.values()
+            writes = self._ranks.main or self.backend.collectives.rank in writers.values()
             written = write_states(states, writer if writes else None)
 
         failure = failure_of(write)
-        everyone = self.backend.gather_objects(written)
+        everyone = self.backend.collectives.gather_objects(written)
         if failure is not None:
             raise failure
         complete = [one for one in everyone if one is not None]
         if not self._ranks.main or len(complete) < len(everyone):  # the rank that failed says why
             return None
         self._write_config(folder, plain)
-        return put_together(folder, complete)
+        return finalize_shards(folder, complete)
 
     def _writers(self, folder: Path, writer: StateWriter) -> dict[str, int]:
         """Which rank writes which parameter; none for rank 0 alone.
@@ -217,7 +223,7 @@ class SavingTrainer(PositionTrainer):
         That writes all where not every rank sees the same folder, and where transformers converts
         weights, which it does with all of them together. Every rank must call it.
         """
-        count = self.backend.data_world_size
+        count = self.backend.collectives.world_size
         if count == 1 or writer.keys.converts:
             return {}
         if not seen_by_all(folder, self._ranks, count=count):
@@ -226,7 +232,7 @@ class SavingTrainer(PositionTrainer):
 
     def _state_writer(self, folder: Path, model: nn.Module) -> StateWriter:
         size = self.args.checkpoint_shard_mib << 20
-        return StateWriter(folder, model, shard_bytes=size, rank=self.backend.data_rank)
+        return StateWriter(folder, model, shard_bytes=size, rank=self.backend.collectives.rank)
 
     def _write_config(self, folder: Path, model: Any) -> None:
         """Configuration and tokenizer, as ``save_pretrained`` writes them beside the weights."""

@@ -55,7 +55,7 @@ class StoppingTrainer(RollBackTrainer):
         guard = preemption.active()
         if guard is None or not guard.at_boundaries:
             return False
-        return self.backend.anywhere(guard.reason is not None)
+        return self.backend.collectives.any_rank(guard.reason is not None)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' ``train``.
@@ -114,7 +114,7 @@ class StoppingTrainer(RollBackTrainer):
         """Stop in an evaluation after training; there must be something to go on from."""
         output_dir = Path(str(self.args.output_dir))
         found = newest_verified(output_dir) if self._ranks.main else None
-        found = self.backend.gather_objects(found)[0]
+        found = self.backend.collectives.gather_objects(found)[0]
         if found is None and self.optimizer is not None:
             self._save_checkpoint(self.model, None)
             self.settle_background_save(wait=True)
@@ -125,9 +125,9 @@ class StoppingTrainer(RollBackTrainer):
         guard = preemption.active()
         assert guard is not None, "only a guard is asked to stop"
         # Every rank is past its part of the save once all have said who was asked.
-        reasons = self.backend.gather_objects(guard.reason)
+        reasons = self.backend.collectives.gather_objects(guard.reason)
         reason = next((found for found in reasons if found), "a request")
-        guard.settled()
+        guard.mark_saved()
         raise Stopped(
             f"stopped by {reason} at step {self.state.global_step}, {what}; start the same "
             "command again, with --resume_from_checkpoint auto",

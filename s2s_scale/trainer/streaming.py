@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from s2s_scale.arguments import Seq2SeqTrainingArguments
-from s2s_scale.data.prefetch import ahead
-from s2s_scale.data.samplers import EpochSampler, MarkedRows, MicroBatch
+from s2s_scale.data.prefetch import prefetch
+from s2s_scale.data.samplers import EpochSampler, FillerRows, MicroBatch
 from s2s_scale.data.streaming import Block, BlockPlace, StreamedExamples
 
 BLOCKS_OF_EPOCH = 2**24
@@ -98,11 +98,11 @@ class StreamLoader:
         step, skipped = self._first_step, self._skipped
         self._begins = []
         # Reading and tokenising the next block takes as long as many batches do.
-        for block in ahead(self.dataset.blocks(self._start, rows=self._rows_per_block), count=1):
+        for block in prefetch(self.dataset.blocks(self._start, rows=self._rows_per_block), count=1):
             self._begins.append((step, block.start))
             sampler = self._plan(_Rows(block))
             sampler.set_epoch(block.start.epoch * BLOCKS_OF_EPOCH + block.start.block)
-            rows = MarkedRows(block)
+            rows = FillerRows(block)
             for number in range(sampler.steps):
                 step += 1
                 if skipped:
@@ -114,11 +114,11 @@ class StreamLoader:
     def _micro_batches(self, sampler: EpochSampler, step: int) -> Iterator[MicroBatch]:
         batches = list(sampler.divided(step))
         nothing = [np.empty(0, dtype=np.int64)] * sampler.world_size
-        spare = MicroBatch(nothing, batches[-1].spare)
+        filler_row = MicroBatch(nothing, batches[-1].filler_row)
         missing = self._accumulation - len(batches)
         if missing < 0:
             raise RuntimeError(f"{len(batches)} micro-batches in a step of {self._accumulation}")
-        return itertools.chain(batches, itertools.repeat(spare, missing))
+        return itertools.chain(batches, itertools.repeat(filler_row, missing))
 
 
 class _Rows:

@@ -43,24 +43,28 @@ def device_of(backend: Backend) -> torch.device:
 
 def shares(backend: Backend) -> None:
     assert backend.rows_multiple >= 1
-    assert backend.averaged_ranks in (1, backend.data_world_size)
+    assert backend.averaged_ranks in (1, backend.collectives.world_size)
     assert isinstance(backend.static_shapes, bool)
     count, seconds = backend.compilations()
     assert count >= 0 and seconds >= 0.0
 
 
 def collectives(backend: Backend) -> None:
-    rank, world = backend.data_rank, backend.data_world_size
-    assert int(backend.total_count(rank + 1, device_of(backend))) == sum(range(1, world + 1))
-    assert [backend.anywhere(rank == other) for other in range(world)] == [True] * world
-    assert backend.anywhere(False) is False
-    assert backend.gather_objects({"rank": rank}) == [{"rank": number} for number in range(world)]
+    rank, world = backend.collectives.rank, backend.collectives.world_size
+    assert int(backend.collectives.sum_counts(rank + 1, device_of(backend))) == sum(
+        range(1, world + 1)
+    )
+    assert [backend.collectives.any_rank(rank == other) for other in range(world)] == [True] * world
+    assert backend.collectives.any_rank(False) is False
+    assert backend.collectives.gather_objects({"rank": rank}) == [
+        {"rank": number} for number in range(world)
+    ]
     value = torch.tensor([1.0, float(rank)])
-    summed = backend.total(value)
+    summed = backend.collectives.all_reduce_sum(value)
     assert summed.tolist() == [world, world * (world - 1) / 2]
     assert value.tolist() == [1.0, float(rank)], "total changed its argument"
     rows = torch.full((2, 1 + rank), rank)
-    gathered = backend.gather_rows(rows, -1)
+    gathered = backend.collectives.gather_rows(rows, -1)
     assert gathered.shape == (2 * world, world)
     expected = [[n] * (1 + n) + [-1] * (world - 1 - n) for n in range(world) for _ in range(2)]
     assert gathered.tolist() == expected
@@ -69,12 +73,12 @@ def collectives(backend: Backend) -> None:
 def main_first(backend: Backend, folder: Path) -> None:
     """Rank 0 is slow; the others must find what it has made."""
     made = folder / "made-by-rank-0"
-    with backend.main_first():
-        if backend.data_rank == 0:
+    with backend.collectives.main_first():
+        if backend.collectives.rank == 0:
             time.sleep(0.5)
             made.write_text("x", encoding="utf-8")
         assert made.exists()
-    backend.gather_objects(None)
+    backend.collectives.gather_objects(None)
 
 
 def optimizer(backend: Backend) -> None:
@@ -96,13 +100,13 @@ def optimizer(backend: Backend) -> None:
     moved_state(backend, built, model, plain)
     dropped_updates(backend, built, model)
     same_weights(model, reference)
-    with backend.whole_state(built):
-        if backend.data_rank == 0:
+    with backend.consolidated_state(built):
+        if backend.collectives.rank == 0:
             state = built.state_dict()["state"]
             assert len(state) == len(list(model.parameters()))
             assert {"exp_avg", "exp_avg_sq", "step"} <= set(state[0])
     weights = backend.full_weights(model)
-    if backend.data_rank:
+    if backend.collectives.rank:
         assert weights == {}
     else:
         assert set(weights) == {name for name, _ in model.named_parameters()}
@@ -116,7 +120,11 @@ def optimizer(backend: Backend) -> None:
         texts = model.generate(source, max_new_tokens=3, **keywords)
         assert texts.shape[0] == 1
         if not backend.static_shapes:  # one rank ends before the other
-            options = {"inputs": source, "max_new_tokens": 3 + 4 * backend.data_rank, **keywords}
+            options = {
+                "inputs": source,
+                "max_new_tokens": 3 + 4 * backend.collectives.rank,
+                **keywords,
+            }
             assert generate(model, **options).tolist() == model.generate(**options).tolist()
 
 
@@ -132,9 +140,9 @@ def moved_state(backend: Backend, built: Any, model: torch.nn.Module, plain: Any
         for state in backend.state(model, built)
     ]
     assert [state.name for state in found] == list(shapes)
-    if backend.data_rank > 0:
+    if backend.collectives.rank > 0:
         assert all(state.weight is None and not state.moments for state in found)
-    saved = {state.name: state for state in backend.gather_objects(found)[0]}
+    saved = {state.name: state for state in backend.collectives.gather_objects(found)[0]}
     expected = [plain.state[p] for group in plain.param_groups for p in group["params"]]
     for state, reference in zip(saved.values(), expected, strict=True):
         assert state.moments.keys() == {"exp_avg", "exp_avg_sq", "step"}
@@ -142,12 +150,12 @@ def moved_state(backend: Backend, built: Any, model: torch.nn.Module, plain: Any
             assert value.device.type == "cpu"
             torch.testing.assert_close(value, torch.as_tensor(reference[moment]))
     writers = backend.writers(model, built)
-    assert backend.gather_objects(writers) == [writers] * backend.data_world_size
+    assert backend.collectives.gather_objects(writers) == [writers] * backend.collectives.world_size
     assert set(writers) == set(shapes) and set(writers.values()) == set(
-        range(backend.data_world_size)
+        range(backend.collectives.world_size)
     )
     shares = {s.name: s for s in backend.state(model, built, writers) if s.weight is not None}
-    assert list(shares) == [name for name in shapes if writers[name] == backend.data_rank]
+    assert list(shares) == [name for name in shapes if writers[name] == backend.collectives.rank]
     for name, share in shares.items():  # to the bit what rank 0 alone gets
         assert torch.equal(share.weight, saved[name].weight), name
         assert share.moments.keys() == saved[name].moments.keys(), name
@@ -169,7 +177,7 @@ def moved_state(backend: Backend, built: Any, model: torch.nn.Module, plain: Any
     backend.after_prepare(second)
     backend.load_state(other, second, read)
     again = list(backend.state(other, second))
-    if backend.data_rank == 0:
+    if backend.collectives.rank == 0:
         for state in again:
             assert torch.equal(state.weight, saved[state.name].weight), state.name
             for moment, value in saved[state.name].moments.items():
@@ -192,9 +200,9 @@ def dropped_updates(backend: Backend, built: Any, model: torch.nn.Module) -> Non
     """A step that is bad on the last rank alone changes nothing, on any rank."""
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
-    last = backend.data_rank == backend.data_world_size - 1
+    last = backend.collectives.rank == backend.collectives.world_size - 1
     bad = torch.tensor(last, device=next(model.parameters()).device)
-    assert bool(backend.drop_update_where(built, bad))
+    assert bool(backend.skip_update_where(built, bad))
     built.step()
     backend.flush()
 

@@ -42,7 +42,7 @@ def main(beams: list[int], settings: Settings) -> None:
         trainer.train()
         for number in beams:
             metrics = trainer.evaluate(examples["test"], metric_key_prefix="test", num_beams=number)
-            if backend.data_rank == 0:
+            if backend.collectives.rank == 0:
                 texts = (run.output_dir / "test_generations.txt").read_text(encoding="utf-8")
                 result = {"metrics": metrics, "texts": texts.split("\n")[:-1], "held": held}
                 path = run.output_dir / f"beams-{number}.json"

@@ -97,7 +97,7 @@ def main(path: Path) -> None:
             backends[-1].prepare_process()
             results[one["name"]] = run(job, one, path.parent / f"{number}", backends[-1])
             _forget()
-        if backends[0].data_rank == 0:
+        if backends[0].collectives.rank == 0:
             (path.parent / "result.json").write_text(json.dumps(results), encoding="utf-8")
     finally:
         backends[-1].close()
@@ -114,7 +114,7 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
     """One run; its losses by step, its ledger, and where its final weights are."""
     arguments = {**job["arguments"], **one["arguments"]}
     values = settings(Path(one.get("output") or folder), **arguments)
-    devices = backend.data_world_size * backend.rows_multiple
+    devices = backend.collectives.world_size * backend.rows_multiple
     if "tokens_per_step" not in values:
         values["per_device_train_batch_size"] = job["rows_per_step"] // devices
     args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
@@ -134,9 +134,9 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
         trainer.train(resume_from_checkpoint=one.get("resume"))
     weights = backend.full_weights(trainer.model)
     file = folder.with_suffix(".pt")
-    if backend.data_rank == 0:
+    if backend.collectives.rank == 0:
         torch.save(weights, file)
-    parts = backend.gather_objects(ledger.steps)
+    parts = backend.collectives.gather_objects(ledger.steps)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "losses": {entry["step"]: entry["loss"] for entry in history},

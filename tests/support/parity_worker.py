@@ -32,7 +32,12 @@ def main(name: str, folders: list[Path]) -> None:
     try:
         for folder, job in jobs.items():
             if name == "transformers":
-                stock(job, folder, rank=backend.data_rank, world_size=backend.data_world_size)
+                stock(
+                    job,
+                    folder,
+                    rank=backend.collectives.rank,
+                    world_size=backend.collectives.world_size,
+                )
             else:
                 compute(job, backend, folder)
     finally:

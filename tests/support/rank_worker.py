@@ -27,7 +27,7 @@ def main(path: Path) -> None:
     backend.prepare_process()
     try:
         result = run(job, path.parent, backend)
-        if backend.data_rank == 0:
+        if backend.collectives.rank == 0:
             (path.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
     finally:
         backend.close()
@@ -65,7 +65,7 @@ def run(job: dict[str, Any], folder: Path, backend: Any) -> dict[str, Any]:
             [token for token in row if token not in (-100, model.config.pad_token_id)]
             for row in predictions.label_ids.tolist()
         ],
-        "world_size": backend.data_world_size,
+        "world_size": backend.collectives.world_size,
     }
 
 

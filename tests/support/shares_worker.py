@@ -42,7 +42,7 @@ def main(path: Path) -> None:
             # accelerate keeps its settings for the whole process; each run has settings of its own.
             AcceleratorState._reset_state()
             results[name] = run(job, path.parent / name, backends[job["backend"]])
-        if first.data_rank == 0:
+        if first.collectives.rank == 0:
             (path.parent / "result.json").write_text(json.dumps(results), encoding="utf-8")
     finally:
         first.close()
@@ -83,9 +83,9 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
         "overflow_steps": history(trainer, "overflow_steps"),
         "weights": [value for weight in whole.values() for value in weight.flatten().tolist()],
         "replicas_equal": watcher.equal,
-        "held": backend.gather_objects(watcher.held),
-        "gradients": backend.gather_objects(watcher.gradients),
-        "parameters": backend.gather_objects(held_parameters(model)),
+        "held": backend.collectives.gather_objects(watcher.held),
+        "gradients": backend.collectives.gather_objects(watcher.gradients),
+        "parameters": backend.collectives.gather_objects(held_parameters(model)),
         "whole_parameters": sum(numbers),
         "largest_share": max(numbers) / sum(numbers),
     }
@@ -147,7 +147,7 @@ class Watcher(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         if self.replicas:
             weights = torch.cat([p.detach().flatten() for p in objects["model"].parameters()])
-            copies = self.backend.gather_objects(weights.numpy().tobytes())
+            copies = self.backend.collectives.gather_objects(weights.numpy().tobytes())
             self.equal.append(len(set(copies)) == 1)
         optimizer = objects["optimizer"]
         while hasattr(optimizer, "optim") or hasattr(optimizer, "optimizer"):

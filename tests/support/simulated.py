@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from s2s_scale.backends.collectives import Collectives
 from s2s_scale.backends.local import LocalBackend
+
+
+class SimulatedCollectives(Collectives):
+    """One of several ranks, which keeps its values to itself."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size  # type: ignore[misc]
 
 
 class SimulatedBackend(LocalBackend):
@@ -12,15 +23,12 @@ class SimulatedBackend(LocalBackend):
         self, *, rank: int = 0, world_size: int = 1, devices: int = 1, static: bool = True
     ) -> None:
         super().__init__("cpu")
-        self.rank, self.processes, self.devices, self.static = rank, world_size, devices, static
+        self.devices, self.static = devices, static
+        self.simulated = SimulatedCollectives(rank, world_size)
 
     @property
-    def data_rank(self) -> int:
-        return self.rank
-
-    @property
-    def data_world_size(self) -> int:
-        return self.processes
+    def collectives(self) -> Collectives:
+        return self.simulated
 
     @property
     def static_shapes(self) -> bool:

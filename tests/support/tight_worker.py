@@ -50,7 +50,7 @@ def main(path: Path) -> None:
             results[one["name"]] = run(job, one, path.parent / one["name"], backend)
             gc.collect()
         assert backend is not None
-        if backend.data_rank == 0:
+        if backend.collectives.rank == 0:
             (path.parent / "result.json").write_text(json.dumps(results), encoding="utf-8")
     finally:
         if backend is not None:
@@ -122,13 +122,13 @@ def refused_on_every_rank(trainer: Seq2SeqTrainer) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    here = backend.data_rank == backend.data_world_size - 1
+    here = backend.collectives.rank == backend.collectives.world_size - 1
     with (
         patch.object(TensorWriter, "add", full if here else TensorWriter.add),
         pytest.raises(SaveError, match=os.strerror(errno.ENOSPC)),
     ):
         trainer._save_checkpoint(trainer.model, trial=None)
-    backend.gather_objects(None)
+    backend.collectives.gather_objects(None)
     assert list(folder.iterdir()) == []
 
 

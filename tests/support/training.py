@@ -71,7 +71,7 @@ class Spoilt(Seq2SeqTrainer):
         how = self.spoilt.get(str(self.state.global_step + 1)) if self.is_in_train else None
         if how == "spike":
             return loss * 100.0
-        if how is None or self.backend.data_rank < self.backend.data_world_size - 1:
+        if how is None or self.backend.collectives.rank < self.backend.collectives.world_size - 1:
             return loss
         return loss * math.nan if how == "nan" else loss + math.inf
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from s2s_scale.checkpoint import SaveError, verify, whole_folder
+from s2s_scale.checkpoint import SaveError, atomic_dir, verify
 from tests.support.command import (
     Outcome,
     finish,
@@ -284,7 +284,7 @@ def test_a_write_that_fails_is_told_from_an_error_in_the_program(own_run, bart, 
     before = snapshot(own_run)
 
     def save_there() -> None:
-        with whole_folder(own_run / "checkpoint-3") as folder:
+        with atomic_dir(own_run / "checkpoint-3") as folder:
             (folder / "file").symlink_to("/dev/full")
             save(folder / "file", bart)
 
@@ -297,6 +297,6 @@ def test_a_write_that_fails_is_told_from_an_error_in_the_program(own_run, bart, 
 
 def test_an_error_in_the_program_stays_what_it_is(own_run):
     before = snapshot(own_run)
-    with pytest.raises(RuntimeError, match="shapes"), whole_folder(own_run / "checkpoint-3"):
+    with pytest.raises(RuntimeError, match="shapes"), atomic_dir(own_run / "checkpoint-3"):
         raise RuntimeError("shapes do not match")
     assert snapshot(own_run) == before

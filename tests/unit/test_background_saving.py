@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from s2s_scale.checkpoint import SaveError, checkpoints, tidy, verify
+from s2s_scale.checkpoint import SaveError, checkpoints, remove_partial, verify
 from s2s_scale.checkpoint.atomic import LOCK, locked
 from s2s_scale.errors import UserError
 from s2s_scale.trainer import saving
@@ -126,6 +126,6 @@ def test_what_a_killed_run_left_is_tidied(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
     (tmp_path / "checkpoint-1").mkdir()
-    tidy(tmp_path)
+    remove_partial(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
     assert (tmp_path / "checkpoint-2" / "file").exists()

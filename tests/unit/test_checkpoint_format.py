@@ -26,7 +26,7 @@ from s2s_scale.checkpoint import (
 )
 from s2s_scale.checkpoint.atomic import SINGLE, Ranks, seen_by_all
 from s2s_scale.checkpoint.manifest import checksum_of
-from s2s_scale.checkpoint.portable import StateWriter, check_fits, put_together, write_states
+from s2s_scale.checkpoint.portable import StateWriter, check_fits, finalize_shards, write_states
 from s2s_scale.checkpoint.tensors import TensorReader, TensorWriter, name_parts
 from s2s_scale.errors import UserError
 from s2s_scale.models.tiny import FAMILY_NAMES, tiny_model
@@ -85,7 +85,7 @@ def test_weights_are_those_that_save_pretrained_writes(tmp_path, family, shard_b
     (ours / "model.safetensors").unlink()
     optimizer = torch.optim.AdamW(model.parameters())
     writer = StateWriter(ours, model, shard_bytes=shard_bytes)
-    put_together(ours, [write_states(make_backend("local").state(model, optimizer), writer)])
+    finalize_shards(ours, [write_states(make_backend("local").state(model, optimizer), writer)])
     expected = safetensors.torch.load_file(tmp_path / "stock" / "model.safetensors")
     with TensorReader(ours, "model") as reader:
         assert set(reader) == set(expected)
@@ -105,7 +105,7 @@ def test_lower_precision_keeps_the_fp32_weights_beside(tmp_path):
     fine = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
     writer = StateWriter(tmp_path, model)
     states = (ParameterState(n, w, {}) for n, w in fine.items())
-    put_together(tmp_path, [write_states(states, writer)])
+    finalize_shards(tmp_path, [write_states(states, writer)])
     with TensorReader(tmp_path, "model") as low, TensorReader(tmp_path, "master_weights") as high:
         assert len(low) == len(high) == len(fine) > 10
         for name, weight in fine.items():
@@ -127,7 +127,7 @@ def test_the_shares_of_several_ranks_make_one_set_of_files(tmp_path, shard_bytes
         for rank in range(ranks):
             writer = StateWriter(folder, model, shard_bytes=shard_bytes, rank=rank)
             written.append(write_states((s for s in states if writers[s.name] == rank), writer))
-        content = put_together(folder, written)
+        content = finalize_shards(folder, written)
         files = {path.name for path in folder.iterdir()}
         assert set(content.entries) == files and not any("part" in name for name in files)
         assert content.entries == {name: checksum_of(folder / name) for name in files}

@@ -14,7 +14,7 @@ import s2s_scale
 from s2s_scale import cli
 from s2s_scale.config import DataArguments, ModelArguments
 from s2s_scale.errors import UserError
-from s2s_scale.launch.spec import Wishes
+from s2s_scale.launch.spec import LaunchOptions
 from s2s_scale.settings import profiles, split_settings
 from s2s_scale.settings.commands import (
     DATA_READING,
@@ -118,7 +118,7 @@ def test_train_gets_typed_values_and_origins(train):
     assert settings.origins["max_steps"] == "command line"
     assert settings.origins["use_cpu"] == "profile cpu"
     assert settings.profile.name == "cpu"
-    assert settings.verb_values == {"dry_run": False} | vars(Wishes())
+    assert settings.verb_values == {"dry_run": False} | vars(LaunchOptions())
     assert settings.get("max_steps") == 7
     assert settings.get("no_such", 3) == 3
 

@@ -17,8 +17,8 @@ from s2s_scale.cpu.ops import (
     can_add_to,
     dropout,
     dropped_levels,
-    filled_up,
     kept_at_random,
+    pad_rows,
     usual_count,
 )
 from s2s_scale.cpu.packed_attention import SegmentedAttention
@@ -280,7 +280,7 @@ def test_counts_of_positions_are_few_and_not_much_larger():
     assert all(usual <= n * 17 / 16 for n, usual in counts.items() if n >= 512)
     assert len({usual for n, usual in counts.items() if n < 2_048}) <= 48
     rows = torch.randn(3, 11, 5)
-    filled = filled_up(rows, torch.bfloat16)
+    filled = pad_rows(rows, torch.bfloat16)
     assert filled.shape == (64, 5) and (filled[33:] == 0).all()
     assert (filled[:33].view(3, 11, 5) == rows.bfloat16()).all()
-    assert filled_up(rows, torch.float32).shape == (33, 5)
+    assert pad_rows(rows, torch.float32).shape == (33, 5)

@@ -123,4 +123,4 @@ def test_updates_that_cannot_be_put_off_are_known(config, waits):
     backend = DeepSpeedBackend()
     assert update_can_wait(config) is waits
     backend.training_overrides({"deepspeed": config}, trains=True)
-    assert backend.looks_before_update is (waits or not config)
+    assert backend.can_skip_update is (waits or not config)

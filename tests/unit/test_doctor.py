@@ -12,15 +12,15 @@ import torch
 
 from s2s_scale import cli
 from s2s_scale.doctor import checks
-from s2s_scale.doctor.checks import Finding, Patient, examine
+from s2s_scale.doctor.checks import DoctorContext, Finding, run_checks
 from s2s_scale.doctor.parity import Case, Figures, Job, compare
 from s2s_scale.doctor.report import print_findings
 from s2s_scale.settings.profiles import missing_packages, resolve
-from s2s_scale.utils import holders
+from s2s_scale.utils import processes_holding
 
 
 def findings(check, profile="cpu", **more):
-    return {found.what: found for found in check(Patient(resolve(profile), **more))}
+    return {found.what: found for found in check(DoctorContext(resolve(profile), **more))}
 
 
 def test_this_machine_is_fit_for_the_cpu_profiles(tmp_path):
@@ -29,7 +29,7 @@ def test_this_machine_is_fit_for_the_cpu_profiles(tmp_path):
     usable = [profile for profile in wanted if not missing_packages(profile)]
     assert len(usable) >= 2
     for profile in usable:
-        found = examine(Patient(profile, output_dir=tmp_path))
+        found = run_checks(DoctorContext(profile, output_dir=tmp_path))
         problems = [entry for entry in found if not entry.ok]
         assert not problems
         assert len(found) >= 8
@@ -87,7 +87,7 @@ def test_tpu_chips_and_who_holds_them(monkeypatch, tmp_path):
     monkeypatch.setattr(checks, "tpu_chips", lambda: [chip])
     assert all(entry.ok for entry in findings(checks.devices, "tpu-vm").values())
     with chip.open() as held:
-        assert holders([chip]) == [], "this process itself does not count"
+        assert processes_holding([chip]) == [], "this process itself does not count"
         process = subprocess.Popen(
             [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held.fileno()]
         )

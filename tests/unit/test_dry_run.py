@@ -16,7 +16,7 @@ import pytest
 
 from s2s_scale.launch import spec
 from s2s_scale.launch.launchers import plan_launch
-from s2s_scale.launch.spec import Wishes, describe
+from s2s_scale.launch.spec import LaunchOptions, describe
 from s2s_scale.settings import profiles
 from s2s_scale.settings.profiles import available, resolve
 
@@ -34,8 +34,8 @@ def machine(monkeypatch):
     monkeypatch.setattr(spec, "cuda_devices", lambda environ: ["0", "1"])
 
 
-def text_of(profile, words=WORDS, wishes=None):
-    planned = plan_launch(resolve(profile), words, environ={}, wishes=wishes)
+def text_of(profile, words=WORDS, options=None):
+    planned = plan_launch(resolve(profile), words, environ={}, options=options)
     text = describe(planned, environ={}).replace(sys.executable, "python")
     return re.sub(r"(--master_port) \d+", r"\1 PORT", text)
 
@@ -58,20 +58,20 @@ def test_shipped_profile(machine, name):
 def test_two_hosts(machine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("hosts").write_text(HOSTS, encoding="utf-8")
-    for number, wishes in enumerate(
+    for number, options in enumerate(
         (
-            Wishes(hostfile="hosts"),
-            Wishes(hostfile="hosts", num_nodes=1, num_processes=1),
-            Wishes(hostfile="hosts", include="worker-2:1", master_addr="10.0.0.2"),
-            Wishes(hostfile="hosts", launcher_runner="openmpi", master_port=2345),
+            LaunchOptions(hostfile="hosts"),
+            LaunchOptions(hostfile="hosts", num_nodes=1, num_processes=1),
+            LaunchOptions(hostfile="hosts", include="worker-2:1", master_addr="10.0.0.2"),
+            LaunchOptions(hostfile="hosts", launcher_runner="openmpi", master_port=2345),
         )
     ):
-        check(f"two-hosts-{number}", text_of("gpu-zero2", wishes=wishes))
+        check(f"two-hosts-{number}", text_of("gpu-zero2", options=options))
 
 
 def test_one_of_two_torchrun_hosts(machine):
-    wishes = Wishes(num_nodes=2, node_rank=1, master_addr="worker-1", master_port=2345)
-    check("torchrun-second-host", text_of("gpu-ddp", wishes=wishes))
+    options = LaunchOptions(num_nodes=2, node_rank=1, master_addr="worker-1", master_port=2345)
+    check("torchrun-second-host", text_of("gpu-ddp", options=options))
 
 
 def test_no_golden_file_is_left_over():

@@ -15,8 +15,8 @@ import torch
 
 from s2s_scale.backends import make_backend
 from s2s_scale.data.collators import Seq2SeqCollator
-from s2s_scale.data.prefetch import BATCHES_AHEAD, ArrowRows, ahead, reads_from_arrow
-from s2s_scale.data.samplers import MarkedRows
+from s2s_scale.data.prefetch import BATCHES_AHEAD, ArrowRows, prefetch, reads_from_arrow
+from s2s_scale.data.samplers import FillerRows
 from s2s_scale.errors import UserError
 from tests.support.training import fresh, history, our_trainer, ragged_rows
 
@@ -64,7 +64,7 @@ def test_marked_rows_and_batches_are_the_same(mapped):
     collate = Seq2SeqCollator(1)
     ids = [5, ~9, 2600, 1]
     one, other = (
-        collate(MarkedRows(rows).__getitems__(ids)) for rows in (mapped, ArrowRows(mapped))
+        collate(FillerRows(rows).__getitems__(ids)) for rows in (mapped, ArrowRows(mapped))
     )
     assert one.keys() == other.keys() == {"input_ids", "attention_mask", "labels"}
     for name in one:
@@ -92,9 +92,9 @@ def test_items_come_in_order_from_a_thread_that_stops():
             made.append(number)
             yield number
 
-    assert list(ahead(items())) == list(range(100))
+    assert list(prefetch(items())) == list(range(100))
     made.clear()
-    part = ahead(items())
+    part = prefetch(items())
     assert [next(part) for _ in range(3)] == [0, 1, 2]
     part.close()
     for thread in threading.enumerate():
@@ -109,7 +109,7 @@ def test_an_error_in_the_thread_is_raised_where_items_are_read():
         yield 1
         raise UserError("row 7 is damaged")
 
-    reader = ahead(items())
+    reader = prefetch(items())
     assert next(reader) == 1
     with pytest.raises(UserError, match="row 7 is damaged"):
         next(reader)
@@ -117,7 +117,7 @@ def test_an_error_in_the_thread_is_raised_where_items_are_read():
 
 ENDS_MEANWHILE = """
 import sys, time
-from s2s_scale.data.prefetch import ahead
+from s2s_scale.data.prefetch import prefetch
 
 def items():
     yield 1
@@ -125,7 +125,7 @@ def items():
     print("done", flush=True)
     yield 2
 
-reader = ahead(items())
+reader = prefetch(items())
 next(reader)
 sys.exit(3)
 """

@@ -10,7 +10,7 @@ import pytest
 
 from s2s_scale.errors import UserError
 from s2s_scale.launch.launchers import LAUNCHERS, plan_launch
-from s2s_scale.launch.spec import Launch, Wishes, describe
+from s2s_scale.launch.spec import Launch, LaunchOptions, describe
 from s2s_scale.resilience.supervisor import start
 from s2s_scale.settings import profiles
 from s2s_scale.settings.profiles import LauncherProfile
@@ -68,7 +68,7 @@ def test_torchrun_starts_the_profiles_number_of_processes_unless_told_otherwise(
     assert launch.command[-5:] == ("--nproc-per-node=2", "-m", "s2s_scale", "train", "c.yaml")
     assert "OMP_NUM_THREADS" not in launch.environment
     assert ranks_of(launch) == [(0, "cpu"), (1, "cpu")]
-    four = plan_launch(ddp, ["train"], environ={}, wishes=Wishes(num_processes=4))
+    four = plan_launch(ddp, ["train"], environ={}, options=LaunchOptions(num_processes=4))
     assert "--nproc-per-node=4" in four.command and len(four.ranks) == 4
 
 
@@ -84,7 +84,7 @@ def test_a_rank_per_visible_gpu_and_no_more():
     launch = plan_launch(ddp, ["train"], environ=environ)
     assert ranks_of(launch) == [(0, "cuda:2"), (1, "cuda:5")]
     with pytest.raises(UserError, match="3 processes, but 2 CUDA device"):
-        plan_launch(ddp, ["train"], environ=environ, wishes=Wishes(num_processes=3))
+        plan_launch(ddp, ["train"], environ=environ, options=LaunchOptions(num_processes=3))
 
 
 def test_gpus_are_counted_by_the_drivers_folder(monkeypatch, tmp_path):
@@ -105,7 +105,7 @@ def test_a_process_started_by_a_launcher_is_a_rank_and_keeps_its_devices():
 
 def test_one_process_profiles_refuse_a_number_of_processes():
     with pytest.raises(UserError, match="--num_processes 2"):
-        plan_launch(profile(), ["train"], environ={}, wishes=Wishes(num_processes=2))
+        plan_launch(profile(), ["train"], environ={}, options=LaunchOptions(num_processes=2))
 
 
 def test_the_first_failure_is_printed_once_and_the_exit_code_kept(capfd):

@@ -51,10 +51,10 @@ def test_a_single_process_is_its_own_collective(variables):
     backend = make_backend("local")
     backend.prepare_process()
     rows = torch.arange(6).view(2, 3)
-    assert (backend.data_rank, backend.data_world_size) == (0, 1)
-    assert torch.equal(backend.total(rows), rows)
-    assert torch.equal(backend.gather_rows(rows, 0), rows)
-    assert backend.gather_objects("x") == ["x"]
-    with backend.main_first():
+    assert (backend.collectives.rank, backend.collectives.world_size) == (0, 1)
+    assert torch.equal(backend.collectives.all_reduce_sum(rows), rows)
+    assert torch.equal(backend.collectives.gather_rows(rows, 0), rows)
+    assert backend.collectives.gather_objects("x") == ["x"]
+    with backend.collectives.main_first():
         pass
     backend.close()

@@ -7,7 +7,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from s2s_scale.resilience.preemption import VARIABLE, MaintenanceWatch, Stopped, guarding, notice
+from s2s_scale.resilience.preemption import (
+    VARIABLE,
+    MaintenanceWatcher,
+    Stopped,
+    handle_preemption,
+    notice,
+)
 
 
 @pytest.fixture
@@ -54,8 +60,8 @@ def test_a_host_without_such_a_server_has_no_notices(monkeypatch):
 
 def test_a_notice_asks_the_process_to_stop(metadata):
     def work():
-        with guarding(60) as guard:
-            MaintenanceWatch(guard.ask, every_seconds=0.01).start()
+        with handle_preemption(60) as guard:
+            MaintenanceWatcher(guard.ask, every_seconds=0.01).start()
             metadata["preempted"] = "TRUE"
             threading.Event().wait(20)
 
@@ -65,9 +71,9 @@ def test_a_notice_asks_the_process_to_stop(metadata):
 
 def test_a_notice_during_training_is_kept_for_the_end_of_the_step(metadata):
     metadata["maintenance-event"] = "MIGRATE_ON_HOST_MAINTENANCE"
-    with guarding(60) as guard:
+    with handle_preemption(60) as guard:
         guard.at_boundaries = True
-        watch = MaintenanceWatch(guard.ask, every_seconds=0.01)
+        watch = MaintenanceWatcher(guard.ask, every_seconds=0.01)
         watch.start()
         for _ in range(1000):
             if guard.reason:

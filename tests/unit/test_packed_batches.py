@@ -15,7 +15,7 @@ from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.data.buckets import row_cost
 from s2s_scale.data.collators import PackedCollator, Seq2SeqCollator
 from s2s_scale.data.packing import PackedExamples, PackedRows, PackedSampler
-from s2s_scale.data.samplers import MarkedRows
+from s2s_scale.data.samplers import FillerRows
 from s2s_scale.errors import UserError
 from s2s_scale.models import decoder_inputs_from_labels
 from s2s_scale.models.packed import decoder_start
@@ -232,7 +232,7 @@ def test_a_rank_without_pairs_trains_on_nothing(tmp_path):
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or (p.grad == 0).all() for p in trainer.model.parameters())
-    rows = MarkedRows(trainer.train_dataset)
+    rows = FillerRows(trainer.train_dataset)
     assert rows.__getitems__(PackedRows([], None, [0])).counts == [0]
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from s2s_scale.resilience import preemption
-from s2s_scale.resilience.preemption import EXIT_RESUME, SIGNALS, Stopped, guarding
+from s2s_scale.resilience.preemption import EXIT_RESUME, SIGNALS, Stopped, handle_preemption
 
 
 def wait_for_reason(guard):
@@ -27,7 +27,7 @@ def test_before_training_a_request_is_raised(number):
     signal.signal(number, signal.SIG_DFL)
 
     def work():
-        with guarding(60):
+        with handle_preemption(60):
             os.kill(os.getpid(), number)
             time.sleep(10)
 
@@ -40,7 +40,7 @@ def test_before_training_a_request_is_raised(number):
 
 
 def test_in_training_it_is_noted_and_signals_that_follow_at_once_are_the_same():
-    with guarding(60) as guard:
+    with handle_preemption(60) as guard:
         guard.at_boundaries = True
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
@@ -51,7 +51,7 @@ def test_in_training_it_is_noted_and_signals_that_follow_at_once_are_the_same():
 
 def test_signals_are_given_back():
     before = [signal.getsignal(n) for n in SIGNALS]
-    with guarding(60), guarding(60) as inner:
+    with handle_preemption(60), handle_preemption(60) as inner:
         assert inner is preemption.active()
     assert [signal.getsignal(n) for n in SIGNALS] == before and preemption.active() is None
 
@@ -59,7 +59,7 @@ def test_signals_are_given_back():
 def test_a_background_job_is_not_meant_by_ctrl_c():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with guarding(60) as guard:
+        with handle_preemption(60) as guard:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
             assert guard.reason is None
@@ -69,7 +69,7 @@ def test_a_background_job_is_not_meant_by_ctrl_c():
 
 HEAD = """
 import os, signal, sys, time
-from s2s_scale.resilience.preemption import guarding
+from s2s_scale.resilience.preemption import handle_preemption
 """
 
 
@@ -82,7 +82,7 @@ def run(program, limit=30):
 def test_a_main_thread_that_cannot_listen_is_ended_when_its_grace_is_over():
     """It swallows what the handler does, as a long compilation would."""
     program = """
-with guarding(1.0) as guard:
+with handle_preemption(1.0) as guard:
     guard.at_boundaries = True
     os.kill(os.getpid(), signal.SIGTERM)
     end = time.monotonic() + 20
@@ -98,7 +98,7 @@ def test_a_second_signal_ends_at_once():
     program = """
 import s2s_scale.resilience.preemption as preemption
 preemption.SAME_SECONDS = 0.2
-with guarding(60) as guard:
+with handle_preemption(60) as guard:
     guard.at_boundaries = True
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.5)
@@ -112,7 +112,7 @@ with guarding(60) as guard:
 
 def test_workers_of_a_loader_live_until_their_parent_has_stopped():
     program = """
-with guarding(60) as guard:
+with handle_preemption(60) as guard:
     guard.at_boundaries = True
     child = os.fork()
     if child == 0:
@@ -124,7 +124,7 @@ with guarding(60) as guard:
     time.sleep(0.3)
     assert os.waitpid(child, os.WNOHANG) == (0, 0), "ended too early"
     assert guard.reason is None, "a child's signal is not the parent's"
-    guard.settled()
+    guard.mark_saved()
     os.kill(child, signal.SIGTERM)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
 """

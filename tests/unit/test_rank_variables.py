@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from s2s_scale.launch.spec import NAMES, STARTED_BY, adopt
+from s2s_scale.launch.spec import NAMES, STARTED_BY, set_rank_env
 
 
 @pytest.mark.parametrize("runner", sorted(NAMES))
 def test_a_runners_names_become_ours(runner):
     environ = {STARTED_BY: runner, **dict(zip(NAMES[runner], ("3", "1", "8"), strict=True))}
-    adopt(environ)
+    set_rank_env(environ)
     assert (environ["RANK"], environ["LOCAL_RANK"], environ["WORLD_SIZE"]) == ("3", "1", "8")
 
 
 def test_a_batch_script_is_no_rank():
     environ = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
-    adopt(environ)
+    set_rank_env(environ)
     assert "RANK" not in environ
 
 
 def test_what_is_there_stays():
     environ = {STARTED_BY: "slurm", "SLURM_PROCID": "3", "RANK": "0"}
-    adopt(environ)
+    set_rank_env(environ)
     assert environ["RANK"] == "0"

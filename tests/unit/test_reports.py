@@ -17,7 +17,7 @@ from s2s_scale.resilience import supervisor
 from s2s_scale.resilience.preemption import EXIT_RESUME, SAME_SECONDS
 from s2s_scale.resilience.reports import (
     REPORT_TOKEN,
-    Certainty,
+    FailureSource,
     Reports,
     lost_contact,
     report_done,
@@ -40,8 +40,8 @@ def reports(monkeypatch):
 def test_the_failure_nearest_to_the_cause_is_shown_however_late_it_comes(reports):
     assert reports.first_failure() is None and reports.failed_at is None
     assert report_error(RuntimeError("Connection closed by peer [::1]:1"), rank=0)
-    assert report_failure(["no sign of life"], rank=1, host="b", certainty=Certainty.MISSED)
-    assert report_failure(["signal SIGKILL"], rank=1, code=137, certainty=Certainty.SEEN)
+    assert report_failure(["no sign of life"], rank=1, host="b", certainty=FailureSource.WATCHDOG)
+    assert report_failure(["signal SIGKILL"], rank=1, code=137, certainty=FailureSource.SEEN)
     assert reports.first_failure().code == 137
     assert report_error(UserError("a.txt:3: empty", "b.txt:1: empty"), rank=2)
     assert report_error(ValueError("later"), rank=3)
@@ -119,7 +119,7 @@ def test_a_failure_counts_although_its_launcher_has_then_asked_the_others_to_sto
 def test_a_rank_that_lost_contact_with_one_that_was_asked_to_stop_is_no_failure():
     program = (
         "report_done(rank=0, code=85); "
-        "report_failure(['closed'], rank=1, certainty=Certainty.CONSEQUENCE); sys.exit(85)"
+        "report_failure(['closed'], rank=1, certainty=FailureSource.SECONDARY); sys.exit(85)"
     )
     assert run(program) == EXIT_RESUME
 
@@ -147,8 +147,8 @@ def test_a_launcher_that_goes_on_after_a_failure_is_ended(monkeypatch, capfd):
 
 
 SETTLES = """
-from s2s_scale.resilience.preemption import guarding
-with guarding(60) as guard:
+from s2s_scale.resilience.preemption import handle_preemption
+with handle_preemption(60) as guard:
     guard.at_boundaries = True
     os.kill(os.getppid(), signal.{name})
     while guard.reason is None:

@@ -10,10 +10,17 @@ import pytest
 
 from s2s_scale.errors import UserError
 from s2s_scale.launch.launchers import plan_launch
-from s2s_scale.launch.spec import Launch, Rank, Wishes
+from s2s_scale.launch.spec import Launch, LaunchOptions, Rank
 from s2s_scale.resilience import supervisor
 from s2s_scale.resilience.reports import RUN_VARIABLE
-from s2s_scale.resilience.supervisor import Command, Ended, divided, is_fault, run_to_its_end, start
+from s2s_scale.resilience.supervisor import (
+    Command,
+    Ended,
+    divided,
+    is_fault,
+    run_with_restarts,
+    start,
+)
 from s2s_scale.settings.profiles import resolve
 
 WORDS = ("train", "--per_device_train_batch_size=4", "--data_dir", "d")
@@ -32,9 +39,9 @@ class Story:
         self.hosts = hosts
         self.started = []
 
-    def plan(self, words, wishes):
-        if wishes.include:
-            hosts = [p.split(":")[0] for p in wishes.include.split("@") for _ in range(2)]
+    def plan(self, words, options):
+        if options.include:
+            hosts = [p.split(":")[0] for p in options.include.split("@") for _ in range(2)]
         else:
             hosts = self.hosts
         return launch_on(*hosts, words=words)
@@ -43,9 +50,11 @@ class Story:
         self.started.append(launch)
         return self.ends.pop(0)
 
-    def run(self, *, values=None, **wishes):
-        command = Command(WORDS, Wishes(**wishes), values or {"per_device_train_batch_size": 4})
-        return run_to_its_end(
+    def run(self, *, values=None, **options):
+        command = Command(
+            WORDS, LaunchOptions(**options), values or {"per_device_train_batch_size": 4}
+        )
+        return run_with_restarts(
             launch_on(*self.hosts), command, plan=self.plan, start=self.start, fault_seconds=0.1
         )
 
@@ -134,20 +143,20 @@ report_done(rank=reporting_rank(os.environ))
 
 def test_a_run_of_one_process_that_is_killed_starts_again(tmp_path, capfd):
     """The launch is that of ``--profile cpu``; what it starts is a small program."""
-    marks, wishes = tmp_path / "marks", Wishes(max_restarts=2)
+    marks, options = tmp_path / "marks", LaunchOptions(max_restarts=2)
     marks.touch()
 
-    def plan(words, wishes):
-        planned = plan_launch(resolve("cpu"), words, environ={}, wishes=wishes)
+    def plan(words, options):
+        planned = plan_launch(resolve("cpu"), words, environ={}, options=options)
         program = (sys.executable, "-c", DIES_ONCE, str(marks))
         return dataclasses.replace(planned, command=program)
 
     def begin(launch):
         return start(launch, environ=os.environ)
 
-    first = plan(("train",), wishes)
-    command = Command(("train",), wishes, {})
-    assert run_to_its_end(first, command, plan=plan, start=begin, fault_seconds=1.0) == 0
+    first = plan(("train",), options)
+    command = Command(("train",), options, {})
+    assert run_with_restarts(first, command, plan=plan, start=begin, fault_seconds=1.0) == 0
     one, other = marks.read_text().split()
     assert one == other, "both belong to the same command"
     error = capfd.readouterr().err
@@ -156,9 +165,14 @@ def test_a_run_of_one_process_that_is_killed_starts_again(tmp_path, capfd):
 
 
 def test_a_process_that_may_be_started_again_is_not_this_one():
-    def planned(*, profile="cpu", verb="train", environ=None, **wishes):
+    def planned(*, profile="cpu", verb="train", environ=None, **options):
         words = (verb, "--x")
-        return plan_launch(resolve(profile), words, environ=environ or {}, wishes=Wishes(**wishes))
+        return plan_launch(
+            resolve(profile),
+            words,
+            environ=environ or {},
+            options=LaunchOptions(**options),
+        )
 
     assert planned().in_process and planned(max_restarts=0).in_process
     apart = planned(max_restarts=1)

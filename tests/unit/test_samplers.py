@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from s2s_scale.data.collators import Seq2SeqCollator
-from s2s_scale.data.samplers import MarkedRows, PlanBatchSampler, PlanSampler
+from s2s_scale.data.samplers import FillerRows, PlanBatchSampler, PlanSampler
 
 small = st.integers(1, 5)
 LENGTHS = tuple(np.random.RandomState(0).randint(1, 50, size=(2, 200)).astype(np.int32))
@@ -98,7 +98,7 @@ ROWS = [{"input_ids": [row, row + 1], "labels": [row, 3, -100][: row + 1]} for r
 
 def test_marked_rows_through_a_loader() -> None:
     """The shapes are those of the row; all labels are -100; the data itself is untouched."""
-    marked = MarkedRows(datasets.Dataset.from_list(ROWS))
+    marked = FillerRows(datasets.Dataset.from_list(ROWS))
     assert len(marked) == 3
     assert marked.column_names == ["input_ids", "labels"]
     collate = Seq2SeqCollator(0)
@@ -116,7 +116,7 @@ def test_marked_rows_through_a_loader() -> None:
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor])
 def test_marked_rows_of_plain_data_sets(make: Any) -> None:
     rows = [{"input_ids": make([1, 2]), "labels": make([5, 6])}, {"input_ids": make([1])}]
-    marked = MarkedRows(rows)
+    marked = FillerRows(rows)
     assert not hasattr(marked, "column_names")
     one, other, bare = marked.__getitems__([0, ~0, ~1])
     assert one is rows[0]
@@ -135,5 +135,5 @@ def test_one_read_a_batch_where_the_data_set_offers_it() -> None:
             return [self[row] for row in rows]
 
     data = Batched(ROWS)
-    assert len(MarkedRows(data).__getitems__([2, ~2, 0])) == 3
+    assert len(FillerRows(data).__getitems__([2, ~2, 0])) == 3
     assert data.reads == 1

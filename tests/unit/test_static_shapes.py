@@ -15,9 +15,9 @@ from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.data.batch_plan import usual_groups_per_step, usual_tokens_per_step
 from s2s_scale.data.collators import PadToWidths, Seq2SeqCollator
 from s2s_scale.data.packing import PackedSampler
+from s2s_scale.data.plan_summary import shape_rows
 from s2s_scale.data.samplers import PlanSampler, ShapedExamples, TokenSampler
 from s2s_scale.errors import UserError
-from s2s_scale.report.plan_summary import shape_rows
 from s2s_scale.trainer.sampling import make_sampler
 from tests.support.lengths import long_tailed, share_of_pads_at_random
 from tests.support.simulated import SimulatedBackend

@@ -8,12 +8,12 @@ import time
 import pytest
 
 from s2s_scale.resilience import health, watchdog
-from s2s_scale.resilience.health import Judge
+from s2s_scale.resilience.health import HealthMonitor
 from s2s_scale.resilience.watchdog import Watchdog
 
 
-def beat(ticks, where="at training step (step 5)", *, paused=False, waits=False):
-    return {"ticks": ticks, "where": where, "paused": paused, "waits": waits}
+def beat(progress, where="at training step (step 5)", *, paused=False, waits=False):
+    return {"progress": progress, "where": where, "paused": paused, "waits": waits}
 
 
 class Story:
@@ -22,7 +22,9 @@ class Story:
     def __init__(self, ranks=2, hang_seconds=60.0):
         self.now = 1000.0
         hosts = [f"host-{rank}" for rank in range(ranks)]
-        self.judge = Judge(hosts, hang_seconds=hang_seconds, silence_seconds=20, now=self.now)
+        self.judge = HealthMonitor(
+            hosts, hang_seconds=hang_seconds, silence_seconds=20, now=self.now
+        )
 
     def passes(self, seconds, **beats):
         """Let time pass; ``r0=beat(…)`` is what rank 0 says every two seconds meanwhile."""
@@ -91,8 +93,8 @@ def test_among_equals_the_one_that_does_not_wait_is_behind():
 
 def test_one_rank_that_goes_on_is_progress_enough():
     story = Story()
-    for ticks in range(40):
-        assert story.passes(10, r0=beat(ticks), r1=beat(3, waits=True)) is None
+    for progress in range(40):
+        assert story.passes(10, r0=beat(progress), r1=beat(3, waits=True)) is None
 
 
 def test_work_without_marks_has_a_longer_limit():

@@ -83,22 +83,18 @@ def test_adamw_is_torchs(weight_decay):
     assert float(saved["step"]) == float(expected["step"]) == 20
 
 
-@pytest.mark.parametrize("mesh", [{"data": -1}, {}])
-def test_shares_of_hosts_and_of_devices(monkeypatch, mesh):
-    """With a mesh a share is a host's; without one, a device's."""
+def test_a_share_of_the_rows_is_a_hosts(monkeypatch):
     runtime = SimpleNamespace(
         process_index=lambda: 1,
         process_count=lambda: 2,
         addressable_runtime_device_count=lambda: 4,
-        global_ordinal=lambda: 5,
-        world_size=lambda: 8,
     )
     package = SimpleNamespace(runtime=runtime)
     monkeypatch.setitem(sys.modules, "torch_xla", package)
     monkeypatch.setitem(sys.modules, "torch_xla.runtime", runtime)
-    backend = make_backend("xla", "tpu", mesh)
-    share = (backend.data_rank, backend.data_world_size, backend.rows_multiple)
-    assert share == ((1, 2, 4) if mesh else (5, 8, 1))
+    backend = make_backend("xla", "tpu", {"data": -1})
+    share = (backend.collectives.rank, backend.collectives.world_size, backend.rows_multiple)
+    assert share == (1, 2, 4)
     assert backend.static_shapes and backend.averaged_ranks == 1
 
 

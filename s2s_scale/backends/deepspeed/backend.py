@@ -88,7 +88,7 @@ class DeepSpeedBackend(LocalBackend):
         values = dict(values)
         given = values.pop("deepspeed", None)
         config = given if isinstance(given, dict) else read_config(Path(given)) if given else {}
-        raise_problems(contradictions(config, values, world_size=self.data_world_size))
+        raise_problems(contradictions(config, values, world_size=self.collectives.world_size))
         self._config = config
         # Without an optimizer ZeRO 1 and 2 have nothing to share out.
         if config and (trains or zero_stage(config) == 3):
@@ -102,7 +102,9 @@ class DeepSpeedBackend(LocalBackend):
             config = args.hf_deepspeed_config.config
             config["gradient_accumulation_steps"] = micro_batches
             config["train_batch_size"] = (
-                config["train_micro_batch_size_per_gpu"] * micro_batches * self.data_world_size
+                config["train_micro_batch_size_per_gpu"]
+                * micro_batches
+                * self.collectives.world_size
             )
 
     def build_optimizer(
@@ -116,7 +118,7 @@ class DeepSpeedBackend(LocalBackend):
         return super().build_optimizer(optimizer_class, groups, options)
 
     @property
-    def looks_before_update(self) -> bool:
+    def can_skip_update(self) -> bool:
         return not self._config or update_can_wait(self._config)
 
     def after_prepare(self, optimizer: Optimizer) -> None:
@@ -129,14 +131,14 @@ class DeepSpeedBackend(LocalBackend):
         elif self._held is None or not self._held.belongs_to(zero):
             self._held = HeldUpdate(zero, optimizer)
 
-    def drop_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
-        anywhere = super().drop_update_where(optimizer, bad)
+    def skip_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
+        anywhere = super().skip_update_where(optimizer, bad)
         if anywhere and self._held is not None:
             self._held.drop()
         return anywhere
 
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
-        main = self.data_rank == 0
+        main = self.collectives.rank == 0
         return {
             name: whole(weight)
             for name, parameter in model.named_parameters()

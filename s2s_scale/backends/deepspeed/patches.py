@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2s_scale.utils import holders
+from s2s_scale.utils import processes_holding
 
 
 class HeldUpdate:
@@ -193,4 +193,4 @@ def abandoned(lock: Path) -> bool:
         age = time.time() - lock.stat().st_mtime
     except FileNotFoundError:
         return False
-    return age >= ABANDONED_SECONDS and not holders([lock.resolve()])
+    return age >= ABANDONED_SECONDS and not processes_holding([lock.resolve()])

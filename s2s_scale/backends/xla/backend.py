@@ -23,10 +23,12 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from s2s_scale.backends.base import Batch, ParameterState, ReadState
+from s2s_scale.backends.collectives import Collectives, TorchCollectives
 from s2s_scale.backends.local import LocalBackend, innermost
 from s2s_scale.backends.xla.adamw import GraphAdamW, make_state, state_tensors
 from s2s_scale.backends.xla.runtime import (
@@ -52,10 +54,56 @@ from s2s_scale.backends.xla.runtime import (
     xla_model,
 )
 from s2s_scale.backends.xla.sharding import MeshSharding
-from s2s_scale.data.prefetch import ahead
+from s2s_scale.data.prefetch import prefetch
 from s2s_scale.errors import UserError, raise_problems
 
 T = TypeVar("T")
+
+
+class XlaCollectives(Collectives):
+    """Between the processes of a mesh, each of which drives all devices of its host."""
+
+    def __init__(self, backend: XlaBackend) -> None:
+        self._backend = backend
+
+    @property
+    def rank(self) -> int:
+        return int(runtime().process_index())
+
+    @property
+    def world_size(self) -> int:
+        return int(runtime().process_count())
+
+    def sum_counts(self, count: int, device: torch.device) -> Tensor:
+        # One number for each device, of which each process knows its own: their sum is taken in
+        # the graph of the step, so no process waits for another here.
+        own = torch.zeros(self._backend.rows_multiple, dtype=torch.int64)
+        own[0] = count
+        return self._backend.place_batch({"count": own})["count"].sum()
+
+    def any_rank(self, flag: bool) -> bool:
+        # Between hosts, beside the devices, which go on with the step meanwhile.
+        return flag if self.world_size == 1 else any(self.gather_objects(flag))
+
+    def to_host(self, rows: Tensor) -> Tensor:
+        if rows.device.type == "xla":
+            # A graph that is kept: torch-xla itself would compile the collection at each read.
+            # A sum, because a copy keeps how the rows are divided.
+            rows = rows + torch.zeros_like(rows)
+            spmd().mark_sharding(rows, self._backend.device_mesh, tuple([None] * rows.dim()))
+        self._backend.flush()
+        return rows.cpu()
+
+    def gather_objects(self, value: T) -> list[T]:
+        return TorchCollectives("cpu").gather_objects(value) if dist.is_initialized() else [value]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        if self.rank > 0:
+            self.gather_objects(None)
+        yield
+        if self.rank == 0:
+            self.gather_objects(None)
 
 
 class XlaBackend(LocalBackend):
@@ -64,10 +112,18 @@ class XlaBackend(LocalBackend):
     _takes_own_functions = False
 
     def __init__(self, device: str = "tpu", mesh: Mapping[str, int] | None = None) -> None:
-        super().__init__(device, mesh)
+        super().__init__(device, mesh or {"data": -1})
         self._bf16 = False
         self._accumulates = False
         self._sharding = MeshSharding(self.mesh_shape)
+
+    @property
+    def collectives(self) -> Collectives:
+        return XlaCollectives(self)
+
+    @property
+    def device_mesh(self) -> Any:
+        return self._sharding.mesh
 
     def problems(self) -> Sequence[str]:
         if not find_spec("torch_xla"):
@@ -95,8 +151,8 @@ class XlaBackend(LocalBackend):
             start_mesh()
         # Read by accelerate, and by transformers through it.
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(xla_device())
-        if self.data_world_size > 1:
-            tell_rank(self.data_rank)
+        if self.collectives.world_size > 1:
+            tell_rank(self.collectives.rank)
         seed_devices(0)
 
     def training_overrides(self, values: Mapping[str, Any], *, trains: bool) -> dict[str, Any]:
@@ -114,14 +170,6 @@ class XlaBackend(LocalBackend):
         return values
 
     @property
-    def data_rank(self) -> int:
-        return int(runtime().process_index() if self.mesh_shape else runtime().global_ordinal())
-
-    @property
-    def data_world_size(self) -> int:
-        return int(runtime().process_count() if self.mesh_shape else runtime().world_size())
-
-    @property
     def static_shapes(self) -> bool:
         return True
 
@@ -132,55 +180,6 @@ class XlaBackend(LocalBackend):
     @property
     def averaged_ranks(self) -> int:
         return 1
-
-    def total(self, value: Tensor) -> Tensor:
-        # In a mesh every process sees the value of the whole batch.
-        if self.mesh_shape or self.data_world_size == 1:
-            return value
-        summed: Tensor = xla_model().all_reduce("sum", value.detach().clone())
-        return summed
-
-    def total_count(self, count: int, device: torch.device) -> Tensor:
-        if not self.mesh_shape:
-            return self.total(torch.tensor(count).to(device))
-        # One number for each device, of which each process knows its own: their sum is taken in
-        # the graph of the step, so no process waits for another here.
-        own = torch.zeros(self.rows_multiple, dtype=torch.int64)
-        own[0] = count
-        return self.place_batch({"count": own})["count"].sum()
-
-    def anywhere(self, flag: bool) -> bool:
-        # Between hosts, beside the devices, which go on with the step meanwhile.
-        return flag if self.data_world_size == 1 else any(self.gather_objects(flag))
-
-    def gather_rows(self, rows: Tensor, padding: int) -> Tensor:
-        if self.mesh_shape or self.data_world_size == 1:
-            return rows  # they are the whole batch's already
-        widest = max(self.gather_objects(rows.shape[1]))
-        padded = nn.functional.pad(rows, (0, widest - rows.shape[1]), value=padding)
-        return xla_model().all_gather(padded, dim=0)
-
-    def fetch_rows(self, rows: Tensor) -> Tensor:
-        if self.mesh_shape and rows.device.type == "xla":
-            # A graph that is kept: torch-xla itself would compile the collection at each read.
-            # A sum, because a copy keeps how the rows are divided.
-            rows = rows + torch.zeros_like(rows)
-            spmd().mark_sharding(rows, self._sharding.mesh, tuple([None] * rows.dim()))
-        self.flush()
-        return rows.cpu()
-
-    def gather_objects(self, value: T) -> list[T]:
-        if self.mesh_shape or self.data_world_size == 1:
-            return super().gather_objects(value)
-        return list(xla_model().mesh_reduce("s2s_scale objects", value, list))
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        if self.data_rank > 0:
-            self.gather_objects(None)
-        yield
-        if self.data_rank == 0:
-            self.gather_objects(None)
 
     def place_model(self, model: nn.Module) -> None:
         model.to(xla_device())
@@ -196,7 +195,9 @@ class XlaBackend(LocalBackend):
         sharding = None
         if self.mesh_shape and names:
             self._check_rows(batch[names[0]])
-            sharding = partial(by_rows, self._sharding.mesh, minibatch=self.data_world_size > 1)
+            sharding = partial(
+                by_rows, self._sharding.mesh, minibatch=self.collectives.world_size > 1
+            )
         placed = to_device([batch[name] for name in names], xla_device(), sharding)
         return {**batch, **dict(zip(names, placed, strict=True))}
 
@@ -209,7 +210,7 @@ class XlaBackend(LocalBackend):
             )
 
     def place_batches(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
-        return ahead(((number, self.place_batch(batch)) for number, batch in batches))
+        return prefetch(((number, self.place_batch(batch)) for number, batch in batches))
 
     def autocast(self) -> AbstractContextManager[None]:
         return torch.autocast("xla", dtype=torch.bfloat16) if self._bf16 else nullcontext()
@@ -236,13 +237,13 @@ class XlaBackend(LocalBackend):
             self._sharding.divide(t for t in tensors if t.device.type == "xla")
         # As after every step: XLA then reuses the same buffers in the first step as in the others.
         inner = innermost(optimizer)
-        self.drop_update_where(inner, torch.zeros((), dtype=torch.bool, device=xla_device()))
+        self.skip_update_where(inner, torch.zeros((), dtype=torch.bool, device=xla_device()))
         inner.step()
         self._fill_gradients(model)
         self.flush()
 
     def finish_micro_batch(self, model: nn.Module, *, last: bool) -> None:
-        if last and not self.mesh_shape and self.data_world_size > 1:
+        if last and not self.mesh_shape and self.collectives.world_size > 1:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             xla_model().all_reduce("sum", gradients)
         if self._accumulates:
@@ -265,8 +266,8 @@ class XlaBackend(LocalBackend):
     def flush(self) -> None:
         end_graph()
 
-    def drop_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
-        bad = self.total(bad.float()) > 0
+    def skip_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
+        bad = self.collectives.all_reduce_sum(bad.float()) > 0
         inner = innermost(optimizer)
         held = [p for group in inner.param_groups for p in group["params"] if p.requires_grad]
         held += [tensor for tensor in state_tensors(inner) if tensor.device.type == "xla"]
@@ -281,7 +282,7 @@ class XlaBackend(LocalBackend):
         handle = inner.register_step_post_hook(restore)
         return bad
 
-    def forget_steps(self, optimizer: Any, count: int) -> None:
+    def revert_step_count(self, optimizer: Any, count: int) -> None:
         for state in innermost(optimizer).state.values():
             on_device = isinstance(state.get("step"), Tensor)  # and undone there (GraphAdamW)
             if "step" in state and not on_device:
@@ -290,7 +291,7 @@ class XlaBackend(LocalBackend):
     def compilations(self) -> tuple[int, float]:
         return compilations()
 
-    def whole_state(self, optimizer: Any) -> AbstractContextManager[None]:
+    def consolidated_state(self, optimizer: Any) -> AbstractContextManager[None]:
         return nullcontext()  # see _watch_saving
 
     def _watch_saving(self, optimizer: Optimizer) -> None:
@@ -302,7 +303,7 @@ class XlaBackend(LocalBackend):
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
         self.flush()
         weights = {name: fetch(value).float() for name, value in model.named_parameters()}
-        return weights if self.data_rank == 0 else {}
+        return weights if self.collectives.rank == 0 else {}
 
     def state(
         self, model: nn.Module, optimizer: Any, writers: Mapping[str, int] | None = None
