@@ -12,8 +12,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PIPE_WIDTH = 120
 """A pipe has no width of its own; the usual 80 columns would fold or cut nearly every cell."""
@@ -21,6 +23,8 @@ PIPE_WIDTH = 120
 
 def table_console() -> Console:
     """Standard output for tables, whose text is shown as it is: brackets are no markup."""
+    from rich.console import Console  # most commands print no table
+
     width = None if sys.stdout.isatty() else PIPE_WIDTH
     return Console(width=width, file=sys.stdout, markup=False)
 

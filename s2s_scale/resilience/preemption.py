@@ -2,8 +2,8 @@
 
 ``handle_preemption`` turns SIGTERM, SIGINT and SIGUSR1 into one request. Before training nothing
 has to be saved, so the request is raised in the main thread, as Ctrl-C is. From ``at_boundaries``
-on it is only noted: the trainer looks at ``reason`` where it can stop, agrees on that with the other ranks,
-saves, and raises ``Stopped`` itself.
+on it is only noted: the trainer looks at ``reason`` where it can stop, agrees on that with the
+other ranks, saves, and raises ``Stopped`` itself.
 
 A thread reads the signals from a pipe, so that neither a compilation nor a collective keeps one
 from being seen. It ends the process when it is asked a second time, or when ``grace_seconds`` are

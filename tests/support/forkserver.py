@@ -31,7 +31,8 @@ from tests.support.variables import free_port, rank_variables
 
 LIMIT_SECONDS = 120
 PRELOADED = (
-    "s2s_scale.runner",
+    "s2s_scale.runner.train",
+    "s2s_scale.runner.generate",
     "s2s_scale.launch.launchers",
     "s2s_scale.resilience.supervisor",
     "s2s_scale.settings.build",

@@ -17,10 +17,10 @@ SIZES = {"train": 900, "val": 20, "test": 20}
 
 
 class FakeRunner(types.ModuleType):
-    """Stands for ``s2s_scale.runner``: keeps the settings, leaves what a finished run leaves."""
+    """Stands for ``s2s_scale.runner.train``: keeps the settings, leaves what a finished run leaves."""
 
     def __init__(self):
-        super().__init__("s2s_scale.runner")
+        super().__init__("s2s_scale.runner.train")
         self.calls: list[Settings] = []
         self.code = 0
 
@@ -42,8 +42,7 @@ class FakeRunner(types.ModuleType):
 @pytest.fixture
 def runner(monkeypatch):
     fake = FakeRunner()
-    monkeypatch.setitem(sys.modules, "s2s_scale.runner", fake)
-    monkeypatch.setattr("s2s_scale.runner", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "s2s_scale.runner.train", fake)
     monkeypatch.setattr(demo, "SPLIT_SIZES", SIZES)
     monkeypatch.setattr(demo, "_new_model", lambda folder: (folder / "model_init").mkdir())
     for name in ("USE_TORCH_XLA", "CUDA_VISIBLE_DEVICES"):  # put back after the profile sets them
