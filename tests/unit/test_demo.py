@@ -17,7 +17,7 @@ SIZES = {"train": 900, "val": 20, "test": 20}
 
 
 class FakeRunner(types.ModuleType):
-    """Stands for ``s2s_scale.runner.train``: keeps the settings, leaves what a finished run leaves."""
+    """Stands in for ``s2s_scale.runner.train``: leaves what a finished run leaves."""
 
     def __init__(self):
         super().__init__("s2s_scale.runner.train")

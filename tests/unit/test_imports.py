@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "s2s_scale"
 
 # From the bottom up: a module may import, while it loads, from its own layer and those below.
 LAYERS = (
-    {"version", "errors", "utils"},
+    {"version", "errors", "utils", "compat"},
     {"config"},
     {"settings", "loss", "optim", "cpu", "data"},
     {"models"},

@@ -1,0 +1,1 @@
+"""What this backend uses of the private parts of torch-xla, torch and transformers."""

@@ -1,0 +1,130 @@
+"""Register of the private parts of other libraries that this package relies on.
+
+A function that uses a private name of another library, or replaces one of its functions, stands in
+a file named ``patches.py`` or ``compat.py`` of the folder concerned and is decorated with
+``relies_on``. ``s2s-scale doctor`` checks the whole register: an installed version outside the
+range that was checked is a warning, a name that is gone or a changed signature is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MODULES = (
+    "s2s_scale.backends.deepspeed.patches",
+    "s2s_scale.backends.xla.patches",
+)
+"""The files that hold registered functions; each imports the library concerned when called."""
+
+REGISTER: list[Reliance] = []
+
+
+@dataclass(frozen=True)
+class Reliance:
+    """One function of ours and the private names of one library that it relies on.
+
+    ``function``: its qualified name. ``reason``: why no public name will do, one sentence.
+    ``checked``: first and last version of the library that it was tested with, such as
+    ``("5.17", "5.23")``. ``uses``: dotted name -> names of the parameters that it must have, in
+    order and without ``self``; None where it is no function, or its parameters do not matter.
+    """
+
+    function: str
+    library: str
+    reason: str
+    checked: tuple[str, str]
+    uses: Mapping[str, Sequence[str] | None]
+
+
+def relies_on(
+    library: str,
+    *,
+    checked: tuple[str, str],
+    reason: str,
+    uses: Mapping[str, Sequence[str] | None],
+) -> Callable[[F], F]:
+    """Register the decorated function or class; see ``Reliance`` for the arguments."""
+
+    def register(function: F) -> F:
+        name = f"{function.__module__}.{function.__qualname__}"
+        REGISTER.append(Reliance(name, library, reason, checked, uses))
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one entry of the register fares with the installed library.
+
+    ``installed``: the library's version, None where it is not installed. ``warning``: a version
+    outside the checked range; ``error``: a name that is gone or has another signature.
+    """
+
+    reliance: Reliance
+    installed: str | None
+    warning: str | None = None
+    error: str | None = None
+
+
+def check_register(modules: Iterable[str] = MODULES) -> list[Verdict]:
+    """Check every entry against the installed libraries; imports those that are installed."""
+    for module in modules:
+        importlib.import_module(module)
+    return [_verdict(reliance) for reliance in REGISTER]
+
+
+def _verdict(reliance: Reliance) -> Verdict:
+    try:
+        installed = version(reliance.library)
+    except PackageNotFoundError:
+        return Verdict(reliance, None)
+    first, last = reliance.checked
+    warning = None
+    if not _minor(first) <= _minor(installed) <= _minor(last):
+        warning = f"{reliance.library} {installed}: checked with {first} to {last}"
+    for name, parameters in reliance.uses.items():
+        problem = _problem(name, parameters)
+        if problem:
+            return Verdict(
+                reliance, installed, warning, f"{reliance.library} {installed}: {problem}"
+            )
+    return Verdict(reliance, installed, warning)
+
+
+def _minor(text: str) -> tuple[int, int]:
+    """Major and minor version; ``5.23.0.dev1`` gives (5, 23)."""
+    major, minor, *_ = [int(number) for number in re.findall(r"\d+", text)] + [0, 0]
+    return major, minor
+
+
+def _problem(name: str, parameters: Sequence[str] | None) -> str | None:
+    """What is wrong with a dotted name, if anything."""
+    parts = name.split(".")
+    found: Any = None
+    for count in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:count]))
+        except ImportError:
+            continue
+        for attribute in parts[count:]:
+            if not hasattr(found, attribute):
+                return f"{name} is gone"
+            found = getattr(found, attribute)
+        break
+    else:
+        return f"{name} is gone"
+    if parameters is None:
+        return None
+    actual = [p for p in inspect.signature(found).parameters if p != "self"]
+    if actual == list(parameters):
+        return None
+    return f"{name} takes ({', '.join(actual)}), expected ({', '.join(parameters)})"
