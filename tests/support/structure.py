@@ -1,6 +1,7 @@
 """Figures of a package's structure, read from its source.
 
-``python -m tests.support.structure FOLDER…``: several folders (such as checkouts of two revisions) are printed side by side:
+``python -m tests.support.structure FOLDER…`` prints several folders, such as checkouts of two
+revisions, side by side:
 
     git worktree add /tmp/before REVISION
     python -m tests.support.structure /tmp/before/s2s_scale s2s_scale
