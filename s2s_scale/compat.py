@@ -13,8 +13,9 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
+
+from s2s_scale.utils import package_version
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,9 +84,8 @@ def check_register(modules: Iterable[str] = MODULES) -> list[Verdict]:
 
 
 def _verdict(reliance: Reliance) -> Verdict:
-    try:
-        installed = version(reliance.library)
-    except PackageNotFoundError:
+    installed = package_version(reliance.library)
+    if installed is None:
         return Verdict(reliance, None)
     first, last = reliance.checked
     warning = None

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from s2s_scale.settings.profiles import (
     needed_packages,
     tpu_chips,
 )
-from s2s_scale.utils import processes_holding
+from s2s_scale.utils import package_version, processes_holding
 
 NEEDED: dict[str, tuple[int, ...]] = {
     "torch": (2, 9),
@@ -94,9 +94,8 @@ def versions(patient: DoctorContext) -> Iterator[Finding]:
 
 def _package(package: str, least: tuple[int, ...]) -> Finding:
     wanted = ".".join(map(str, least))
-    try:
-        found = version(package)
-    except PackageNotFoundError:
+    found = package_version(package)
+    if found is None:
         return Finding(package, "not installed", f"pip install '{package}>={wanted}'")
     numbers = tuple(int(word) for word in found.split("+")[0].split(".") if word.isdigit())
     return Finding(package, found, "" if numbers >= least else f"pip install '{package}>={wanted}'")

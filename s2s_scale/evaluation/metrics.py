@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from s2s_scale.config import METRICS
 from s2s_scale.errors import unknown_name
+from s2s_scale.utils import package_version
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 _SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+")
@@ -142,9 +143,7 @@ class _Rouge:
         return {name: 100.0 * total / max(self.rows, 1) for name, total in self.sums.items()}
 
     def signature(self) -> dict[str, str]:
-        from importlib.metadata import version
-
-        text = f"rouge_score {version('rouge_score')}, F1, Porter stemmer, mean over rows"
+        text = f"rouge_score {package_version('rouge_score')}, F1, Porter stemmer, mean over rows"
         return dict.fromkeys(self.sums, text)
 
 

@@ -7,7 +7,6 @@ Put rows that an evaluation produced in batch order back into the data's order.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from s2s_scale.evaluation.metrics import TextMetrics, check_metric_names
+from s2s_scale.utils import atomic_file
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -180,16 +180,10 @@ class TextEvaluation:
 
     def _write(self, output_file: Path) -> None:
         assert self._spool is not None
-        output_file.parent.mkdir(parents=True, exist_ok=True)
-        partial = output_file.with_name(f"{output_file.name}.partial")
-        try:
-            with partial.open("wb") as out:
-                for offset, length in self._places:
-                    self._spool.seek(offset)
-                    out.write(self._spool.read(length) + b"\n")
-            os.replace(partial, output_file)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_file(output_file, binary=True) as out:
+            for offset, length in self._places:
+                self._spool.seek(offset)
+                out.write(self._spool.read(length) + b"\n")
 
     def _close(self) -> None:
         if self._spool is not None:

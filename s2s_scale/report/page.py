@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from s2s_scale.report.plots import all_panels_png, drawn_panels, last_step, panel_svg
+from s2s_scale.utils import atomic_write
 
 SHAPE_HEADS = ("rows", "source", "target", "tokens", "batches", "real tokens")
 SPLITS = ("train", "val", "test")
@@ -92,20 +92,10 @@ def write_report(record: RunRecord, output_dir: Path | str) -> tuple[Path, Path]
         OSError: ``output_dir`` cannot be written to.
     """
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     page, picture = output_dir / "report.html", output_dir / "report.png"
-    _replace(page, _page(record).encode("utf-8"))
-    _replace(picture, all_panels_png(record.history, title=record.title))
+    atomic_write(page, _page(record))
+    atomic_write(picture, all_panels_png(record.history, title=record.title))
     return page, picture
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _page(record: RunRecord) -> str:

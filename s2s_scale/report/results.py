@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from s2s_scale.evaluation.text import TextEvaluation
+from s2s_scale.utils import atomic_write, package_version
 
 PACKAGES = (
     "s2s-scale", "torch", "transformers", "accelerate", "datasets", "tokenizers", "sacrebleu",
@@ -64,31 +64,18 @@ class Results:
     def write(self, output_dir: Path, split: str) -> Path:
         """Write ``<split>_results.json`` and merge it into ``all_results.json``."""
         own = self.of(split)
-        path = _write_json(output_dir / f"{split}_results.json", own)
-        merged = output_dir / ALL_RESULTS
+        path, merged = output_dir / f"{split}_results.json", output_dir / ALL_RESULTS
         earlier = json.loads(merged.read_text(encoding="utf-8")) if merged.exists() else {}
-        _write_json(merged, earlier | own)
+        for file, values in ((path, own), (merged, earlier | own)):
+            text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
+            atomic_write(file, text + "\n")
         return path
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> Path:
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(
-        json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    temporary.replace(path)
-    return path
 
 
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that decide a run's numbers."""
-    found = {"Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {name: found for name in PACKAGES if (found := package_version(name))}
+    return {"Python": platform.python_version(), **found}
 
 
 def write_run_report(

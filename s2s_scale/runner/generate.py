@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import torch
 import transformers
@@ -35,7 +34,7 @@ from s2s_scale.generation.stream import (
 )
 from s2s_scale.runner.build import open_backend, source_prefix_of, wanted_device
 from s2s_scale.settings import Settings, split_settings
-from s2s_scale.utils import table_console
+from s2s_scale.utils import atomic_file, table_console
 
 DEFAULT_SEED = 42
 GENERATION_OPTIONS = (
@@ -244,21 +243,15 @@ def _read_all(name: str) -> list[str]:
 
 
 @contextmanager
-def _output(name: str) -> Iterator[TextIO]:
+def _output(name: str) -> Iterator[IO[str]]:
     """Standard output for ``-``, else a file that appears whole or not at all."""
     if name == "-":
         yield sys.stdout
         return
-    final = Path(name)
-    partial = final.with_name(f".{final.name}.incomplete")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as out:
+        with atomic_file(Path(name)) as out:
             yield out
-        os.replace(partial, final)
     except OSError as error:
         raise UserError(
             f"--output {name}: cannot be written ({error.strerror}); give another file"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)

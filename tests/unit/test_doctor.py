@@ -58,7 +58,7 @@ def test_a_profile_for_a_device_that_is_not_here(capsys, monkeypatch):
 
 
 def test_versions_that_are_too_old_or_missing(monkeypatch):
-    monkeypatch.setattr(checks, "version", lambda name: "1.0.0")
+    monkeypatch.setattr(checks, "package_version", lambda name: "1.0.0")
     found = findings(checks.versions)
     assert found["torch"].remedy == "pip install 'torch>=2.9'"
     monkeypatch.setattr(checks, "missing_packages", lambda profile: [("fairscale", "oss")])

@@ -223,11 +223,11 @@ def test_a_failed_write_leaves_the_earlier_report(tmp_path, monkeypatch):
     write_report(record(title="first"), tmp_path)
     before = (tmp_path / "report.html").read_bytes()
 
-    def no_space(self, content):
-        self.touch()
+    def no_space(partial, path):
+        assert partial.stat().st_size > 0
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", no_space)
+    monkeypatch.setattr("s2s_scale.utils.os.replace", no_space)
     with pytest.raises(OSError, match="No space"):
         write_report(record(title="second"), tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
