@@ -19,7 +19,9 @@ from typing import Any, TypeVar
 F = TypeVar("F", bound=Callable[..., Any])
 
 MODULES = (
+    "s2s_scale.backends.compat",
     "s2s_scale.backends.deepspeed.patches",
+    "s2s_scale.backends.fairscale_oss.patches",
     "s2s_scale.backends.xla.patches",
 )
 """The files that hold registered functions; each imports the library concerned when called."""
