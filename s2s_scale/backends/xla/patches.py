@@ -15,7 +15,7 @@ TORCH_XLA = ("2.9", "2.9")
 
 
 @relies_on(
-    "torch_xla",
+    "torch-xla",
     checked=TORCH_XLA,
     reason="torch-xla has no public way to ask how a tensor is divided",
     uses={"torch_xla._XLAC._get_xla_sharding_spec": None},
