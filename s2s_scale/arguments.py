@@ -138,6 +138,18 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
         if not self._batches_given:
             self.batching = mode
 
+    def set_accumulation(self, micro_batches: int) -> None:
+        """Make a step consist of ``micro_batches``, before the model is wrapped."""
+        self.gradient_accumulation_steps = micro_batches
+        deepspeed = getattr(self, "hf_deepspeed_config", None)
+        if deepspeed is not None:
+            # It was completed from the arguments when they were made; DeepSpeed checks the product.
+            config = deepspeed.config
+            config["gradient_accumulation_steps"] = micro_batches
+            config["train_batch_size"] = (
+                config["train_micro_batch_size_per_gpu"] * micro_batches * self.world_size
+            )
+
     def settle_token_sizes(self) -> None:
         """Fill in the sizes of a step of 'tokens' that are left open, where no lengths are known.
 

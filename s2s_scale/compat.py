@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,7 +20,9 @@ from s2s_scale.utils import package_version
 F = TypeVar("F", bound=Callable[..., Any])
 
 MODULES = (
+    "s2s_scale.backends.compat",
     "s2s_scale.backends.deepspeed.patches",
+    "s2s_scale.backends.fairscale_oss.patches",
     "s2s_scale.backends.xla.patches",
 )
 """The files that hold registered functions; each imports the library concerned when called."""
@@ -76,11 +78,20 @@ class Verdict:
     error: str | None = None
 
 
-def check_register(modules: Iterable[str] = MODULES) -> list[Verdict]:
-    """Check every entry against the installed libraries; imports those that are installed."""
+def check_register(
+    modules: Iterable[str] = MODULES, *, libraries: Container[str] | None = None
+) -> list[Verdict]:
+    """Check the entries of ``libraries``, by default all, against what is installed.
+
+    Libraries that are installed are imported.
+    """
     for module in modules:
         importlib.import_module(module)
-    return [_verdict(reliance) for reliance in REGISTER]
+    return [
+        _verdict(reliance)
+        for reliance in REGISTER
+        if libraries is None or reliance.library in libraries
+    ]
 
 
 def _verdict(reliance: Reliance) -> Verdict:
@@ -90,7 +101,7 @@ def _verdict(reliance: Reliance) -> Verdict:
     first, last = reliance.checked
     warning = None
     if not _minor(first) <= _minor(installed) <= _minor(last):
-        warning = f"{reliance.library} {installed}: checked with {first} to {last}"
+        warning = f"{reliance.library} {installed}: was checked with {first} to {last} only"
     for name, parameters in reliance.uses.items():
         problem = _problem(name, parameters)
         if problem:

@@ -1,4 +1,4 @@
-"""Backends: how a training step reaches the hardware. One file each, loaded only when chosen."""
+"""Backends: how a training step reaches the hardware; each is loaded only when it is chosen."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from s2s_scale.errors import unknown_name
 # Name in a launcher profile -> "module:class". The module is imported when the backend is chosen,
 # so that a library that is not installed costs nothing until then.
 BACKENDS: dict[str, str] = {
-    "local": "s2s_scale.backends.local:LocalBackend",
-    "fairscale_oss": "s2s_scale.backends.fairscale_oss:FairScaleBackend",
+    "local": "s2s_scale.backends.base:Backend",
+    "fairscale_oss": "s2s_scale.backends.fairscale_oss.backend:FairScaleBackend",
     "deepspeed": "s2s_scale.backends.deepspeed.backend:DeepSpeedBackend",
     "xla": "s2s_scale.backends.xla.backend:XlaBackend",
 }
 
 
-def make_backend(name: str, device: str = "cpu", mesh: Mapping[str, int] | None = None) -> Backend:
+def make_backend(name: str, device: str, mesh: Mapping[str, int] | None = None) -> Backend:
     """The backend called ``name`` for ``device`` (cpu, cuda or tpu) and a profile's ``mesh``.
 
     Raises:

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from s2s_scale.compat import check_register
 from s2s_scale.errors import UserError
 from s2s_scale.launch.hosts import check_hosts, read_hostfile
 from s2s_scale.settings.deepspeed_config import offloads_optimizer, read_config
@@ -45,15 +46,16 @@ XLA_SECONDS = 120
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: ``remedy`` is empty where all is well."""
+    """What a check found: ``remedy`` is empty where all is well; a ``warning`` stops nobody."""
 
     what: str
     found: str
     remedy: str = ""
+    warning: bool = False
 
     @property
     def ok(self) -> bool:
-        return not self.remedy
+        return self.warning or not self.remedy
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,28 @@ def _cpu_adam() -> Finding:
     )
 
 
+def private_parts(patient: DoctorContext) -> Iterator[Finding]:
+    """What is used of the private parts of the libraries that this profile needs, and with which
+    versions that was checked."""
+    libraries = {*NEEDED, *needed_packages(patient.profile)}
+    for verdict in check_register(libraries=libraries):
+        entry, installed = verdict.reliance, verdict.installed
+        if installed is None:
+            continue
+        first, last = entry.checked
+        remedy = ""
+        if verdict.error:
+            remedy = f"{verdict.error}; pip install '{entry.library}=={last}.*'"
+        elif verdict.warning:
+            remedy = "results may differ: check them, or install a version in that range"
+        yield Finding(
+            entry.function.removeprefix("s2s_scale."),
+            f"{entry.library} {installed}, checked with {first} to {last}",
+            remedy,
+            warning=bool(verdict.warning) and not verdict.error,
+        )
+
+
 def shared_memory(patient: DoctorContext) -> Iterator[Finding]:
     """/dev/shm carries batches of data-loader workers and collectives between processes."""
     folder = Path("/dev/shm")
@@ -285,6 +309,7 @@ CHECKS: tuple[Check, ...] = (
     devices,
     xla_parts,
     op_builds,
+    private_parts,
     shared_memory,
     network,
     hosts,

@@ -16,7 +16,7 @@ def print_findings(findings: Sequence[Finding], *, title: str) -> bool:
     """Print every finding; whether all are well."""
     table = Table("check", "", "found", "remedy", title=title, title_justify="left")
     for finding in findings:
-        table.add_row(finding.what, _verdict(finding.ok), finding.found, finding.remedy)
+        table.add_row(finding.what, _verdict(finding), finding.found, finding.remedy)
     table_console().print(table)
     return all(finding.ok for finding in findings)
 
@@ -26,12 +26,16 @@ def print_deviations(deviations: Mapping[Case, Deviation], *, bound: float, titl
     table = Table("model", "", "loss", "gradient norm", "weights", "worst step", title=title)
     for case, found in deviations.items():
         figures = (f"{value:.1e}" for value in (found.loss, found.grad_norm, found.weights))
-        table.add_row(str(case), _verdict(found.within(bound)), *figures, str(found.step))
+        table.add_row(str(case), _shown(found.within(bound)), *figures, str(found.step))
     table_console().print(table)
     good = all(found.within(bound) for found in deviations.values())
     print(f"largest deviation allowed: {bound:g} (loss and norm relative, weights absolute)")
     return good
 
 
-def _verdict(good: bool) -> Text:
+def _verdict(finding: Finding) -> Text:
+    return Text("warning", "yellow") if finding.warning else _shown(finding.ok)
+
+
+def _shown(good: bool) -> Text:
     return Text("ok", "green") if good else Text("problem", "red")

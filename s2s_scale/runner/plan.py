@@ -8,7 +8,7 @@ from __future__ import annotations
 import transformers
 
 from s2s_scale import models
-from s2s_scale.backends import make_backend
+from s2s_scale.backends import Backend
 from s2s_scale.config import DataArguments
 from s2s_scale.data.batch_plan import row_lengths
 from s2s_scale.data.plan_summary import print_plan
@@ -22,7 +22,7 @@ from s2s_scale.trainer.sampling import make_sampler
 def plan(settings: Settings) -> int:
     """Print which rows make each step of an epoch; trains nothing and loads no weights."""
     defaults = {"output_dir": ".", "use_cpu": True}
-    run = read_settings(settings, make_backend("local"), defaults, trains=False)
+    run = read_settings(settings, Backend("cpu"), defaults, trains=False)
     args, own = run.training_args, settings.verb_values
     pairs = load_pairs(run.data_args, "train")
     config = models.load_config(run.model_args)

@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import has_length
 
 from s2s_scale.arguments import Seq2SeqTrainingArguments
-from s2s_scale.backends import Backend, make_backend
+from s2s_scale.backends import Backend
+from s2s_scale.cpu import CpuFunctions
 from s2s_scale.data.streaming import StreamedExamples
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.generation.engines import family_problems
@@ -63,7 +64,7 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         given = _base_arguments(args, kwargs)
         if config is None:
             _refuse_without_config(given.get("model"))
-        self.backend = backend or make_backend("local")
+        self.backend = backend or Backend(given["args"].device.type)
         self.data_args = data_args
         rows = given.get("train_dataset")
         compiles = self.backend.static_shapes or given["args"].torch_compile
@@ -86,10 +87,7 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         self._check_loss()
         check_precision(self.config, fp16=self.args.fp16)
         self._check_dropouts()
-        self.backend.use_own_functions(
-            self.args.cpu_functions == "auto" and not self._computes_twice,
-            in_place=self._computes_its_own_loss,
-        )
+        self.backend.cpu_functions = self._cpu_functions()
         # Our loss is divided by the step's tokens already; these two (the first up to
         # transformers 5.17, the second after) keep the trainer from dividing once more.
         self.model_accepts_loss_kwargs = True
@@ -141,6 +139,16 @@ class TrainerBase(transformers.Seq2SeqTrainer):
         names = ("compute_loss", "_compute_loss", "training_step")
         own = (getattr(type(self), name).__module__.split(".")[0] for name in names)
         return self.compute_loss_func is None and set(own) == {__name__.split(".")[0]}
+
+    def _cpu_functions(self) -> CpuFunctions | None:
+        """What stands in for torch's functions in training, where it can."""
+        backend = self.backend
+        takes_them = backend.device == "cpu" and backend.takes_cpu_functions
+        if not takes_them or self.args.cpu_functions != "auto" or self._computes_twice:
+            return None
+        # Nothing but the trainer asks for gradients, and nothing waits for them.
+        alone = backend.plain_backward and backend.collectives.world_size == 1
+        return CpuFunctions(in_place=self._computes_its_own_loss and alone)
 
     def _can_pack(self) -> bool:
         """Whether pairs can share rows here; the class that makes the batches knows."""

@@ -125,7 +125,7 @@ class BatchTrainer(OptimizationTrainer):
         if self.args.torch_compile:
             self._allow_graphs()
         if sampler.accumulation != self.args.gradient_accumulation_steps:
-            self.backend.set_accumulation(self.args, sampler.accumulation)
+            self.args.set_accumulation(sampler.accumulation)
         dataset, collate = self._model_columns(self.train_dataset, "training")
         workers = self.args.dataloader_num_workers
         return TrainingLoader(
@@ -156,7 +156,7 @@ class BatchTrainer(OptimizationTrainer):
         Raises:
             UserError: the backend cannot tell before training, or one row is too much.
         """
-        if not self.backend.tries_batches:
+        if not self.backend.plain_backward:
             raise UserError(
                 "auto_batch=True: cannot take effect here, since this backend lays out memory only "
                 "when training begins; give --max_tokens_per_device"
@@ -209,7 +209,7 @@ class BatchTrainer(OptimizationTrainer):
         rows = dataset.buffer
         if args.batching == "tokens":
             assert args.groups_per_step is not None
-            self.backend.set_accumulation(args, args.groups_per_step)
+            args.set_accumulation(args.groups_per_step)
         else:  # full steps only, but for the last of an epoch
             step = self._train_batch_size * args.gradient_accumulation_steps * world_size
             rows = max(1, rows // step) * step

@@ -76,7 +76,7 @@ class PositionTrainer(GraphTrainer):
     def _shape(self) -> dict[str, Any]:
         """How the run is spread out; it may be another one when the run goes on."""
         return {
-            "backend": type(self.backend).__name__,
+            "backend": self.backend.name,
             "processes": self.backend.collectives.world_size,
             "rows_per_device": self._train_batch_size,
             "accumulation": self.args.gradient_accumulation_steps,

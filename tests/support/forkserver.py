@@ -36,7 +36,7 @@ PRELOADED = (
     "s2s_scale.launch.launchers",
     "s2s_scale.resilience.supervisor",
     "s2s_scale.settings.build",
-    "s2s_scale.backends.local",
+    "s2s_scale.backends.base",
     "torch.distributed",
     "transformers.models.t5.modeling_t5",
     "transformers.models.t5.tokenization_t5",

@@ -21,7 +21,7 @@ from tests.support.training import fresh, history, ragged_rows, settings
 def main(path: Path) -> None:
     """Read the job, do it on this rank, and let rank 0 write ``result.json`` beside it."""
     job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    backend = make_backend(job.get("backend", "local"))
+    backend = make_backend(job.get("backend", "local"), "cpu")
     problems = backend.problems()
     assert not problems, problems
     backend.prepare_process()

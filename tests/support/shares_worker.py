@@ -32,7 +32,9 @@ def main(path: Path) -> None:
     One process does them all, because starting one costs more than a run does.
     """
     runs: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    backends = {name: make_backend(name) for name in {job["backend"] for job in runs.values()}}
+    backends = {
+        name: make_backend(name, "cpu") for name in {job["backend"] for job in runs.values()}
+    }
     first = next(iter(backends.values()))
     for backend in backends.values():
         backend.prepare_process()

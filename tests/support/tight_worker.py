@@ -25,7 +25,7 @@ from accelerate.state import AcceleratorState
 
 from benchmarks.fresh import MIB, process_memory
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from s2s_scale.backends import Backend, local, make_backend
+from s2s_scale.backends import Backend, base, make_backend
 from s2s_scale.checkpoint import SaveError
 from s2s_scale.checkpoint.tensors import TensorWriter
 from s2s_scale.data.collators import Seq2SeqCollator
@@ -39,13 +39,13 @@ def main(path: Path) -> None:
     """Do the job's runs one after the other."""
     job = json.loads(path.read_text(encoding="utf-8"))
     # Kept, the memory that a step has freed would do for the whole state as well.
-    local.keep_freed_memory = lambda: False
+    base.keep_freed_memory = lambda: False
     backend = None
     results = {}
     try:
         for one in job["runs"]:
             AcceleratorState._reset_state()
-            backend = make_backend(one["backend"])
+            backend = make_backend(one["backend"], "cpu")
             backend.prepare_process()
             results[one["name"]] = run(job, one, path.parent / one["name"], backend)
             gc.collect()

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from s2s_scale.backends import make_backend
-from s2s_scale.backends.local import equal_shares
+from s2s_scale.backends import Backend
+from s2s_scale.backends.base import equal_shares
 from s2s_scale.checkpoint import (
     DamagedCheckpoint,
     checkpoints,
@@ -85,7 +85,7 @@ def test_weights_are_those_that_save_pretrained_writes(tmp_path, family, shard_b
     (ours / "model.safetensors").unlink()
     optimizer = torch.optim.AdamW(model.parameters())
     writer = StateWriter(ours, model, shard_bytes=shard_bytes)
-    finalize_shards(ours, [write_states(make_backend("local").state(model, optimizer), writer)])
+    finalize_shards(ours, [write_states(Backend("cpu").state(model, optimizer), writer)])
     expected = safetensors.torch.load_file(tmp_path / "stock" / "model.safetensors")
     with TensorReader(ours, "model") as reader:
         assert set(reader) == set(expected)
@@ -119,7 +119,7 @@ def test_the_shares_of_several_ranks_make_one_set_of_files(tmp_path, shard_bytes
     optimizer = torch.optim.AdamW(model.parameters())
     model(input_ids=torch.tensor([[5, 2]]), labels=torch.tensor([[6, 2]])).loss.backward()
     optimizer.step()
-    states = list(make_backend("local").state(model, optimizer))
+    states = list(Backend("cpu").state(model, optimizer))
     for name, ranks in (("alone", 1), ("shared", 3)):
         (folder := tmp_path / name).mkdir()
         writers = equal_shares({s.name: s.weight.numel() for s in states}, ranks)
@@ -314,7 +314,7 @@ def test_a_link_that_points_outside_is_refused(own, tmp_path):
 def test_another_vocabulary_names_the_first_parameter_and_both_shapes(saved):
     from s2s_scale.checkpoint.portable import PortableCheckpoint
 
-    backend = make_backend("local")
+    backend = Backend("cpu")
     folder = saved / "checkpoint-4"
     with PortableCheckpoint(folder) as portable:
         same = fresh("bart")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from s2s_scale.backends.deepspeed import backend
+from s2s_scale.backends.deepspeed import backend, patches
 
 
 def test_the_ninja_beside_this_python_comes_first_and_once(tmp_path, monkeypatch):
@@ -31,6 +31,6 @@ def test_numactl_is_started_once(monkeypatch):
     started = []
     monkeypatch.setattr(numa, "get_numa_cores", lambda: started.append(1) or [])
     for _ in range(3):
-        backend._ask_for_numa_once()
+        patches.run_numactl_once()
         assert numa.get_numa_cores() == []
     assert len(started) == 1

@@ -120,7 +120,7 @@ def test_adafactor_needs_whole_matrices(values):
     ],
 )
 def test_updates_that_cannot_be_put_off_are_known(config, waits):
-    backend = DeepSpeedBackend()
+    backend = DeepSpeedBackend("cpu")
     assert update_can_wait(config) is waits
     backend.training_overrides({"deepspeed": config}, trains=True)
     assert backend.can_skip_update is (waits or not config)

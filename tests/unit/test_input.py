@@ -146,7 +146,7 @@ def test_every_backend_makes_batches_ahead(name):
             made.append(threading.current_thread().name)
             yield number, {"input_ids": torch.zeros(1)}
 
-    placed = make_backend(name).place_batches(batches())
+    placed = make_backend(name, "cpu").place_batches(batches())
     assert next(placed)[0] == 0
     deadline = time.monotonic() + 10
     while len(made) < 1 + BATCHES_AHEAD and time.monotonic() < deadline:

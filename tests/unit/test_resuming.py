@@ -319,7 +319,7 @@ def test_training_state_says_where_the_run_stands(run):
     state = read_json(run / "checkpoint-7" / "training_state.json")
     assert state["step"] == 7 and state["plan"]["epoch"] == 1 and state["plan"]["step"] == 2
     assert state["shape"] == {
-        "backend": "LocalBackend",
+        "backend": "local",
         "processes": 1,
         "rows_per_device": 4,
         "accumulation": 1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from s2s_scale.backends.local import equal_shares
+from s2s_scale.backends.base import equal_shares
 
 
 def test_shares_are_near_each_other():

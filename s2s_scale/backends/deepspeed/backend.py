@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import socket
 import sys
@@ -14,22 +13,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from s2s_scale.backends.base import ParameterState, ReadState
-from s2s_scale.backends.deepspeed.patches import HeldUpdate, use_own_locks
+from s2s_scale.backends.base import Backend, ParameterState, ReadState, on_host
+from s2s_scale.backends.deepspeed.patches import (
+    HeldUpdate,
+    divisible,
+    give_defaults,
+    link_state,
+    run_numactl_once,
+    use_own_locks,
+)
 from s2s_scale.backends.deepspeed.state import (
     is_whole,
-    link_state,
     make_room,
     read_scale,
     state_by_parameter,
     write_scale,
     zero_optimizer,
 )
-from s2s_scale.backends.local import LocalBackend, on_host, whole
 from s2s_scale.errors import raise_problems
 from s2s_scale.settings.deepspeed_config import (
     contradictions,
@@ -41,30 +44,30 @@ from s2s_scale.settings.deepspeed_config import (
 )
 
 
-class DeepSpeedBackend(LocalBackend):
+class DeepSpeedBackend(Backend):
     """Training through ``deepspeed.initialize``, which transformers' trainer calls.
 
     Optimizer and schedule stay ours: DeepSpeed gets them ready made, so that parameter groups and
     learning rates are those of every other backend.
     """
 
-    _takes_own_functions = False
+    name = "deepspeed"
+    plain_backward = False
+    takes_cpu_functions = False
 
-    def __init__(self, device: str = "cpu", mesh: Mapping[str, int] | None = None) -> None:
+    def __init__(self, device: str, mesh: Mapping[str, int] | None = None) -> None:
         super().__init__(device, mesh)
         self._config: dict[str, Any] = {}
         self._held: HeldUpdate | None = None
 
     def problems(self) -> Sequence[str]:
-        missing = (
-            []
-            if find_spec("deepspeed")
-            else [
-                "backend deepspeed: the package deepspeed is not installed; "
-                "pip install 's2s-scale[deepspeed]', or pip install deepspeed"
-            ]
-        )
-        return [*missing, *super().problems()]
+        if find_spec("deepspeed"):
+            return super().problems()
+        return [
+            "backend deepspeed: the package deepspeed is not installed; "
+            "pip install 's2s-scale[deepspeed]', or pip install deepspeed",
+            *super().problems(),
+        ]
 
     def prepare_process(self) -> None:
         # DeepSpeed looks for a GPU by itself and would take one that the profile leaves alone.
@@ -80,7 +83,7 @@ class DeepSpeedBackend(LocalBackend):
         _own_tools_first()
         import deepspeed
 
-        _ask_for_numa_once()
+        run_numactl_once()
         # Before a model is built: ZeRO 3 takes the number of ranks from DeepSpeed's own group.
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
@@ -90,22 +93,11 @@ class DeepSpeedBackend(LocalBackend):
         config = given if isinstance(given, dict) else read_config(Path(given)) if given else {}
         raise_problems(contradictions(config, values, world_size=self.collectives.world_size))
         self._config = config
+        self.can_skip_update = not config or update_can_wait(config)
         # Without an optimizer ZeRO 1 and 2 have nothing to share out.
         if config and (trains or zero_stage(config) == 3):
             values["deepspeed"] = without_sections_of_flags(config)
         return values
-
-    def set_accumulation(self, args: Any, micro_batches: int) -> None:
-        super().set_accumulation(args, micro_batches)
-        if getattr(args, "hf_deepspeed_config", None) is not None:
-            # Filled in from the arguments when those were made; DeepSpeed checks the product.
-            config = args.hf_deepspeed_config.config
-            config["gradient_accumulation_steps"] = micro_batches
-            config["train_batch_size"] = (
-                config["train_micro_batch_size_per_gpu"]
-                * micro_batches
-                * self.collectives.world_size
-            )
 
     def build_optimizer(
         self,
@@ -117,33 +109,19 @@ class DeepSpeedBackend(LocalBackend):
             return _cpu_adam(groups, options)
         return super().build_optimizer(optimizer_class, groups, options)
 
-    @property
-    def can_skip_update(self) -> bool:
-        return not self._config or update_can_wait(self._config)
-
     def after_prepare(self, optimizer: Optimizer) -> None:
-        # transformers' polynomial schedule reads the defaults, which ZeRO's wrapper leaves out.
         zero: Any = getattr(optimizer, "optimizer", optimizer)
-        if not hasattr(zero, "defaults"):
-            zero.defaults = zero.optimizer.defaults
+        give_defaults(zero)
         if not update_can_wait(self._config):
             self._held = None
         elif self._held is None or not self._held.belongs_to(zero):
             self._held = HeldUpdate(zero, optimizer)
 
     def skip_update_where(self, optimizer: Any, bad: Tensor) -> Tensor:
-        anywhere = super().skip_update_where(optimizer, bad)
-        if anywhere and self._held is not None:
+        bad_anywhere = super().skip_update_where(optimizer, bad)
+        if bad_anywhere and self._held is not None:
             self._held.drop()
-        return anywhere
-
-    def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
-        main = self.collectives.rank == 0
-        return {
-            name: whole(weight)
-            for name, parameter in model.named_parameters()
-            if (weight := self._whole_weight(parameter, wanted=main)) is not None
-        }
+        return bad_anywhere
 
     def whole_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         return {
@@ -182,7 +160,7 @@ class DeepSpeedBackend(LocalBackend):
             link_state(zero)
         flat_states = {} if zero is None else state_by_parameter(zero)
         for name, parameter in model.named_parameters():
-            mine = self._writes(name, writers)
+            mine = self.collectives.rank == (writers or {}).get(name, 0)
             weight = self._whole_weight(parameter, wanted=mine)
             moments: dict[str, Any] = {}
             for moment, value in flat_states.get(id(parameter), {}).items():
@@ -221,7 +199,7 @@ class DeepSpeedBackend(LocalBackend):
         for name, parameter in trainable.items():
             for moment, value in read(name, weight=False).moments.items():
                 if isinstance(value, Tensor) and is_whole(value):
-                    with _padded(parameter, value.float()) as padded:
+                    with divisible(parameter, value.float()) as padded:
                         safe_set_full_optimizer_state(parameter, padded, moment)
         return None
 
@@ -233,7 +211,7 @@ class DeepSpeedBackend(LocalBackend):
         with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(weight)
         if parameter.requires_grad:
-            with _padded(parameter, weight.float()) as padded:
+            with divisible(parameter, weight.float()) as padded:
                 safe_set_full_fp32_param(parameter, padded)
 
     def loss_scale(self, optimizer: Any, scaler: Any) -> dict[str, float] | None:
@@ -249,32 +227,6 @@ class DeepSpeedBackend(LocalBackend):
     def generation(self, model: nn.Module) -> Iterator[Mapping[str, Any]]:
         # Under ZeRO 3 every rank must run every forward pass, also those that have finished.
         yield {"synced_gpus": True} if zero_stage(self._config) == 3 else {}
-
-
-@contextmanager
-def _padded(parameter: Any, value: Tensor) -> Iterator[Tensor]:
-    """``value`` as ZeRO 3 can divide it: DeepSpeed 0.19 reads past its end on the last rank where
-    the ranks do not divide the number of elements. For the block, that number is the padded one.
-    """
-    number, missing = getattr(parameter, "ds_numel", 0), 0
-    if number:
-        missing = -number % dist.get_world_size(parameter.ds_process_group)
-    if not missing:
-        yield value
-        return
-    parameter.ds_numel = number + missing
-    try:
-        yield F.pad(value.flatten(), (0, missing))
-    finally:
-        parameter.ds_numel = number
-
-
-def _ask_for_numa_once() -> None:
-    """Keep what ``numactl`` says: on a CPU ZeRO 3 starts it again for each gradient it divides."""
-    from deepspeed.utils import numa
-
-    if not hasattr(numa.get_numa_cores, "cache_info"):
-        numa.get_numa_cores = functools.cache(numa.get_numa_cores)
 
 
 def _own_tools_first() -> None:

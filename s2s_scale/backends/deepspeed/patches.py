@@ -1,29 +1,55 @@
-"""Putting ZeRO's update off until its step has been looked at; used by ``deepspeed`` alone.
-
-A lock on a compiled extension that outlives nobody.
-
-torch holds a lock file while it compiles or loads an extension, and waits without end where there
-is one. A process that is killed in between leaves it, and every other would hang.
-"""
+"""What this backend uses of the private parts of DeepSpeed and torch, and replaces of theirs."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from s2s_scale.compat import relies_on
 from s2s_scale.utils import processes_holding
 
+logger = logging.getLogger(__name__)
 
+DEEPSPEED = ("0.18", "0.19")
+"""First and last minor version that the functions below were tested with."""
+
+STAGE_1_2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
+STAGE_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
+
+OURS = "held by a process that also locks the file beside this one\n"
+ABANDONED_SECONDS = 60.0
+"""A lock of torch's own that is this old and that no process here has open is nobody's, unless a
+machine that shares the folder compiles for that long: then the extension is compiled twice."""
+LOOK_SECONDS = 0.5
+
+
+@relies_on(
+    "deepspeed",
+    checked=DEEPSPEED,
+    reason="the engine updates the weights inside the backward pass, before the gradients of the "
+    "step can be looked at",
+    uses={
+        f"{STAGE_1_2}._update_scale": ("has_overflow",),
+        f"{STAGE_1_2}.scaled_global_norm": ("norm_type",),
+        f"{STAGE_1_2}.complete_grad_norm_calculation_for_cpu_offload": ("params",),
+        f"{STAGE_1_2}.get_grad_norm_direct": ("gradients", "params", "norm_type"),
+        f"{STAGE_3}._update_scale": ("has_overflow",),
+        f"{STAGE_3}._get_norm_groups": None,
+    },
+)
 class HeldUpdate:
     """The update that DeepSpeed's engine makes at the end of the backward pass, put off.
 
@@ -129,15 +155,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.where(invalid, torch.full_like(norm, torch.inf), norm)
 
 
-logger = logging.getLogger(__name__)
-
-OURS = "held by a process that also locks the file beside this one\n"
-ABANDONED_SECONDS = 60.0
-"""A lock of torch's own that is this old and that no process here has open is nobody's, unless a
-machine that shares the folder compiles for that long: then the extension is compiled twice."""
-LOOK_SECONDS = 0.5
-
-
+@relies_on(
+    "torch",
+    checked=("2.9", "2.13"),
+    reason="the lock file of a process that was killed while it compiled makes every other wait "
+    "forever",
+    uses={"torch.utils.cpp_extension.FileBaton": None},
+)
 def use_own_locks() -> None:
     """Make torch lock extensions with ``BuildLock``, in this process."""
     from torch.utils import cpp_extension
@@ -194,3 +218,76 @@ def abandoned(lock: Path) -> bool:
     except FileNotFoundError:
         return False
     return age >= ABANDONED_SECONDS and not processes_holding([lock.resolve()])
+
+
+@relies_on(
+    "deepspeed",
+    checked=DEEPSPEED,
+    reason="on a CPU ZeRO 3 starts numactl again for each gradient that it divides",
+    uses={"deepspeed.utils.numa.get_numa_cores": ()},
+)
+def run_numactl_once() -> None:
+    """Keep what ``numactl`` says."""
+    from deepspeed.utils import numa
+
+    if not hasattr(numa.get_numa_cores, "cache_info"):
+        numa.get_numa_cores = functools.cache(numa.get_numa_cores)
+
+
+@relies_on(
+    "deepspeed",
+    checked=DEEPSPEED,
+    reason="transformers' polynomial schedule reads the optimizer's defaults, which ZeRO's wrapper "
+    "leaves out",
+    uses={STAGE_1_2: None, STAGE_3: None},
+)
+def give_defaults(zero: Any) -> None:
+    """Let ZeRO's optimizer show the ``defaults`` of the one that it wraps."""
+    if not hasattr(zero, "defaults"):
+        zero.defaults = zero.optimizer.defaults
+
+
+@relies_on(
+    "deepspeed",
+    checked=DEEPSPEED,
+    reason="ZeRO 1 and 2 link parameters to their state after the first group's first step, when "
+    "the other groups have none yet, and never again",
+    uses={f"{STAGE_1_2}._lazy_init_hp_params_optimizer_state": ()},
+)
+def link_state(zero: Any) -> None:
+    """Tie each parameter to its part of the optimizer's state, in ZeRO 1 and 2.
+
+    Otherwise only the first group's can be read by parameter.
+    """
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+@relies_on(
+    "deepspeed",
+    checked=DEEPSPEED,
+    reason="setting a parameter or its state under ZeRO 3 reads past the end of the tensor on the "
+    "last rank where the ranks do not divide the number of elements",
+    uses={
+        "deepspeed.utils.safe_set_full_fp32_param": ("param", "value"),
+        "deepspeed.utils.safe_set_full_optimizer_state": ("param", "value", "optim_state_key"),
+    },
+)
+@contextlib.contextmanager
+def divisible(parameter: Any, value: Tensor) -> Iterator[Tensor]:
+    """``value``, padded so that ZeRO 3 can divide it over the ranks; flat where it is.
+
+    Inside the context the parameter's number of elements is the padded one.
+    """
+    number, missing = getattr(parameter, "ds_numel", 0), 0
+    if number:
+        missing = -number % dist.get_world_size(parameter.ds_process_group)
+    if not missing:
+        yield value
+        return
+    parameter.ds_numel = number + missing
+    try:
+        yield F.pad(value.flatten(), (0, missing))
+    finally:
+        parameter.ds_numel = number

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2s_scale.backends.deepspeed.patches import link_state
 from s2s_scale.errors import UserError
 
 
@@ -72,17 +73,6 @@ def make_room(zero: Any, moments: Mapping[int, Mapping[str, Any]]) -> None:
                 state[name] = _common_number(zero.optimizer, name, values)
         zero.optimizer.state[flat] = state
     link_state(zero)
-
-
-def link_state(zero: Any) -> None:
-    """Tie each parameter to its part of the optimizer's state, in ZeRO 1 and 2.
-
-    DeepSpeed does that after the first group's first step, when the others have no state yet, and
-    never again: what it can read by parameter is then the first group alone.
-    """
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _common_number(optimizer: Any, name: str, values: list[Any]) -> Any:

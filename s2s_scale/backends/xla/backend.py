@@ -1,15 +1,11 @@
 """torch-xla: TPU VMs and pods, and virtual XLA devices on a CPU.
 
-With a mesh, one process a host drives all of its devices (SPMD): it sees one device, on which a
-batch is divided by rows over all devices of the mesh and weights are whole on each (axis ``data``)
-or divided too (axis ``fsdp``). Without a mesh there is one process a device, started by
-``torch_xla.launch``.
+One process per host drives all of its devices (SPMD): it sees one device, on which a batch is
+divided by rows over all devices of the mesh, and weights are whole on each (axis ``data``) or
+divided too (axis ``fsdp``).
 
 transformers and accelerate are not told of torch-xla (``USE_TORCH_XLA=0``): they see one plain
 device, and where a recorded graph ends is decided here alone.
-
-All calls of torch-xla are in ``xla_runtime``. ``xla_sharding`` divides weights and activations,
-``xla_process`` sets what a process needs first, ``xla_problems`` says what does not go together.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -27,34 +23,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2s_scale.backends.base import Batch, ParameterState, ReadState
+from s2s_scale.backends.base import Backend, Batch, ParameterState, ReadState, innermost
 from s2s_scale.backends.collectives import Collectives, TorchCollectives
-from s2s_scale.backends.local import LocalBackend, innermost
 from s2s_scale.backends.xla.adamw import GraphAdamW, make_state, state_tensors
+from s2s_scale.backends.xla.patches import (
+    always_build_masks,
+    set_process_index,
+    use_xla_checkpointing,
+)
 from s2s_scale.backends.xla.runtime import (
     OWN_TORCH,
     by_rows,
-    checkpoint_for_xla,
     compilations,
     end_graph,
     fetch,
     keep_compiled_graphs,
-    masks_without_look,
     on_cpu,
     runtime,
     seed_devices,
     spmd,
     start_mesh,
-    tell_rank,
     to_device,
     versions_apart,
     whole_products,
     without_effect,
     xla_device,
-    xla_model,
 )
 from s2s_scale.backends.xla.sharding import MeshSharding
-from s2s_scale.data.prefetch import prefetch
 from s2s_scale.errors import UserError, raise_problems
 
 T = TypeVar("T")
@@ -106,12 +101,19 @@ class XlaCollectives(Collectives):
             self.gather_objects(None)
 
 
-class XlaBackend(LocalBackend):
-    """Training on XLA devices, in graphs that are compiled once for each shape of a batch."""
+class XlaBackend(Backend):
+    """Training on XLA devices, in graphs that are compiled once for each shape of a batch.
 
-    _takes_own_functions = False
+    Args:
+        mesh: lengths of the axes ``data`` and ``fsdp``; by default all devices are on the first.
+    """
 
-    def __init__(self, device: str = "tpu", mesh: Mapping[str, int] | None = None) -> None:
+    name = "xla"
+    static_shapes = True
+    plain_backward = False
+    takes_cpu_functions = False
+
+    def __init__(self, device: str, mesh: Mapping[str, int] | None = None) -> None:
         super().__init__(device, mesh or {"data": -1})
         self._bf16 = False
         self._accumulates = False
@@ -120,6 +122,14 @@ class XlaBackend(LocalBackend):
     @property
     def collectives(self) -> Collectives:
         return XlaCollectives(self)
+
+    @property
+    def averaged_ranks(self) -> int:
+        return 1
+
+    @cached_property
+    def rows_multiple(self) -> int:  # type: ignore[override]
+        return int(runtime().addressable_runtime_device_count())
 
     @property
     def device_mesh(self) -> Any:
@@ -146,13 +156,12 @@ class XlaBackend(LocalBackend):
         # Else a learning rate of 0 or 1 is a constant of the graph, which is compiled anew for it.
         os.environ["XLA_NO_SPECIAL_SCALARS"] = "1"
         keep_compiled_graphs()
-        masks_without_look()
-        if self.mesh_shape:
-            start_mesh()
+        always_build_masks()
+        start_mesh()
         # Read by accelerate, and by transformers through it.
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(xla_device())
         if self.collectives.world_size > 1:
-            tell_rank(self.collectives.rank)
+            set_process_index(self.collectives.rank)
         seed_devices(0)
 
     def training_overrides(self, values: Mapping[str, Any], *, trains: bool) -> dict[str, Any]:
@@ -169,48 +178,29 @@ class XlaBackend(LocalBackend):
         values["dataloader_pin_memory"] = False
         return values
 
-    @property
-    def static_shapes(self) -> bool:
-        return True
-
-    @property
-    def rows_multiple(self) -> int:
-        return int(runtime().addressable_runtime_device_count()) if self.mesh_shape else 1
-
-    @property
-    def averaged_ranks(self) -> int:
-        return 1
-
     def place_model(self, model: nn.Module) -> None:
         model.to(xla_device())
         if hasattr(model, "tie_weights"):  # moving to an XLA device makes new parameters
             model.tie_weights()  # type: ignore[operator]
-        if self.mesh_shape:
-            self._sharding.divide(model.parameters())
-            self._sharding.keep_activations_divided(model)
+        self._sharding.divide(model.parameters())
+        self._sharding.keep_activations_divided(model)
         self.flush()
 
     def place_batch(self, batch: Batch) -> Batch:
         names = [name for name, value in batch.items() if value.device.type == "cpu"]
-        sharding = None
-        if self.mesh_shape and names:
-            self._check_rows(batch[names[0]])
-            sharding = partial(
-                by_rows, self._sharding.mesh, minibatch=self.collectives.world_size > 1
-            )
-        placed = to_device([batch[name] for name in names], xla_device(), sharding)
-        return {**batch, **dict(zip(names, placed, strict=True))}
-
-    def _check_rows(self, tensor: Tensor) -> None:
-        if tensor.shape[0] % self.rows_multiple:
+        if not names:
+            return batch
+        rows = batch[names[0]].shape[0]
+        if rows % self.rows_multiple:
             raise UserError(
-                f"a batch of {tensor.shape[0]} rows for {self.rows_multiple} devices: expected a "
-                f"multiple of {self.rows_multiple}; change --per_device_train_batch_size or "
+                f"a batch of {rows} rows for {self.rows_multiple} devices: expected a multiple of "
+                f"{self.rows_multiple}; change --per_device_train_batch_size or "
                 "--per_device_eval_batch_size"
             )
-
-    def place_batches(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
-        return prefetch(((number, self.place_batch(batch)) for number, batch in batches))
+        hosts = self.collectives.world_size
+        sharding = partial(by_rows, self._sharding.mesh, minibatch=hosts > 1)
+        placed = to_device([batch[name] for name in names], xla_device(), sharding)
+        return {**batch, **dict(zip(names, placed, strict=True))}
 
     def autocast(self) -> AbstractContextManager[None]:
         return torch.autocast("xla", dtype=torch.bfloat16) if self._bf16 else nullcontext()
@@ -224,28 +214,26 @@ class XlaBackend(LocalBackend):
         if optimizer_class is torch.optim.AdamW and not options.get("amsgrad"):
             optimizer_class = GraphAdamW
         built = super().build_optimizer(optimizer_class, groups, options)
-        self._watch_saving(built)
+        # What is saved of the state names no device.
+        built.register_state_dict_post_hook(
+            lambda _, saved: {**saved, "state": on_cpu(saved["state"])}
+        )
         return built
 
     def start_training(self, model: nn.Module, optimizer: Any, *, accumulation: int) -> None:
         seed_devices(torch.initial_seed())
         self._accumulates = accumulation > 1
-        checkpoint_for_xla(model)
-        make_state(innermost(optimizer))
-        if self.mesh_shape:
-            tensors = state_tensors(innermost(optimizer))
-            self._sharding.divide(t for t in tensors if t.device.type == "xla")
-        # As after every step: XLA then reuses the same buffers in the first step as in the others.
+        use_xla_checkpointing(model)
         inner = innermost(optimizer)
+        make_state(inner)
+        self._sharding.divide(t for t in state_tensors(inner) if t.device.type == "xla")
+        # As after every step: XLA then reuses the same buffers in the first step as in the others.
         self.skip_update_where(inner, torch.zeros((), dtype=torch.bool, device=xla_device()))
         inner.step()
         self._fill_gradients(model)
         self.flush()
 
     def finish_micro_batch(self, model: nn.Module, *, last: bool) -> None:
-        if last and not self.mesh_shape and self.collectives.world_size > 1:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            xla_model().all_reduce("sum", gradients)
         if self._accumulates:
             self.flush()
 
@@ -291,20 +279,6 @@ class XlaBackend(LocalBackend):
     def compilations(self) -> tuple[int, float]:
         return compilations()
 
-    def consolidated_state(self, optimizer: Any) -> AbstractContextManager[None]:
-        return nullcontext()  # see _watch_saving
-
-    def _watch_saving(self, optimizer: Optimizer) -> None:
-        """What is saved of the optimizer's state holds no device."""
-        optimizer.register_state_dict_post_hook(
-            lambda _, saved: {**saved, "state": on_cpu(saved["state"])}
-        )
-
-    def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
-        self.flush()
-        weights = {name: fetch(value).float() for name, value in model.named_parameters()}
-        return weights if self.collectives.rank == 0 else {}
-
     def state(
         self, model: nn.Module, optimizer: Any, writers: Mapping[str, int] | None = None
     ) -> Iterator[ParameterState]:
@@ -313,15 +287,14 @@ class XlaBackend(LocalBackend):
         for name, parameter in model.named_parameters():
             weight = fetch(parameter)  # on every rank: parts may lie on several hosts
             moments = {moment: on_cpu(value) for moment, value in held.get(parameter, {}).items()}
-            mine = self._writes(name, writers)
+            mine = self.collectives.rank == (writers or {}).get(name, 0)
             yield ParameterState(name, weight if mine else None, moments if mine else {})
 
     def load_state(
         self, model: nn.Module, optimizer: Any, read: ReadState, *, moments: bool = True
     ) -> None:
         super().load_state(model, optimizer, read, moments=moments)
-        if self.mesh_shape:
-            self._sharding.divide(model.parameters())
+        self._sharding.divide(model.parameters())
         self.flush()
 
     def seed(self, value: int) -> None:

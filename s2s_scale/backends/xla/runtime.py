@@ -1,26 +1,18 @@
-"""What is asked of torch-xla, which no other file imports; used by ``xla`` alone.
-
-What must be set in a process before it uses XLA devices; used by ``xla`` alone.
-
-Versions and training arguments that do not go with XLA devices; used by ``xla`` alone.
-
-Devices in a mesh: the lengths of its axes, and how a weight is divided over one of them.
-"""
+"""What is asked of torch-xla, and what must be set in a process before it uses XLA devices."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from collections.abc import Mapping
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from s2s_scale.backends.xla.patches import sharding_of
 from s2s_scale.errors import UserError
 
 CACHE_VARIABLE = "XLA_PERSISTENT_CACHE_PATH"
@@ -36,31 +28,6 @@ def keep_compiled_graphs() -> None:
         Path(os.environ[CACHE_VARIABLE]).mkdir(parents=True, exist_ok=True)
     else:
         del os.environ[CACHE_VARIABLE]
-
-
-def masks_without_look() -> None:
-    """Have transformers build attention masks without looking into them.
-
-    It leaves a mask out where no position is a pad: for that it waits for the device at each
-    forward pass, and a batch without pads is another graph. It does not look where it is traced.
-    """
-    masking_utils: Any = importlib.import_module("transformers.masking_utils")
-    looks_unless = masking_utils.is_tracing
-
-    def is_tracing(tensor: Any = None) -> bool:
-        on_xla = isinstance(tensor, Tensor) and tensor.device.type == "xla"
-        return on_xla or bool(looks_unless(tensor))
-
-    if looks_unless.__module__ != __name__:
-        masking_utils.is_tracing = is_tracing
-
-
-def tell_rank(rank: int) -> None:
-    """transformers lets process 0 alone write files and show progress."""
-    from accelerate import PartialState
-
-    state: Any = PartialState()
-    state.process_index = rank
 
 
 OWN_TORCH = "it is built for one exact torch, so give it an environment of its own"
@@ -141,12 +108,6 @@ def runtime() -> Any:
     return torch_xla.runtime
 
 
-def xla_model() -> Any:
-    import torch_xla.core.xla_model
-
-    return torch_xla.core.xla_model
-
-
 def spmd() -> Any:
     import torch_xla.distributed.spmd
 
@@ -194,14 +155,6 @@ def compilations() -> tuple[int, float]:
     return (int(data[0]), float(data[1]) / 1e9) if data else (0, 0.0)
 
 
-def sharding_of(tensor: Tensor) -> str | None:
-    """How a tensor on XLA devices is divided, in XLA's words; empty or None: not at all."""
-    import torch_xla
-
-    found: str | None = torch_xla._XLAC._get_xla_sharding_spec(tensor)
-    return found
-
-
 def by_rows(mesh: Any, dimensions: int, *, minibatch: bool) -> Any:
     """A tensor's first dimension divided over all devices; ``minibatch``: each host has a part."""
     return spmd().ShardingSpec(mesh, (AXES, *([None] * (dimensions - 1))), minibatch=minibatch)
@@ -209,11 +162,13 @@ def by_rows(mesh: Any, dimensions: int, *, minibatch: bool) -> Any:
 
 def to_device(tensors: list[Tensor], device: torch.device, sharding: Any) -> list[Tensor]:
     """One transfer for all tensors of a like number of dimensions."""
+    from torch_xla.core.xla_model import send_cpu_data_to_device
+
     placed = list(tensors)
     for dimensions in {tensor.dim() for tensor in tensors}:
         places = [n for n, tensor in enumerate(tensors) if tensor.dim() == dimensions]
         spec = sharding(dimensions) if sharding is not None and dimensions else None
-        moved = xla_model().send_cpu_data_to_device([tensors[n] for n in places], device, spec)
+        moved = send_cpu_data_to_device([tensors[n] for n in places], device, spec)
         for n, tensor in zip(places, moved, strict=True):
             placed[n] = tensor
     return placed
@@ -239,15 +194,6 @@ def on_cpu(state: Any) -> Any:
         made = fetch(state)
         return made.float() if made.dtype == torch.float64 else made  # torch's counts are fp32
     return {k: on_cpu(v) for k, v in state.items()} if isinstance(state, dict) else state
-
-
-def checkpoint_for_xla(model: nn.Module) -> None:
-    """Gradient checkpointing as torch-xla has it: XLA would merge torch's second forward pass."""
-    from torch_xla.utils.checkpoint import checkpoint
-
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=True)  # type: ignore[assignment]
 
 
 def whole_products() -> None:

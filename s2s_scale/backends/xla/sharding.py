@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from s2s_scale.backends.xla.patches import sharding_of
 from s2s_scale.backends.xla.runtime import (
     AXES,
     divided_dimension,
     mesh_lengths,
     rows_dimension,
     runtime,
-    sharding_of,
     spmd,
 )
 

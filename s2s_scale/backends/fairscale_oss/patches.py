@@ -1,20 +1,17 @@
-"""FairScale OSS: data parallel as in ``local``, the optimizer's state shared out over ranks."""
+"""What this backend uses of the private parts of FairScale: an OSS of our own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2s_scale.backends.base import ParameterState
-from s2s_scale.backends.local import LocalBackend, on_host
+from s2s_scale.backends.fairscale_oss.transfer import receive, send, shard_on_host
+from s2s_scale.compat import relies_on
 
 if TYPE_CHECKING:
     from fairscale.optim import OSS
@@ -28,78 +25,18 @@ RECIPIENT = 0
 """The rank that receives the whole state and writes it."""
 
 
-class FairScaleBackend(LocalBackend):
-    """Each rank keeps the optimizer state of its share of the parameters, and updates those."""
-
-    def problems(self) -> Sequence[str]:
-        missing = (
-            []
-            if find_spec("fairscale")
-            else [
-                "backend fairscale_oss: the package fairscale is not installed; "
-                "pip install 's2s-scale[oss]', or pip install fairscale"
-            ]
-        )
-        return [*missing, *super().problems()]
-
-    def prepare_process(self) -> None:
-        super().prepare_process()
-        if not dist.is_initialized():  # OSS asks its process group even where it is alone
-            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-
-    def build_optimizer(
-        self,
-        optimizer_class: type[Optimizer],
-        groups: list[dict[str, Any]],
-        options: Mapping[str, Any],
-    ) -> Optimizer:
-        return ShardedOptimizer(groups, optim=optimizer_class, **options)
-
-    @contextmanager
-    def consolidated_state(self, optimizer: Any) -> Iterator[None]:
-        sharded = sharded_optimizer(optimizer)
-        sharded.consolidate_state_dict(RECIPIENT)
-        try:
-            yield
-        finally:
-            sharded.forget_whole_state()
-
-    def writers(self, model: nn.Module, optimizer: Any) -> dict[str, int]:
-        if optimizer is None:
-            return super().writers(model, optimizer)
-        owners = sharded_optimizer(optimizer).owners()
-        return {name: owners.get(id(p), RECIPIENT) for name, p in model.named_parameters()}
-
-    def state(
-        self, model: nn.Module, optimizer: Any, writers: Mapping[str, int] | None = None
-    ) -> Iterator[ParameterState]:
-        sharded = sharded_optimizer(optimizer) if optimizer is not None else None
-        owners = sharded.owners() if sharded is not None else {}
-        for name, parameter in model.named_parameters():
-            writer = (writers or {}).get(name, RECIPIENT)
-            owner = owners.get(id(parameter), writer)
-            moments = {} if sharded is None else sharded.optim.state.get(parameter, {})
-            if owner != writer:
-                ranks = (self.collectives.rank, owner, writer)
-                moments = _pass_on(moments, ranks, device=parameter.device)
-            if self.collectives.rank == writer:
-                moments = {k: on_host(v) for k, v in moments.items() if v is not None}
-                yield ParameterState(name, on_host(parameter), moments)
-            else:
-                yield ParameterState(name, None, {})
-
-    def _state_holder(self, optimizer: Any) -> Any:
-        return sharded_optimizer(optimizer).optim
-
-
-def sharded_optimizer(optimizer: Any) -> ShardedOptimizer:
-    """The OSS optimizer inside what the trainer has wrapped it in."""
-    while not isinstance(optimizer, ShardedOptimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
+@relies_on(
+    "fairscale",
+    checked=("0.4.13", "0.4.13"),
+    reason="OSS broadcasts stale buffers once accelerate has wrapped the model, shares parameters "
+    "out unevenly, and gathers the whole state on every rank",
+    uses={
+        "fairscale.optim.OSS.partition_parameters": (),
+        "fairscale.optim.OSS.refresh_trainable": (),
+        "fairscale.optim.OSS._clear_cache": (),
+        "fairscale.optim.OSS._sync_param_groups": ("source", "destination"),
+    },
+)
 class ShardedOptimizer(OSS):
     """OSS that survives being wrapped by accelerate, shares out evenly, and saves frugally.
 
@@ -191,11 +128,11 @@ class ShardedOptimizer(OSS):
         self._all_states = []
         for rank in range(self.world_size):
             if self.rank == recipient_rank == rank:
-                self._all_states.append(_on_host(self.optim.state_dict()))
+                self._all_states.append(shard_on_host(self.optim.state_dict()))
             elif self.rank == rank:
-                _send(self.optim.state_dict(), recipient_rank)
+                send(self.optim.state_dict(), recipient_rank)
             elif self.rank == recipient_rank:
-                self._all_states.append(_receive(rank, self._default_device))
+                self._all_states.append(receive(rank, self._default_device))
 
     def forget_whole_state(self) -> None:
         """Free what ``consolidate_state_dict`` collected."""
@@ -227,61 +164,3 @@ class ShardedOptimizer(OSS):
             if index[id(parameter)] in state_dict["state"]
         }
         self.optim.load_state_dict(shard)
-
-
-def _on_host(shard: dict[str, Any]) -> dict[str, Any]:
-    state = {
-        place: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
-        for place, values in shard["state"].items()
-    }
-    return {**shard, "state": state}
-
-
-def _travels(value: Any) -> bool:
-    """Whether a value is sent as a tensor of its own; step counters go with the description."""
-    return isinstance(value, Tensor) and value.dim() > 0
-
-
-def _pass_on(
-    moments: dict[str, Any], ranks: tuple[int, int, int], *, device: torch.device
-) -> dict[str, Any]:
-    """One parameter's state from its owner to the recipient, who gets it; others get nothing.
-
-    ``ranks``: this one, the owner, and the recipient.
-    """
-    rank, owner, recipient = ranks
-    if rank == owner:
-        _send({"state": {0: moments}}, recipient)
-    if rank == recipient:
-        return dict(_receive(owner, device)["state"][0])
-    return {}
-
-
-def _send(shard: dict[str, Any], recipient: int) -> None:
-    """Send a rank's optimizer state: what it consists of, then tensor after tensor."""
-    description = {
-        place: {
-            k: (tuple(v.shape), v.dtype) if _travels(v) else v.cpu() if isinstance(v, Tensor) else v
-            for k, v in values.items()
-        }
-        for place, values in shard["state"].items()
-    }
-    sent = {place: [k for k, v in s.items() if _travels(v)] for place, s in shard["state"].items()}
-    dist.send_object_list([{**shard, "state": description}, sent], dst=recipient)
-    for place, names in sent.items():
-        for name in names:
-            dist.send(shard["state"][place][name].contiguous(), dst=recipient)
-
-
-def _receive(sender: int, device: torch.device) -> dict[str, Any]:
-    """What ``_send`` sent, on the CPU."""
-    received: list[Any] = [None, None]
-    dist.recv_object_list(received, src=sender)
-    shard, sent = received
-    for place, names in sent.items():
-        for name in names:
-            shape, dtype = shard["state"][place][name]
-            buffer = torch.empty(shape, dtype=dtype, device=device)
-            dist.recv(buffer, src=sender)
-            shard["state"][place][name] = buffer.cpu()
-    return dict(shard)

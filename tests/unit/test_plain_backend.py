@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2s_scale.backends import make_backend
+from s2s_scale.backends import Backend, make_backend
 from s2s_scale.errors import UserError
 
 ALL = {
@@ -31,24 +31,24 @@ def variables(monkeypatch):
 
 def test_an_unknown_backend_names_the_nearest():
     with pytest.raises(UserError, match="unknown backend 'locl' .did you mean 'local'"):
-        make_backend("locl")
+        make_backend("locl", "cpu")
 
 
 @pytest.mark.parametrize("missing", ["WORLD_SIZE", "RANK", "MASTER_ADDR"])
 def test_half_of_a_launchers_variables_are_refused(variables, missing):
     variables(**{name: value for name, value in ALL.items() if name != missing})
-    (problem,) = make_backend("local").problems()
+    (problem,) = Backend("cpu").problems()
     assert f"{missing} not: a launcher sets all of them" in problem
 
 
 def test_all_variables_none_or_a_leftover_address_are_fine(variables):
     for values in (ALL, {}, {"MASTER_ADDR": "here"}, {"WORLD_SIZE": "1"}):
         variables(**values)
-        assert make_backend("local").problems() == []
+        assert Backend("cpu").problems() == []
 
 
 def test_a_single_process_is_its_own_collective(variables):
-    backend = make_backend("local")
+    backend = Backend("cpu")
     backend.prepare_process()
     rows = torch.arange(6).view(2, 3)
     assert (backend.collectives.rank, backend.collectives.world_size) == (0, 1)
