@@ -5,26 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
+
+from tests.support.surroundings import ROOT, surroundings
 
 
 def pytest_configure(config):
     """No hub, no user's own cache or profiles; set before torch and transformers are imported."""
-    config.own_folder = tempfile.mkdtemp(prefix="s2s-scale-tests-")
-    os.environ.update(
-        HF_HUB_OFFLINE="1",
-        HF_HUB_DISABLE_PROGRESS_BARS="1",
-        TOKENIZERS_PARALLELISM="false",
-        USE_TORCH_XLA="0",  # as in every profile: transformers is not told of torch-xla
-        OMP_NUM_THREADS="1",  # the same sums in this process and in those that tests start
-        S2S_SCALE_CACHE=os.path.join(config.own_folder, "cache"),
-        XDG_CONFIG_HOME=os.path.join(config.own_folder, "config"),
-        COLUMNS="120",
-    )
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    config.own_environment = dict(os.environ)
+    config.own_folder = Path(tempfile.mkdtemp(prefix="s2s-scale-tests-"))
+    for name in ("home", "elsewhere"):
+        (config.own_folder / name).mkdir()
+    config.callers_environment = dict(os.environ)
+    caches = ROOT / ".pytest_cache" / "d"
+    config.own_environment = surroundings(os.environ, own=config.own_folder, caches=caches)
+    _restore(config.own_environment)
 
 
 def pytest_unconfigure(config):
@@ -45,11 +41,27 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
-@pytest.fixture(autouse=True)
-def same_environment(pytestconfig):
-    """Each test starts from the same variables: commands export theirs into this process."""
-    _restore(pytestconfig.own_environment)
+@pytest.fixture(scope="session", autouse=True)
+def outside_the_checkout(pytestconfig):
+    """Fixtures that several tests share are made in a folder that holds nothing of a user's."""
+    before = Path.cwd()
+    os.chdir(pytestconfig.own_folder / "elsewhere")
     yield
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def same_surroundings(pytestconfig, outside_the_checkout):
+    """Each test starts in an empty folder of its own, and from the same variables.
+
+    Commands export theirs into this process, and write where they are called.
+    """
+    _restore(pytestconfig.own_environment)
+    folder = tempfile.mkdtemp(dir=pytestconfig.own_folder, prefix="empty-")
+    os.chdir(folder)
+    yield
+    os.chdir(pytestconfig.own_folder / "elsewhere")
+    shutil.rmtree(folder, ignore_errors=True)
     _restore(pytestconfig.own_environment)
 
 

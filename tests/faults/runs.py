@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from s2s_scale.models.create import new_model
+from tests.support.adam import ADAM_EPSILON
 from tests.support.copying import write_copy_task
 
 ROWS, ROWS_PER_STEP, STEPS = 44, 8, 12
@@ -36,7 +37,7 @@ class Task:
         words = f"""train --profile {profile} --model {self.model} --data_dir {self.data}
             --output_dir {output} --per_device_train_batch_size {ROWS_PER_STEP // ranks}
             --max_steps {STEPS} --learning_rate 1e-3 --lr_scheduler cosine --warmup_steps 3
-            --adam_epsilon 1e-6 --optim adamw_torch --dropout 0 --seed 3 --bf16 false
+            --adam_epsilon {ADAM_EPSILON} --optim adamw_torch --dropout 0 --seed 3 --bf16 false
             --max_target_length 12 --save_strategy steps --logging_steps 1
             --report_to none --disable_tqdm --resume_from_checkpoint auto""".split()
         return [*words, *map(str, more)]

@@ -132,7 +132,6 @@ def launch(
         "label_smoothing": 0.1,
         "batching": "sortish",
         "optim": "adamw_torch",
-        "adam_epsilon": 1e-6,  # see docs/decisions.md
     }
     job = {"rows": ROWS, "rows_per_step": ROWS_PER_STEP, "runs": runs}
     path = folder / "job.json"

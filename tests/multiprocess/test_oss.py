@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.adam import assert_same_weights
 from tests.support.shares_worker import run_all
 
 STEPS = 20
@@ -68,4 +69,4 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(both, tmp_path):
     again = {"alone": one("local", "adamw", ranks=1, resume=checkpoint)}
     alone = run_all(tmp_path / "alone", again, ranks=1)["alone"]
     assert alone["loss"] == pytest.approx(through["loss"], rel=1e-5)
-    assert alone["weights"] == pytest.approx(through["weights"], abs=1e-5)
+    assert_same_weights(alone["weights"], through["weights"], steps=STEPS - 10, grad_norm=0.5)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from s2s_scale.optim import arg_to_scheduler
+from tests.support.adam import assert_same_weights
 from tests.support.shares_worker import run_all
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -20,12 +21,7 @@ SHARED = {
 }
 BAD = {"4": "nan", "6": "inf", "9": "spike"}
 """Steps whose loss is spoilt, and how; see ``Spoilt`` in the worker."""
-SPOILT = {
-    "spoilt": BAD,
-    "spike_window": 4,
-    "loss_spike_factor": 3.0,
-    "adam_epsilon": 1e-6,  # see docs/decisions.md
-}
+SPOILT = {"spoilt": BAD, "spike_window": 4, "loss_spike_factor": 3.0}
 
 
 def one(config, *, ranks, family="t5", resume=None, **more):
@@ -95,7 +91,7 @@ def test_bad_steps_are_left_out_as_by_the_plain_backend(stages, config):
     assert found["bad_steps"] == plain["bad_steps"]
     assert found["learning_rate"] == plain["learning_rate"]
     assert all(map(math.isfinite, found["weights"]))
-    assert found["weights"] == pytest.approx(plain["weights"], abs=1e-5)
+    assert_same_weights(found["weights"], plain["weights"], steps=STEPS, grad_norm=0.5)
 
 
 @pytest.mark.parametrize("stages", [2], indirect=True)
@@ -103,7 +99,7 @@ def test_going_back_ends_with_the_weights_of_skipping(stages):
     _, _, results = stages
     skipped, rolled = results["plain"], results["back"]
     assert [step for step, _, done, _ in rolled["bad_steps"] if done == "rolled back"] == list(BAD)
-    assert rolled["weights"] == pytest.approx(skipped["weights"], abs=1e-5)
+    assert_same_weights(rolled["weights"], skipped["weights"], steps=STEPS, grad_norm=0.5)
 
 
 def test_saved_runs_go_on_as_if_they_had_not_stopped(stages, tmp_path):
@@ -122,7 +118,7 @@ def test_saved_runs_go_on_as_if_they_had_not_stopped(stages, tmp_path):
         through = results[config]
         assert len(resumed["loss"]) == STEPS
         assert resumed["loss"] == pytest.approx(through["loss"], rel=1e-6), config
-        assert resumed["weights"] == pytest.approx(through["weights"], abs=1e-6), config
+        assert_same_weights(resumed["weights"], through["weights"], steps=STEPS - 6, grad_norm=0.5)
         assert resumed["learning_rate"] == through["learning_rate"], config
         assert resumed["bad_steps"] == through["bad_steps"], config
 

@@ -86,6 +86,7 @@ class ForkServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            cwd="/",  # it outlives the test that starts it, and that test's folder
             env={**os.environ, "OMP_NUM_THREADS": "1", "USE_TORCH_XLA": "0"},
         )
         return self

@@ -15,6 +15,7 @@ from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.models import decoder_inputs_from_labels
 from s2s_scale.models.tiny import ragged_rows
+from tests.support.adam import ADAM_EPSILON, LEARNING_RATE
 from tests.support.families import tiny_model
 
 __all__ = [
@@ -30,7 +31,10 @@ __all__ = [
 
 
 def settings(folder: Path, **values: Any) -> dict[str, Any]:
-    """Training arguments for a quiet, deterministic run on the CPU that logs each step."""
+    """Training arguments for a quiet, deterministic run on the CPU that logs each step.
+
+    With Adam its weights can be compared by ``tests.support.adam.assert_same_weights``.
+    """
     return {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -38,7 +42,8 @@ def settings(folder: Path, **values: Any) -> dict[str, Any]:
         "disable_tqdm": True,
         "logging_steps": 1,
         "save_strategy": "no",
-        "learning_rate": 1e-2,
+        "learning_rate": LEARNING_RATE,
+        "adam_epsilon": ADAM_EPSILON,
         "log_level": "error",
         **values,
     }

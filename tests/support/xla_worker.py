@@ -123,7 +123,6 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
         "evaluation_shapes": len(trainer._watch.shapes("evaluation")),
         "nonfinite": trainer._guard.steps,
         "weights": weights_of(trainer, backend) if job.get("weights") else [],
-        "final": [float(value.double().sum()) for value in backend.full_weights(model).values()],
         "metrics": {name: value for name, value in metrics.items() if name.endswith("loss")},
         **(_of_devices(trainer) if job["backend"].startswith("xla") else {}),
     }

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv*", "runs", "build", "dist", "*.egg-info", ".*_cache"
+#: What a release is built from. The rest of a checkout may be a user's: data, models, runs.
+SOURCE = (
+    *("s2s_scale", "launchers", "ds_configs", "constraints", "tests"),
+    *("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"),
 )
 
 
@@ -37,7 +39,10 @@ def run(*command, cwd, **environment):
 def wheel(tmp_path_factory):
     """A wheel built from a copy, so that the checkout gets no build folder."""
     folder = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
+    (folder / "source").mkdir()
+    for name in SOURCE:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / "source" / name)
     stale = folder / "source" / "build" / "lib" / "s2s_scale" / "_shipped" / "launchers"
     stale.mkdir(parents=True)
     (stale / "stale.yaml").touch()  # of an earlier build: must not be in the wheel
