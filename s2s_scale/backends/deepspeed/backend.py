@@ -23,6 +23,7 @@ from s2s_scale.backends.deepspeed.patches import (
     give_defaults,
     link_state,
     run_numactl_once,
+    skip_loaded_modules,
     use_own_locks,
 )
 from s2s_scale.backends.deepspeed.state import (
@@ -80,6 +81,7 @@ class DeepSpeedBackend(Backend):
         if not dist.is_initialized():
             dist.init_process_group(backend)
         use_own_locks()
+        skip_loaded_modules()
         _own_tools_first()
         import deepspeed
 
