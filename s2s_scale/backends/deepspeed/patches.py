@@ -260,7 +260,7 @@ def skip_loaded_modules() -> None:
         return initialize(model, *args, **kwargs)
 
     if not hasattr(initialize, "__wrapped__"):
-        PreTrainedModel._initialize_missing_keys = initialize_missing
+        PreTrainedModel._initialize_missing_keys = initialize_missing  # type: ignore
 
 
 @relies_on(
