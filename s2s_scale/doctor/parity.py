@@ -23,13 +23,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import PrinterCallback
 
 from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collators import Seq2SeqCollator
+from s2s_scale.doctor.compat import forget_accelerate_settings
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.launch.spec import Launch
 from s2s_scale.models.tiny import ragged_rows, tiny_model
@@ -91,8 +91,7 @@ class Figures:
 def compute(job: Job, backend: Backend, folder: Path) -> None:
     """Run every case, and let rank 0 put its figures into ``folder``. Every rank must call it."""
     for number, case in enumerate(job.cases):
-        # accelerate keeps its settings for the whole process; each case has settings of its own.
-        AcceleratorState._reset_state()
+        forget_accelerate_settings()
         figures = _run(job, case, backend)
         if backend.collectives.rank == 0:
             values = {"loss": figures.loss, "grad_norm": figures.grad_norm}

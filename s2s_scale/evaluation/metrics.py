@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from s2s_scale.config import METRICS
 from s2s_scale.errors import unknown_name
+from s2s_scale.evaluation.compat import forget_lines, row_statistics, score_of
 from s2s_scale.utils import package_version
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -97,26 +98,16 @@ class _Sacrebleu:
         if not hypotheses:
             return
         # the two steps of sacrebleu's corpus_score, with the sum in between kept
-        rows = self.metric._extract_corpus_statistics(hypotheses, [list(references)])
-        for row in rows:
+        for row in row_statistics(self.metric, hypotheses, references):
             self.sums = (
                 row if self.sums is None else [a + b for a, b in zip(self.sums, row, strict=True)]
             )
-        self._forget_lines()
-
-    def _forget_lines(self) -> None:
-        """Empty the caches of sacrebleu's tokenizers, which hold the last 65,536 lines each."""
-        tokenizer = getattr(self.metric, "tokenizer", None)  # chrF has none
-        while tokenizer is not None:
-            clear = getattr(type(tokenizer).__call__, "cache_clear", None)
-            if clear is not None:
-                clear()
-            tokenizer = getattr(tokenizer, "_post_tokenizer", None)
+        forget_lines(self.metric)
 
     def result(self) -> dict[str, float]:
         if self.sums is None:
             return {self.name: 0.0}
-        return {self.name: float(self.metric._compute_score_from_stats(list(self.sums)).score)}
+        return {self.name: score_of(self.metric, self.sums)}
 
     def signature(self) -> dict[str, str]:
         return {self.name: str(self.metric.get_signature())}

@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from s2s_scale.errors import UserError, raise_problems
+from s2s_scale.generation.compat import (
+    generation_config,
+    score_processors,
+    set_lengths,
+    special_tokens,
+)
 
 _SEARCH = "use greedy or beam search (do_sample=False, num_beams=N)"
 _TOKENS = "leave it out: token ids alone are returned"
@@ -90,23 +95,13 @@ def read_settings(
     """
     given = {name: value for name, value in options.items() if value is not None}
     _refuse(given, where)
-    maker: Any = model
     base = given.pop("generation_config", None)
     try:
-        config, unknown = maker._prepare_generation_config(base, **given)
+        config, unknown = generation_config(model, base, given)
         _refuse(vars(config), where)
         raise_problems([f"unknown generation option '{name}'" for name in unknown])
-        _settle_lengths(maker, config, base, given)
-        maker._prepare_special_tokens(config, True, device="cpu")
-        maker._validate_generation_mode(config.get_generation_mode(None), config, {})
-        processors = tuple(
-            maker._get_logits_processor(
-                generation_config=config,
-                input_ids_seq_length=1,
-                encoder_input_ids=torch.zeros(1, 8, dtype=torch.long),  # its options alone are read
-                device="cpu",
-            )
-        )
+        _settle_lengths(model, config, base, given)
+        processors = score_processors(model, config)
     except ValueError as error:
         raise UserError(f"generation settings: {' '.join(str(error).split())}") from error
     _check_mode(config)
@@ -115,6 +110,7 @@ def read_settings(
 
 def settings_of(config: Any, *, start: int, processors: tuple[Any, ...]) -> SearchSettings:
     """The settings in a generation config whose special tokens ``generate`` has prepared."""
+    tokens = special_tokens(config)
     return SearchSettings(
         max_length=int(config.max_length),
         num_beams=int(config.num_beams),
@@ -122,8 +118,8 @@ def settings_of(config: Any, *, start: int, processors: tuple[Any, ...]) -> Sear
         length_penalty=float(config.length_penalty),
         early_stopping=config.early_stopping,
         start=start,
-        pad=only_id(config._pad_token_tensor),
-        ends=token_ids(config._eos_token_tensor),
+        pad=tokens["pad"][0] if tokens["pad"] else None,
+        ends=tokens["end"],
         processors=processors,
     )
 
@@ -155,13 +151,11 @@ def _settle_lengths(
         )
         return all(value is None for value in sources)
 
-    model._prepare_generated_length(
-        generation_config=config,
-        has_default_max_length=is_default("max_length"),
-        has_default_min_length=is_default("min_length"),
-        model_input_name="input_ids",
-        input_ids_length=1,
-        inputs_tensor=None,
+    set_lengths(
+        model,
+        config,
+        default_max=is_default("max_length"),
+        default_min=is_default("min_length"),
     )
     if config.max_length < 2:
         raise UserError(
@@ -176,20 +170,9 @@ def _check_mode(config: GenerationConfig) -> None:
 
 
 def _start_token(config: Any) -> int:
-    tokens = token_ids(config._decoder_start_token_tensor)
+    tokens = special_tokens(config)["start"]
     if len(tokens) != 1:
         raise UserError(
             f"decoder_start_token_id={list(tokens)}: expected one token id for all rows"
         )
     return tokens[0]
-
-
-def token_ids(tokens: torch.Tensor | None) -> tuple[int, ...]:
-    """The ids of a special token as transformers' prepared config holds them."""
-    return () if tokens is None else tuple(tokens.reshape(-1).tolist())
-
-
-def only_id(tokens: torch.Tensor | None) -> int | None:
-    """The first of ``token_ids``, if any."""
-    ids = token_ids(tokens)
-    return ids[0] if ids else None

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput
 
+from s2s_scale.generation.compat import any_rank_goes_on, reorders_own_cache
 from s2s_scale.generation.logits_rules import History, Rule, make_rules
 from s2s_scale.generation.options import SearchSettings, settings_of
 from s2s_scale.generation.search import BeamSearch, GreedySearch
@@ -150,7 +151,7 @@ def _known_inputs(
         and source.dim() == 2
         and not source.is_floating_point()
         and source.device == starts.device == model.device
-        and not hasattr(model, "_reorder_cache")
+        and not reorders_own_cache(model)
         and type(cache) is EncoderDecoderCache
         and type(cache.self_attention_cache) is DynamicCache
         and type(cache.cross_attention_cache) is DynamicCache
@@ -272,8 +273,7 @@ class _Decoder:
 
     def others_go_on(self, *, finished: bool) -> bool:
         """Whether any rank goes on; every rank must call it before each step."""
-        device = self._model.device
-        return bool(self._model._has_unfinished_sequences(finished, True, device))
+        return any_rank_goes_on(self._model, finished=finished)
 
     def _call(self, tokens: Tensor, inputs: Mapping[str, Any], **options: Any) -> Tensor:
         prepared = self._model.prepare_inputs_for_generation(

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, S
 from transformers.modeling_outputs import BaseModelOutput
 
 from s2s_scale.errors import UserError
+from s2s_scale.generation.compat import attention_of
 
 #: model types whose decoders take a cache whose length is a tensor
 STATIC_MODEL_TYPES = ("bart", "t5", "mbart", "fsmt", "pegasus", "marian", "mt5", "m2m_100")
@@ -54,7 +55,7 @@ class StaticDecoder:
                 f"model type '{kind}': generation with static shapes is known to work for "
                 f"{', '.join(STATIC_MODEL_TYPES)}; generate on a CPU or GPU profile"
             )
-        attention = model.config._attn_implementation
+        attention = attention_of(model.config)
         self._own_masks = kind == "fsmt"  # whose decoder masks only what it is told to mask
         if not self._own_masks and attention not in ("sdpa", "eager"):
             raise UserError(
@@ -199,7 +200,7 @@ class StaticDecoder:
         anything, which would end the graph.
         """
         wide = seen[:, None, None, :]
-        if self.model.config._attn_implementation == "sdpa":
+        if attention_of(self.model.config) == "sdpa":
             return wide
         dtype = self.model.dtype
         hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=seen.device)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collators import SEGMENTS, Seq2SeqCollator
+from s2s_scale.doctor.compat import forget_accelerate_settings
 from s2s_scale.models.tiny import ragged_rows, tiny_model
 from tests.support.training import settings
 
@@ -105,7 +105,7 @@ def main(path: Path) -> None:
 
 def _forget() -> None:
     """What a run leaves in this process that would make the next one another kind of run."""
-    AcceleratorState._reset_state()
+    forget_accelerate_settings()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     gc.collect()
 

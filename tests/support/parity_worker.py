@@ -13,9 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from accelerate.state import AcceleratorState
 
 from s2s_scale.backends import make_backend
+from s2s_scale.doctor.compat import forget_accelerate_settings
 from s2s_scale.doctor.parity import ROWS, Job, _arguments, compute
 from s2s_scale.models.tiny import ragged_rows, tiny_model
 from tests.support.training import history, stock_trainer
@@ -47,7 +47,7 @@ def main(name: str, folders: list[Path]) -> None:
 def stock(job: Job, folder: Path, *, rank: int, world_size: int) -> None:
     """The same cases with transformers' trainer, on the first step's loss only."""
     for number, case in enumerate(job.cases):
-        AcceleratorState._reset_state()
+        forget_accelerate_settings()
         model = tiny_model(case.family).train()
         with TemporaryDirectory() as scratch:
             values = _arguments(job, case, world_size, scratch) | {"max_steps": 1}

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collators import Seq2SeqCollator
+from s2s_scale.doctor.compat import forget_accelerate_settings
 from s2s_scale.trainer import nonfinite
 from s2s_scale.trainer.spikes import SpikeDetector
 from tests.support.families import tiny_model
@@ -42,7 +42,7 @@ def main(path: Path) -> None:
         results = {}
         for name, job in runs.items():
             # accelerate keeps its settings for the whole process; each run has settings of its own.
-            AcceleratorState._reset_state()
+            forget_accelerate_settings()
             results[name] = run(job, path.parent / name, backends[job["backend"]])
         if first.collectives.rank == 0:
             (path.parent / "result.json").write_text(json.dumps(results), encoding="utf-8")

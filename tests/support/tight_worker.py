@@ -21,7 +21,6 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from benchmarks.fresh import MIB, process_memory
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
@@ -29,6 +28,7 @@ from s2s_scale.backends import Backend, base, make_backend
 from s2s_scale.checkpoint import SaveError
 from s2s_scale.checkpoint.tensors import TensorWriter
 from s2s_scale.data.collators import Seq2SeqCollator
+from s2s_scale.doctor.compat import forget_accelerate_settings
 from s2s_scale.models.tiny import ragged_rows
 from s2s_scale.trainer import saving
 from tests.support.limits import limited
@@ -44,7 +44,7 @@ def main(path: Path) -> None:
     results = {}
     try:
         for one in job["runs"]:
-            AcceleratorState._reset_state()
+            forget_accelerate_settings()
             backend = make_backend(one["backend"], "cpu")
             backend.prepare_process()
             results[one["name"]] = run(job, one, path.parent / one["name"], backend)

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collators import Seq2SeqCollator
+from s2s_scale.doctor.compat import forget_accelerate_settings
 from s2s_scale.settings.profiles import resolve
 from tests.support.ranks import run_ranks
 from tests.support.training import Spoilt, Unpacked, history, ragged_rows, settings
@@ -82,7 +82,7 @@ def main(folders: list[Path]) -> None:
     try:
         for job, folder in zip(jobs, folders, strict=True):
             assert job["backend"] == jobs[0]["backend"]
-            AcceleratorState._reset_state()  # accelerate keeps its settings for the whole process
+            forget_accelerate_settings()  # accelerate keeps its settings for the whole process
             result = run(job, folder, backend)
             (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     finally:

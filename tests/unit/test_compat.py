@@ -20,7 +20,7 @@ def library(monkeypatch):
     module = ModuleType("lib")
     module._part = lambda tensor, count=1: None
     monkeypatch.setitem(sys.modules, "lib", module)
-    monkeypatch.setattr(compat, "version", lambda name: "1.4.2" if name == "lib" else "0")
+    monkeypatch.setattr(compat, "package_version", lambda name: "1.4.2")
     monkeypatch.setattr(compat, "REGISTER", [])
     relies_on(
         "lib", checked=("1.2", "1.4"), reason="a test", uses={"lib._part": ("tensor", "count")}
@@ -44,7 +44,7 @@ def test_a_version_in_the_range_with_the_known_signature_is_fine(library):
 
 @pytest.mark.parametrize("installed", ["1.5.0", "2.0", "1.1.9"])
 def test_a_version_outside_the_range_is_a_warning_that_names_it(library, monkeypatch, installed):
-    monkeypatch.setattr(compat, "version", lambda name: installed)
+    monkeypatch.setattr(compat, "package_version", lambda name: installed)
     found = row()
     assert found.warning and found.ok and found.remedy
     assert found.found == f"lib {installed}, checked with 1.2 to 1.4"
@@ -53,7 +53,7 @@ def test_a_version_outside_the_range_is_a_warning_that_names_it(library, monkeyp
 def test_a_changed_signature_is_an_error_whatever_the_version(library, monkeypatch):
     library._part = lambda tensor, *, number=1: None
     for installed in ("1.4.2", "1.5"):
-        monkeypatch.setattr(compat, "version", lambda name, installed=installed: installed)
+        monkeypatch.setattr(compat, "package_version", lambda _, found=installed: found)
         found = row()
         assert not found.ok
         assert "lib._part takes (tensor, number), expected (tensor, count)" in found.remedy
@@ -66,10 +66,7 @@ def test_a_name_that_is_gone_is_an_error(library):
 
 
 def test_a_library_that_is_not_installed_has_no_row(library, monkeypatch):
-    def missing(name):
-        raise compat.PackageNotFoundError(name)
-
-    monkeypatch.setattr(compat, "version", missing)
+    monkeypatch.setattr(compat, "package_version", lambda name: None)
     assert list(private_parts(DoctorContext(resolve("cpu")))) == []
 
 

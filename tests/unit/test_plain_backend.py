@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.errors import UserError
+from tests.support.families import tiny_model
 
 ALL = {
     "RANK": "0",
@@ -58,3 +60,20 @@ def test_a_single_process_is_its_own_collective(variables):
     with backend.collectives.main_first():
         pass
     backend.close()
+
+
+def test_a_plain_trainer_takes_the_device_of_its_arguments(monkeypatch, tmp_path):
+    def backend():
+        args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+        return Seq2SeqTrainer(model=tiny_model("t5"), args=args).backend
+
+    assert backend().device == "cpu" and backend().cpu_functions is not None
+    found = Seq2SeqTrainingArguments.device.fget
+    elsewhere = property(lambda self: found(self) and torch.device("meta"))
+    monkeypatch.setattr(Seq2SeqTrainingArguments, "device", elsewhere)
+    assert backend().device == "meta" and backend().cpu_functions is None
+
+
+def test_an_adapter_must_be_told_its_device():
+    with pytest.raises(TypeError, match="device"):
+        Backend()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from s2s_scale.backends.deepspeed.patches import (
     give_defaults,
     link_state,
     run_numactl_once,
+    skip_loaded_modules,
     use_own_locks,
 )
 from s2s_scale.backends.deepspeed.state import (
@@ -42,6 +42,7 @@ from s2s_scale.settings.deepspeed_config import (
     without_sections_of_flags,
     zero_stage,
 )
+from s2s_scale.utils import free_port
 
 
 class DeepSpeedBackend(Backend):
@@ -74,12 +75,13 @@ class DeepSpeedBackend(Backend):
         os.environ.setdefault("DS_ACCELERATOR", self.device)
         if "RANK" not in os.environ:  # DeepSpeed needs a process group even for one process
             alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update(alone, MASTER_PORT=str(_free_port()))
+            os.environ.update(alone, MASTER_PORT=str(free_port()))
         super().prepare_process()
         backend = "nccl" if self.device == "cuda" else "gloo"
         if not dist.is_initialized():
             dist.init_process_group(backend)
         use_own_locks()
+        skip_loaded_modules()
         _own_tools_first()
         import deepspeed
 
@@ -255,9 +257,3 @@ def cpu_adam_problem() -> str | None:
 
     builder = CPUAdamBuilder()
     return None if builder.is_compatible(verbose=False) else "cannot be built"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

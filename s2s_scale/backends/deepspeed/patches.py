@@ -235,6 +235,35 @@ def run_numactl_once() -> None:
 
 
 @relies_on(
+    "transformers",
+    checked=("5.17", "5.23"),
+    reason="after loading under ZeRO 3 transformers gathers only the weights that it has yet to "
+    "initialize, but calls _init_weights for every module: that of sinusoidal positions (FSMT, "
+    "Pegasus) computes its table from the shape of the weight, which is empty then",
+    uses={"transformers.PreTrainedModel._initialize_missing_keys": ("is_quantized",)},
+)
+def skip_loaded_modules() -> None:
+    """Keep transformers from initializing modules whose weights have all been loaded.
+
+    Nothing else changes: its initializers leave loaded weights alone in any case.
+    """
+    from transformers import PreTrainedModel
+
+    initialize = PreTrainedModel._initialize_missing_keys
+
+    @functools.wraps(initialize)
+    def initialize_missing(model: Any, *args: Any, **kwargs: Any) -> Any:
+        for module in model.modules():
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if own and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
+                module._is_hf_initialized = True
+        return initialize(model, *args, **kwargs)
+
+    if not hasattr(initialize, "__wrapped__"):
+        PreTrainedModel._initialize_missing_keys = initialize_missing  # type: ignore
+
+
+@relies_on(
     "deepspeed",
     checked=DEEPSPEED,
     reason="transformers' polynomial schedule reads the optimizer's defaults, which ZeRO's wrapper "
