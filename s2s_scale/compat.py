@@ -21,6 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 MODULES = (
     "s2s_scale.backends.deepspeed.patches",
     "s2s_scale.backends.xla.patches",
+    "s2s_scale.trainer.compat",
 )
 """The files that hold registered functions; each imports the library concerned when called."""
 

@@ -5,7 +5,7 @@ Which parameters decay: groups for AdamW and Adafactor, decided by module type.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -117,12 +117,15 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
     return names
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decaying: Iterable[str] | None = None
+) -> list[dict[str, Any]]:
     """Two optimizer groups over the trainable parameters: with decay, and without.
 
-    Shared (tied) tensors appear once. A group with no parameter is left out.
+    ``decaying``: names of the parameters with decay; by default ``decay_parameter_names``. Shared
+    (tied) tensors appear once. A group with no parameter is left out.
     """
-    decaying = set(decay_parameter_names(model))
+    decaying = set(decay_parameter_names(model) if decaying is None else decaying)
     groups: dict[float, list[torch.Tensor]] = {weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -33,8 +33,7 @@ from s2s_scale.resilience.watchdog import watching
 from s2s_scale.settings import Settings, split_settings
 from s2s_scale.settings.profiles import AUTO, LauncherProfile, deepspeed_config_path
 from s2s_scale.trainer import Seq2SeqTrainer
-from s2s_scale.trainer.progress import LineProgressCallback
-from s2s_scale.trainer.watched import WatchdogCallback
+from s2s_scale.trainer.callbacks import LineProgressCallback, WatchdogCallback
 
 SAMPLES = 8
 

@@ -43,7 +43,7 @@ from s2s_scale.runner.build import (
 )
 from s2s_scale.settings import Settings
 from s2s_scale.trainer import Seq2SeqTrainer
-from s2s_scale.trainer.nonfinite import NonFiniteLossError
+from s2s_scale.trainer.bad_steps import NonFiniteLossError
 from s2s_scale.trainer.streaming import streaming_problems
 from s2s_scale.utils import remove_if_empty
 

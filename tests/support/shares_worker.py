@@ -20,7 +20,7 @@ from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.trainer import nonfinite
-from s2s_scale.trainer.spikes import SpikeDetector
+from s2s_scale.trainer.bad_steps import SpikeDetector
 from tests.support.families import tiny_model
 from tests.support.ranks import run_ranks
 from tests.support.training import Spoilt, Unpacked, history, ragged_rows, settings

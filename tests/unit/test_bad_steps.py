@@ -11,7 +11,7 @@ import torch
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.errors import UserError
-from s2s_scale.trainer.spikes import SpikeDetector
+from s2s_scale.trainer.bad_steps import SpikeDetector
 from tests.support.families import tiny_model
 from tests.support.training import fresh, history, our_trainer, ragged_rows, settings
 
@@ -63,7 +63,7 @@ class Spiking(Seq2SeqTrainer):
 
 def run(folder, monkeypatch, factor=100.0, **values):
     short = functools.partial(SpikeDetector, window=6)
-    monkeypatch.setattr("s2s_scale.trainer.nonfinite.SpikeDetector", short)
+    monkeypatch.setattr("s2s_scale.trainer.bad_steps.SpikeDetector", short)
     monkeypatch.setattr(Spiking, "factor", factor)
     monkeypatch.setattr("tests.support.training.Seq2SeqTrainer", Spiking)
     model = fresh("t5")
@@ -90,7 +90,7 @@ def test_going_back_and_leaving_the_step_out_is_skipping_it(tmp_path, monkeypatc
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert list(history(rolled, "loss")) == list(history(skipped, "loss"))
     kind = "loss spike" if spikes else "not finite"
-    sampler = skipped._step_callback.sampler
+    sampler = skipped.train_sampler
     sampler.set_epoch(1)
     rows = sorted(sampler.plan.rows(BAD - 1 - 6).tolist())
     for trainer, done in ((skipped, "skipped"), (rolled, "rolled back")):

@@ -18,7 +18,7 @@ from s2s_scale.data.packing import PackedSampler
 from s2s_scale.data.plan_summary import shape_rows
 from s2s_scale.data.samplers import PlanSampler, ShapedExamples, TokenSampler
 from s2s_scale.errors import UserError
-from s2s_scale.trainer.sampling import make_sampler
+from s2s_scale.trainer.dataloaders import make_sampler
 from tests.support.lengths import long_tailed, share_of_pads_at_random
 from tests.support.simulated import SimulatedBackend
 from tests.support.training import fresh, history, our_trainer, ragged_rows, settings
@@ -121,7 +121,7 @@ def test_few_shapes_and_every_row_once(tmp_path: Path, sizes: dict[str, Any]) ->
     rows = [(tuple(r["input_ids"]), tuple(r["labels"])) for r in trainer.train_dataset]
     assert sorted(keys) == sorted(rows)
     assert all((batch["attention_mask"].sum(1) > 0).all() for batch in batches)
-    trainer._step_callback.sampler.set_epoch(3)
+    trainer.train_sampler.set_epoch(3)
     assert (
         len({shape_of(b) for b in batches} | {shape_of(b) for b in batches_of(trainer)}) <= BUCKETS
     )
@@ -203,7 +203,7 @@ def test_rows_are_shared_by_default_where_shapes_must_be_few(tmp_path: Path) -> 
 def test_tokens_sets_the_micro_batches_of_a_step(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, **BY_TOKENS, max_tokens_per_device=60, num_train_epochs=2)
     result = trainer.train()
-    sampler = trainer._step_callback.sampler
+    sampler = trainer.train_sampler
     assert trainer.args.gradient_accumulation_steps == sampler.accumulation > 3
     assert trainer.state.global_step == 2 * sampler.steps == len(history(trainer, "loss"))
     assert np.isfinite(result.training_loss)
@@ -247,7 +247,7 @@ def test_nine_of_ten_tokens_are_real_where_shapes_are_few(tmp_path: Path) -> Non
     )
     trainer.get_train_dataloader()
     planned = trainer.plan_summary()
-    assert planned is not None and len(planned.shapes) <= trainer._num_buckets == 8
+    assert planned is not None and len(planned.shapes) <= trainer._loaders.num_buckets == 8
     assert share_of_pads_at_random(lengths) > 0.6
     assert planned.total.real_share >= 0.9
 

@@ -16,7 +16,7 @@ from s2s_scale.checkpoint import checkpoints
 from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.data.samplers import PlanSampler
 from s2s_scale.errors import UserError
-from s2s_scale.trainer.nonfinite import NonFiniteLossError
+from s2s_scale.trainer.bad_steps import NonFiniteLossError
 from tests.support.families import FAMILY_NAMES
 from tests.support.training import fresh, history, our_trainer, ragged_rows, settings
 

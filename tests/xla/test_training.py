@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from s2s_scale.trainer.compilations import SETUP_COMPILATIONS
+from s2s_scale.trainer.metrics import SETUP_COMPILATIONS
 from tests.support.families import tiny_model
 from tests.support.xla_worker import run_job, run_jobs
 
