@@ -375,8 +375,7 @@ class TrainingExtras:
         "skip",
         "training",
         "What a step whose loss is not finite or a spike brings about. 'skip': its update is left "
-        "out. 'rollback': training also goes back to the newest checkpoint, and leaves the step's "
-        "rows out when it comes to them again.",
+        "out.",
         choices=BAD_STEPS,
     )
     fault_timeout_seconds: float = setting(

@@ -231,10 +231,10 @@ def build_trainer(
 
     with _unusable_loggers_refused(args.report_to or ()):
         trainer = Seq2SeqTrainer(
-            loaded.config,
-            run.data_args,
-            model=loaded.model,
-            args=args,
+            loaded.model,
+            args,
+            config=loaded.config,
+            data_args=run.data_args,
             train_dataset=examples.get("train"),
             eval_dataset=examples.get("val") if args.evaluates_while_training else None,
             data_collator=Seq2SeqCollator(loaded.config.pad_token_id),
@@ -242,7 +242,7 @@ def build_trainer(
             backend=backend,
             text_evaluation_for=text_evaluation_for,
         )
-    trainer.settings_of_run = run.given
+    trainer.parts.run_state.settings = run.given
     trainer.add_callback(WatchdogCallback())
     if not args.disable_tqdm:
         trainer.remove_callback(transformers.ProgressCallback)

@@ -141,13 +141,14 @@ class BadSteps:
         self._unread: list[_Step] = []
 
     def observe(self, value: Tensor | float | None) -> None:
-        """Note a micro-batch's loss or the step's gradient norm."""
+        """Note a value, such as the step's gradient norm, that makes the step bad if not finite."""
         if value is not None:
             value = torch.as_tensor(value, device=self._bad.device)
             self._bad = self._bad | ~torch.isfinite(value.detach())
 
     def add_loss(self, loss: Tensor) -> None:
-        """Add a micro-batch's share of the step's loss."""
+        """Observe a micro-batch's share of the step's loss, and add it."""
+        self.observe(loss)
         if self._detector is not None:
             self._loss = self._loss + loss.detach().to(self._loss)
 

@@ -207,7 +207,7 @@ class PreemptionCallback(TrainerCallback):
         last_of_epoch = float(state.epoch or 0).is_integer()
         return not (last_of_epoch and not self._epoch_ended) and self.requested()
 
-    def leave(self, what: str, *, step: int) -> NoReturn:
+    def leave(self, what: str, state: TrainerState) -> NoReturn:
         """End the run, of which ``what`` says how it was saved. Every rank must call it.
 
         Raises:
@@ -220,8 +220,8 @@ class PreemptionCallback(TrainerCallback):
         reason = next((found for found in reasons if found), "a request")
         handler.mark_saved()
         raise Stopped(
-            f"stopped by {reason} at step {step}, {what}; start the same command again, with "
-            "--resume_from_checkpoint auto",
+            f"stopped by {reason} at step {state.global_step}, {what}; start the same command "
+            "again, with --resume_from_checkpoint auto",
             agreed=True,
         )
 

@@ -6,7 +6,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +32,7 @@ from s2s_scale.checkpoint.atomic import failure_of, seen_by_all
 from s2s_scale.checkpoint.huggingface import OPTIMIZER_FILE, HFTrainerCheckpoint
 from s2s_scale.checkpoint.manager import BackgroundSave, Identity, problems_of
 from s2s_scale.checkpoint.portable import (
+    SETTINGS,
     Content,
     PortableCheckpoint,
     SavedState,
@@ -44,6 +46,9 @@ from s2s_scale.checkpoint.portable import (
 )
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.compat import enter_schedule
+from s2s_scale.trainer.run_state import Data, RunFiles, RunState
+
+LossScale = Mapping[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,16 @@ class Trained:
 
     Attributes:
         model: the model inside its wrappers.
-        optimizer: None where only weights are saved.
+        optimizer: as the trainer has wrapped it; None before there is one.
+        schedule: of the learning rate.
+        scaler: accelerate's gradient scaler, or None.
         tokenizer: saved beside the weights, if there is one.
     """
 
     model: Any
     optimizer: Any
+    schedule: Any = None
+    scaler: Any = None
     tokenizer: Any = None
 
 
@@ -108,16 +117,14 @@ class Checkpointer:
         final: Path,
         trained: Trained,
         *,
-        training_state: Callable[[], dict[str, Any]],
-        describe: Callable[[Path], None],
+        run_files: Callable[[LossScale], RunFiles],
         write_native: Callable[[Path], None],
         best: str | None,
     ) -> None:
         """Write the checkpoint ``final``, then delete what is over the limit. All ranks call it.
 
         Args:
-            training_state: content of ``training_state.json``; called on rank 0.
-            describe: writes the trainer's state and the settings into a folder; on rank 0.
+            run_files: what describes the run; called on rank 0.
             write_native: writes model, optimizer and schedule in transformers' format; on all
                 ranks, where that format was asked for.
             best: a checkpoint that the limit spares.
@@ -126,9 +133,12 @@ class Checkpointer:
             SaveError: the files cannot be written; names the last good checkpoint.
         """
         started = time.perf_counter()
+        loss_scale = self._backend.loss_scale(trained.optimizer, trained.scaler)
+        if self._args.save_only_model:
+            trained = replace(trained, optimizer=None)
         self.settle(wait=True)
         if self._args.save_in_background:
-            self._save_in_background(final, trained, training_state, describe, best)
+            self._save_in_background(final, trained, partial(run_files, loss_scale), best)
         else:
             with atomic_dir(final, self.ranks) as folder:
                 if self._args.checkpoint_format == "native":
@@ -139,8 +149,9 @@ class Checkpointer:
                 else:
                     content = self._write_portable(folder, trained)
                 if content is not None:
-                    describe(folder)
-                    self._close(folder, training_state(), content)
+                    files = run_files(loss_scale)
+                    self._describe(folder, files)
+                    self._close(folder, files.training_state, content)
             if self.ranks.main:
                 rotate(final.parent, limit=self._args.save_total_limit, best=best)
         self.seconds.append(time.perf_counter() - started)
@@ -149,8 +160,7 @@ class Checkpointer:
         self,
         final: Path,
         trained: Trained,
-        training_state: Callable[[], dict[str, Any]],
-        describe: Callable[[Path], None],
+        run_files: Callable[[], RunFiles],
         best: str | None,
     ) -> None:
         """Copy the state to host memory, and write it in a thread of rank 0."""
@@ -158,14 +168,13 @@ class Checkpointer:
         self._background_pending = True
         if not self.ranks.main:
             return
-        scratch = TemporaryDirectory(prefix="s2s-scale-save-")
+        scratch, files = TemporaryDirectory(prefix="s2s-scale-save-"), run_files()
 
         def write_small_files() -> None:
             _write_config(Path(scratch.name), trained)
-            describe(Path(scratch.name))
+            self._describe(Path(scratch.name), files)
 
         failure = failure_of(write_small_files)
-        training = training_state()
         writer = self._writer(final, trained.model)
         writer.hold_buffers()
 
@@ -176,7 +185,8 @@ class Checkpointer:
                 shutil.copytree(scratch.name, folder, dirs_exist_ok=True)
                 writer.move_to(folder)
                 written = write_states(_given_away(states), writer)
-                self._close(folder, training, finalize_shards(folder, [written]))
+                content = finalize_shards(folder, [written])
+                self._close(folder, files.training_state, content)
             rotate(final.parent, limit=self._args.save_total_limit, best=best)
 
         self._background.start(save)
@@ -241,6 +251,11 @@ class Checkpointer:
         size = self._args.checkpoint_shard_mib << 20
         return StateWriter(folder, model, shard_bytes=size, rank=self._backend.collectives.rank)
 
+    @staticmethod
+    def _describe(folder: Path, files: RunFiles) -> None:
+        files.trainer_state.save_to_json(str(folder / STATE_FILE))
+        write_json(folder / SETTINGS, files.settings)
+
     def _close(self, folder: Path, training: dict[str, Any], content: Content) -> None:
         """The run's state and the manifest: the last files of a checkpoint."""
         kind = self._args.checkpoint_format
@@ -253,13 +268,11 @@ class Checkpointer:
 
     @contextmanager
     def open(
-        self, folder: Path, model: nn.Module, *, optimizer_name: str, shape: Mapping[str, Any]
+        self, folder: Path, model: nn.Module, run_state: RunState, data: Data
     ) -> Iterator[Saved]:
         """Open a checkpoint in order to resume from it; ``model`` is inside no wrapper.
 
-        Args:
-            optimizer_name: this run's kind of optimizer.
-            shape: how this run is spread out, see ``RunState.shape``.
+        ``run_state`` and ``data``: of this run.
 
         Raises:
             UserError: it holds another model, no optimizer state, or is in the native format and
@@ -287,28 +300,49 @@ class Checkpointer:
                     state,
                     training["schedule"],
                     training["loss_scale"],
-                    training["optimizer"]["class"] == optimizer_name,
+                    training["optimizer"]["class"] == run_state.optimizer_name,
                 )
         else:
-            yield Saved(_run_of_native(folder, shape))
+            yield Saved(_run_of_native(folder, run_state.shape(data)))
 
-    def load(self, saved: Saved, trained: Trained, *, scaler: Any) -> None:
-        """Put weights, moments, buffers and loss scale in place. Every rank must call it.
+    def load(
+        self,
+        saved: Saved,
+        trained: Trained,
+        *,
+        schedule_identity: Mapping[str, Any],
+    ) -> None:
+        """Put weights, moments, buffers, schedule and loss scale in place. All ranks call it.
 
-        Called after ``Backend.after_prepare``. ``scaler``: accelerate's gradient scaler, or None.
+        Called after ``Backend.after_prepare``; does nothing in the native format, which the
+        libraries load themselves. ``schedule_identity``: as ``RunState`` gives it.
+
+        Raises:
+            UserError: the schedule is another one, of a kind that cannot be entered at a step.
         """
-        assert saved.state is not None, "in the native format the libraries load themselves"
+        if saved.state is None:
+            return
         moments, state = saved.moments_fit, saved.state
         self._backend.load_state(trained.model, trained.optimizer, state, moments=moments)
         state.load_buffers(trained.model)
+        now = {**schedule_identity, "learning_rate": self._args.learning_rate}
+        name = str(getattr(self._args.lr_scheduler_type, "value", self._args.lr_scheduler_type))
+        load_schedule(trained.schedule, trained.optimizer, saved, now, name=name)
         if saved.loss_scale:
-            self._backend.load_loss_scale(trained.optimizer, scaler, saved.loss_scale)
+            self._backend.load_loss_scale(trained.optimizer, trained.scaler, saved.loss_scale)
 
-    def load_weights(self, folder: Path, trained: Trained) -> None:
-        """Put the weights of a portable checkpoint in place. Every rank must call it."""
-        with PortableCheckpoint(folder) as portable:
+    def load_best(self, folder: str | None, trained: Trained) -> bool:
+        """Put the weights of a checkpoint in place, if it is portable; whether it is.
+
+        Every rank must call it.
+        """
+        if folder is None or not is_portable(folder):
+            return False
+        with PortableCheckpoint(Path(folder)) as portable:
             state = portable.reader_for(trained.model)
-            self.load(Saved({}, state, moments_fit=False), trained, scaler=None)
+            self._backend.load_state(trained.model, trained.optimizer, state, moments=False)
+            state.load_buffers(trained.model)
+        return True
 
     def newest(self, output_dir: Path) -> Path | None:
         """The newest checkpoint that is whole, on every rank. Every rank must call it."""
@@ -328,6 +362,11 @@ def is_stock(folder: str | Path | None) -> bool:
     if folder is None or is_ours(Path(folder)):
         return False
     return (Path(folder) / OPTIMIZER_FILE).is_file()
+
+
+def has_state_by_name(folder: str | Path) -> bool:
+    """Whether a checkpoint's state can be read by parameter name."""
+    return is_portable(folder) or is_stock(folder)
 
 
 def load_schedule(

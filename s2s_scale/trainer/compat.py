@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,12 +127,9 @@ def without_unused_columns(trainer: Any, dataset: Any, use: str) -> Any:
     reason="The same for rows that are no table.",
     uses={f"{_TRAINER}._get_collator_with_removed_columns": ("data_collator", "description")},
 )
-def dropping_unused_columns(
-    trainer: Any, collate: Callable[[list[Any]], Any], use: str
-) -> Callable[[list[Any]], Any]:
+def dropping_unused_columns(trainer: Any, collate: Any, use: str) -> Any:
     """A collator that drops what the model's forward does not take from each row first."""
-    found: Callable[[list[Any]], Any] = trainer._get_collator_with_removed_columns(collate, use)
-    return found
+    return trainer._get_collator_with_removed_columns(collate, use)
 
 
 @relies_on(
@@ -140,9 +138,9 @@ def dropping_unused_columns(
     reason="A hyperparameter search gives each trial a folder of its own.",
     uses={f"{_TRAINER}._get_output_dir": ("trial",)},
 )
-def run_dir(trainer: Any, trial: Any) -> str:
-    """The folder that the checkpoints of this run, or of this trial, go to."""
-    return str(trainer._get_output_dir(trial=trial))
+def checkpoint_dir(trainer: Any, trial: Any) -> Path:
+    """Where the checkpoint of this step goes, in the folder of the run or of this trial."""
+    return Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
 
 
 @relies_on(

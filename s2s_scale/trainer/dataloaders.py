@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import datasets
 import torch
 import transformers
 from torch import Tensor
@@ -24,15 +23,10 @@ from s2s_scale.backends import Backend
 from s2s_scale.config import DEFAULT_BUCKETS
 from s2s_scale.data.batch_plan import (
     Lengths,
-    Rows,
-    deal_batches,
-    evaluation_batches,
-    has_length_columns,
     row_lengths,
     usual_groups_per_step,
     usual_tokens_per_step,
 )
-from s2s_scale.data.buckets import ShapeGrid, Widths, choose_shapes
 from s2s_scale.data.collators import (
     Collate,
     PackedCollator,
@@ -41,24 +35,28 @@ from s2s_scale.data.collators import (
     count_pads,
 )
 from s2s_scale.data.packing import PackedSampler
+from s2s_scale.data.plan_summary import PlanSummary, summarise
+from s2s_scale.data.prefetch import ArrowRows, reads_from_arrow
 from s2s_scale.data.samplers import (
     EpochSampler,
     FillerRows,
     PlanBatchSampler,
     PlanSampler,
-    ShapedRows,
     TokenSampler,
 )
 from s2s_scale.data.streaming import StreamedExamples
 from s2s_scale.errors import UserError
+from s2s_scale.models import source_vocab_size, target_vocab_size
 from s2s_scale.models.packed import decoder_start
-from s2s_scale.trainer.auto_batch import Trial, find_budget, keep, read_kept
+from s2s_scale.trainer.auto_batch import Trial, kept_or_found
 from s2s_scale.trainer.compat import allow_graphs
+from s2s_scale.trainer.evaluation import EvaluationLoader
 from s2s_scale.trainer.metrics import TrainingMeter
+from s2s_scale.trainer.run_state import Data, stream_position
 from s2s_scale.trainer.streaming import StreamLoader
 
-MOST_ROWS = 4
-"""An evaluation batch of short rows has at most so many times ``per_device_eval_batch_size``."""
+MEASURED_STEPS = 200
+"""Of an epoch, for the summary of its plan."""
 GRAPHS_PER_SHAPE = 2
 """In training and in evaluation, of each of a model's functions that torch.compile compiles."""
 _STOCK_COLLATORS = (
@@ -66,6 +64,24 @@ _STOCK_COLLATORS = (
     transformers.DataCollatorWithPadding,
     transformers.default_data_collator,
 )
+
+
+def model_columns(
+    dataset: Any,
+    collate: Collate,
+    drop: Callable[[Any], Any],
+    dropping: Callable[[Collate], Collate],
+) -> tuple[Any, Collate]:
+    """Data set and collator without the columns that the model's forward does not take.
+
+    ``drop`` takes them from a table, ``dropping`` makes a collator that takes them from rows.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        return dataset, dropping(collate)
+    kept = drop(dataset)
+    # Collators of others may count on lists.
+    ours = isinstance(collate, Seq2SeqCollator) and reads_from_arrow(kept)
+    return ArrowRows(kept) if ours else kept, collate
 
 
 def pads_only(collate: Any) -> bool:
@@ -81,14 +97,25 @@ class TrainDataLoaders:
         args: the training arguments; what the data decide (micro-batches per step, tokens of a
             micro-batch) is set in them, so give a copy of the user's.
         backend: divides batches over devices.
-        padding_id: the token id that fills rows.
+        padding_id: gives the token id that fills rows.
+        rows_per_device: gives the rows of a device's micro-batch, where the mode counts rows.
     """
 
     def __init__(
-        self, args: Seq2SeqTrainingArguments, backend: Backend, *, padding_id: Callable[[], int]
+        self,
+        args: Seq2SeqTrainingArguments,
+        backend: Backend,
+        *,
+        padding_id: Callable[[], int],
+        rows_per_device: Callable[[], int],
     ) -> None:
-        self._args, self._backend, self._padding_id = args, backend, padding_id
+        self._args, self._backend = args, backend
+        self._padding_id, self._rows_per_device = padding_id, rows_per_device
         self._evaluation_loaders: dict[int, EvaluationLoader] = {}
+        self.train_sampler: EpochSampler | None = None
+        """This rank's sampler, which holds the batch plan, once the training data are loaded."""
+        self.stream: StreamLoader | None = None
+        """The loader of the training data, once they are streamed."""
 
     @property
     def num_buckets(self) -> int | None:
@@ -122,12 +149,12 @@ class TrainDataLoaders:
             )
         return not (streamed or rebalanced)
 
-    def sampler(self, dataset: Any, *, rows_per_device: int) -> EpochSampler:
+    def sampler(self, dataset: Any) -> EpochSampler:
         """This rank's sampler by the batch plan. Every rank must call it with the same data set."""
         return make_sampler(
             self._args,
             dataset,
-            rows_per_device=rows_per_device,
+            rows_per_device=self._rows_per_device(),
             rank=self._backend.collectives.rank,
             world_size=self._backend.collectives.world_size,
             num_buckets=self.num_buckets,
@@ -135,9 +162,18 @@ class TrainDataLoaders:
         )
 
     def planned(
-        self, rows: Dataset[Any], sampler: EpochSampler, collate: Collate
+        self,
+        rows: Dataset[Any],
+        sampler: EpochSampler,
+        padded: Collate,
+        packing: Callable[[], Collate],
     ) -> DataLoader[Any]:
-        """This rank's micro-batches, in the order of the plan."""
+        """This rank's micro-batches, in the order of the plan.
+
+        ``padded`` makes batches of rows that hold one pair each, what ``packing`` gives makes
+        packed ones.
+        """
+        self.train_sampler = sampler
         if self._args.torch_compile:
             # Past its own bound torch.compile goes on uncompiled.
             allow_graphs(GRAPHS_PER_SHAPE * (self.num_buckets or DEFAULT_BUCKETS))
@@ -145,7 +181,7 @@ class TrainDataLoaders:
         return DataLoader(
             FillerRows(rows),
             batch_sampler=PlanBatchSampler(sampler),
-            collate_fn=collate,
+            collate_fn=packing() if isinstance(sampler, PackedSampler) else padded,
             worker_init_fn=partial(
                 seed_worker,
                 num_workers=self._args.dataloader_num_workers,
@@ -154,12 +190,10 @@ class TrainDataLoaders:
             **loader_options(self._args),
         )
 
-    def streamed(
-        self, dataset: StreamedExamples, collate: Collate, *, rows_per_device: int
-    ) -> StreamLoader:
+    def streamed(self, dataset: StreamedExamples, collate: Collate) -> StreamLoader:
         """This rank's micro-batches from a stream, each block of which is planned by itself."""
         args, world_size = self._args, self._backend.collectives.world_size
-        rows = dataset.buffer
+        rows, rows_per_device = dataset.buffer, self._rows_per_device()
         if args.batching == "tokens":
             assert args.groups_per_step is not None, "settle_token_sizes has filled it in"
             self._set_accumulation(args.groups_per_step)
@@ -173,13 +207,27 @@ class TrainDataLoaders:
             rank=self._backend.collectives.rank,
             world_size=world_size,
         )
-        return StreamLoader(
+        self.stream = StreamLoader(
             dataset,
             plan=plan,
             collate=collate,
             rows_per_block=rows,
             accumulation=args.gradient_accumulation_steps,
         )
+        return self.stream
+
+    def enter_stream(self, checkpoint: Path) -> None:
+        """Let the stream, if there is one, begin where ``checkpoint`` has left it.
+
+        Raises:
+            UserError: the checkpoint is that of a run without a stream.
+        """
+        if self.stream is not None:
+            self.stream.go_on(*stream_position(checkpoint))
+
+    def forget_training(self) -> None:
+        """Forget the training data that were loaded last."""
+        self.train_sampler = self.stream = None
 
     def _set_accumulation(self, micro_batches: int) -> None:
         if micro_batches != self._args.gradient_accumulation_steps:
@@ -208,22 +256,23 @@ class TrainDataLoaders:
             )
         return PackedCollator(self._padding_id(), start=decoder_start(config))
 
-    def evaluates_sorted(self, dataset: Any) -> bool:
-        """Whether ``evaluation`` serves a data set; not where results arrive batch by batch."""
-        streamed = isinstance(dataset, IterableDataset) or not has_length(dataset)
-        by_batch = self._args.batch_eval_metrics or not self._args.eval_do_concat_batches
-        return not (streamed or by_batch)
-
     def evaluation(
-        self, dataset: Any, prepare: Callable[[], tuple[Dataset[Any], Collate]]
-    ) -> EvaluationLoader:
+        self,
+        dataset: Any,
+        columns: Callable[[], tuple[Dataset[Any], Collate]],
+        stock: Callable[[], DataLoader[Any]],
+    ) -> DataLoader[Any]:
         """Batches of rows of like length; persistent workers keep their loader.
 
-        ``prepare`` gives the rows as they are read, and their collator.
+        ``columns`` gives the rows as they are read, and their collator. ``stock`` makes
+        transformers' loader, which serves streams and results that arrive batch by batch.
         """
+        streamed = isinstance(dataset, IterableDataset) or not has_length(dataset)
+        if streamed or self._args.batch_eval_metrics or not self._args.eval_do_concat_batches:
+            return stock()
         if id(dataset) in self._evaluation_loaders:
             return self._evaluation_loaders[id(dataset)]
-        rows, collate = prepare()
+        rows, collate = columns()
         loader = EvaluationLoader(
             rows,
             collate,
@@ -239,11 +288,37 @@ class TrainDataLoaders:
             self._evaluation_loaders[id(dataset)] = loader
         return loader
 
-    def settle_micro_batches(self, dataset: Any, trial: Trial, *, parameters: int) -> None:
-        """Set the tokens of a micro-batch to the most that fit (``--auto_batch``), by ``trial``.
+    def data(self, dataset: Any, tokenizer: Any) -> Data:
+        """What the run trains on, and in which order, as far as it is loaded by now."""
+        streamed = isinstance(dataset, StreamedExamples)
+        planned = dataset is not None and (streamed or self.follows_plan(dataset))
+        rows = dataset if planned else None
+        return Data(rows, tokenizer, self.train_sampler, self.stream, self._rows_per_device())
 
-        The number is kept in the output folder and taken from there the next time. ``parameters``:
-        numbers in the model. Every rank must call it.
+    def rows_per_step(self) -> int | None:
+        """Mean number of rows of a step on all devices; None where steps are not cut by tokens."""
+        sampler = self.train_sampler
+        if not isinstance(sampler, (TokenSampler, PackedSampler)) or not sampler.steps:
+            return None
+        return max(1, round(len(sampler.lengths[0]) / sampler.steps))
+
+    def plan_summary(self) -> PlanSummary | None:
+        """The shapes of training batches and their share of real tokens, as planned.
+
+        Measured on some steps of an epoch; None where shapes are free or no plan was followed.
+        """
+        sampler = self.train_sampler
+        if sampler is None or sampler.lengths is None or self.num_buckets is None:
+            return None
+        return summarise(sampler, sampler.lengths, most_steps=MEASURED_STEPS)
+
+    def settle_micro_batches(
+        self, dataset: Any, model: Any, train: Callable[[Mapping[str, Tensor]], Any]
+    ) -> None:
+        """Set the tokens of a micro-batch to the most that fit (``--auto_batch``), by trying.
+
+        ``model``: inside its wrappers. ``train``: forward and backward pass over a batch. Every
+        rank must call it.
 
         Raises:
             UserError: the backend cannot tell before training, or one row is too much.
@@ -254,25 +329,19 @@ class TrainDataLoaders:
                 "when training begins; give --max_tokens_per_device"
             )
         lengths, args, collectives = row_lengths(dataset), self._args, self._backend.collectives
-        longest = (int(lengths[0].max(initial=1)), int(lengths[1].max(initial=1)))
-        folder = Path(str(args.output_dir))
-        key = {
-            "longest row": list(longest),
-            "parameters": parameters,
-            "bf16": args.bf16,
-            "device": args.device.type,
-        }
-        found = read_kept(folder, key)
-        if found is None:
-            fixed = self.num_buckets is not None
-            tokens, groups = token_sizes(args, lengths, fixed_shapes=fixed)
-            share = tokens // (groups * collectives.world_size)
-            found = find_budget(2 * share, longest, lambda rows: trial.fits(rows, longest))
-        budget = min(collectives.gather_objects(found))
-        if collectives.rank == 0:
-            keep(folder, key, budget)
-            print(f"note: micro-batches of at most {budget} padded tokens", file=sys.stderr)
-        args.max_tokens_per_device = budget
+        ids = min(source_vocab_size(model.config), target_vocab_size(model.config))
+        parameters = list(model.parameters())
+        trial = Trial(train, parameters, device=args.device, vocabulary=ids)
+        tokens, groups = token_sizes(args, lengths, fixed_shapes=self.num_buckets is not None)
+        args.max_tokens_per_device = kept_or_found(
+            trial,
+            folder=Path(str(args.output_dir)),
+            longest=(int(lengths[0].max(initial=1)), int(lengths[1].max(initial=1))),
+            largest=2 * (tokens // (groups * collectives.world_size)),
+            gather_objects=collectives.gather_objects,
+            main=collectives.rank == 0,
+            bf16=args.bf16,
+        )
 
 
 class StepBatches:
@@ -326,103 +395,6 @@ class StepBatches:
     def end(self) -> None:
         """Stop reading ahead."""
         self._source, self._placed = None, iter(())
-
-
-class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
-    """This rank's batches of rows of like length, longest first, within a budget of tokens.
-
-    Rows come in the data's order where their lengths are not to be had without reading them all.
-    ``rounds`` holds the row ids of all ranks, rank after rank, batch after batch; ids below 0 fill
-    up the last batches of some ranks and stand for no row. ``row_order`` is all of them in a row.
-    """
-
-    rounds: list[list[int]]
-    row_order: np.ndarray
-    source: Dataset[Any]
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        collate: Callable[[list[Any]], Any],
-        *,
-        source: Dataset[Any],
-        rows_per_batch: int,
-        rank: int,
-        world_size: int,
-        num_buckets: int | None = None,
-        max_tokens: int | None = None,
-        **options: Any,
-    ) -> None:
-        """``rows_per_batch``: of one rank; ``max_tokens``: see ``_budget``."""
-        n_rows = len(source)  # type: ignore[arg-type]
-        known = num_buckets is not None or max_tokens is not None or has_length_columns(source)
-        lengths = row_lengths(source) if known else None
-        if num_buckets is None and lengths is not None and n_rows:
-            max_tokens = _budget(lengths, rows_per_batch=rows_per_batch, given=max_tokens)
-            most_rows = MOST_ROWS * rows_per_batch
-        else:
-            max_tokens, most_rows = None, rows_per_batch
-        batches = evaluation_batches(
-            lengths,
-            n_rows=n_rows,
-            rows_per_batch=most_rows,
-            max_tokens=max_tokens,
-            world_size=world_size,
-        )
-        full = None if num_buckets is None else rows_per_batch
-        dealt = deal_batches(batches, world_size=world_size, rows_per_rank=full)
-        self.grid, widths = _widths_of_rounds(dealt, lengths, num_buckets)
-        super().__init__(
-            FillerRows(dataset),
-            batch_sampler=[
-                ShapedRows(shares[rank].tolist(), width)
-                for shares, width in zip(dealt, widths, strict=True)
-            ],
-            collate_fn=collate,
-            **options,
-        )
-        rounds = [np.concatenate(shares) for shares in dealt]
-        self.rounds = [rows.tolist() for rows in rounds]
-        self.row_order = np.concatenate(rounds) if rounds else np.empty(0, dtype=np.int64)
-        self.source = source
-
-
-def _budget(lengths: Lengths, *, rows_per_batch: int, given: int | None) -> int:
-    """Source and target tokens, pads included, of a rank's evaluation batch.
-
-    Where none is ``given``: what ``rows_per_batch`` of the longest rows have.
-
-    Raises:
-        UserError: the longest row has more than were given.
-    """
-    longest = int((lengths[0].astype(np.int64) + lengths[1]).max())
-    if given is None:
-        return rows_per_batch * sum(int(side.max()) for side in lengths)
-    if given < longest:
-        raise UserError(
-            f"eval_tokens_per_device={given}: expected at least {longest}, the source and target "
-            "tokens of the longest row; raise --eval_tokens_per_device, or lower "
-            "--max_source_length or --val_max_target_length"
-        )
-    return given
-
-
-def _widths_of_rounds(
-    rounds: list[list[Rows]], lengths: Lengths | None, num_buckets: int | None
-) -> tuple[ShapeGrid | None, list[Widths | None]]:
-    """The shapes of the batches, and which one each round of batches is padded to.
-
-    With a ``num_buckets`` at most so many; without one, None: the longest rows decide.
-    """
-    if num_buckets is None or lengths is None or not rounds:
-        return None, [None] * len(rounds)
-    rows = [np.concatenate(shares) for shares in rounds]
-    real = [ids[ids >= 0] for ids in rows]
-    source, target = (
-        np.array([side[ids].max() for ids in real], dtype=np.int32) for side in lengths
-    )
-    grid = choose_shapes((source, target), num_buckets=num_buckets)
-    return grid, [grid.widths[number] for number in grid.fit((source, target))]
 
 
 def loader_options(args: TrainingArguments) -> dict[str, Any]:

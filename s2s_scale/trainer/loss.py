@@ -5,7 +5,7 @@ Shapes: B rows, T target positions, V target vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -81,7 +81,7 @@ class LossComputer:
         self._packed_model: PackedModel | None = None
         self._nll: Tensor | None = None
 
-    def check(self, plain: nn.Module, *, packs: bool) -> None:
+    def check(self, plain: Any, *, packs: bool) -> None:
         """Refuse settings that cannot take effect; ``packs``: the batches are packed.
 
         Raises:
@@ -97,11 +97,11 @@ class LossComputer:
                 "off here; leave --linear_cross_entropy out"
             )
 
-    def packing_problem(self, plain: nn.Module) -> str | None:
+    def packing_problem(self, plain: Any) -> str | None:
         """Why pairs cannot share rows; None where they can."""
         return self._packing_obstacle or packing_problem(plain)
 
-    def _logits_problem(self, plain: nn.Module) -> str | None:
+    def _logits_problem(self, plain: Any) -> str | None:
         """Why losses are computed from whole logits; None where they need not be."""
         if self._linear == "off":
             return "it is switched off"
@@ -120,8 +120,29 @@ class LossComputer:
         labels = batch.get("labels")
         return None if labels is None else count_tokens(self.targets(labels))
 
+    @staticmethod
+    def labels_of(batch: Mapping[str, Any]) -> Tensor:
+        """The labels [B, T] of a batch.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if "labels" not in batch:
+            raise ValueError(
+                f"a batch needs labels to have a loss; it has: {', '.join(batch)}; let the "
+                "collator return 'labels'"
+            )
+        labels: Tensor = batch["labels"]
+        return labels
+
+    def total_tokens(self, batches: Sequence[Mapping[str, Any]]) -> Tensor | None:
+        """Target tokens of ``batches`` that count, a scalar; None where the first has no labels."""
+        if not batches or "labels" not in batches[0]:
+            return None
+        return torch.stack([count_tokens(self.targets(batch["labels"])) for batch in batches]).sum()
+
     def with_decoder_inputs(
-        self, inputs: Mapping[str, Any], labels: Tensor, plain: nn.Module
+        self, inputs: Mapping[str, Any], labels: Tensor, plain: Any
     ) -> dict[str, Any]:
         """Model inputs without labels but with decoder inputs, made from ``labels`` if absent."""
         model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
@@ -143,7 +164,7 @@ class LossComputer:
             self._wants_logits = True
 
     def compute(
-        self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, plain: nn.Module
+        self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, plain: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Loss of one batch, and logits [B, T, V] if they were built.
 
@@ -159,7 +180,7 @@ class LossComputer:
         return part.loss / part.tokens.clamp(min=1), logits
 
     def _token_loss(
-        self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, plain: nn.Module
+        self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, plain: Any
     ) -> tuple[TokenLoss, Tensor | None]:
         if self.mode == MODEL:
             loss, logits = model(**inputs, labels=labels, use_cache=False)[:2]
@@ -171,7 +192,7 @@ class LossComputer:
         logits = model(**inputs, use_cache=False)[0]
         return cross_entropy(logits, targets, smoothing=self._smoothing), logits
 
-    def _head(self, plain: nn.Module) -> LossHead | None:
+    def _head(self, plain: Any) -> LossHead | None:
         """Lets the model's forward pass end in the loss; None where logits must be built."""
         if self._wants_logits:
             return None
@@ -188,7 +209,7 @@ class LossComputer:
 
     @contextmanager
     def _packing_context(
-        self, inputs: Mapping[str, Any], plain: nn.Module
+        self, inputs: Mapping[str, Any], plain: Any
     ) -> Iterator[Mapping[str, Any]]:
         """The inputs as the model takes them; for packed rows with the masks of their pairs."""
         if SEGMENTS[0] not in inputs:
@@ -206,7 +227,6 @@ class LossComputer:
         loss: Tensor,
         labels: Tensor,
         step_tokens: Tensor | int | None,
-        *,
         averaged_ranks: int = 1,
     ) -> BatchLoss:
         """The part of a step's loss that a batch contributes.

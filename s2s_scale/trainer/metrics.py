@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.errors import UserError
 from s2s_scale.loss.losses import TokenLoss
 
@@ -40,6 +39,10 @@ class TrainingMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, as before the first step."""
         self._started: float | None = None
         self._pads_of_run = [0, 0]
         self._clear()
@@ -82,6 +85,10 @@ class TrainingMeter:
             yield
         finally:
             self._paused += time.perf_counter() - started
+
+    def totals(self) -> dict[str, float]:
+        """What the summary at the end of training says: ``train_pad_share``, once it is known."""
+        return {} if self.pad_share is None else {"train_pad_share": self.pad_share}
 
     def wait(self, seconds: float) -> None:
         """Count ``seconds`` as time in which a step waited for its batches."""
@@ -146,17 +153,19 @@ class CompilationWatch:
     """Counts compilations by the shape that caused them; a shape's later uses should cause none.
 
     Args:
-        count: how many graphs this process has compiled so far.
+        compiled: graphs that this process has compiled so far, and the seconds that took.
         limit: compilations allowed in all; None: one for each use of a shape (training,
             evaluation, the three of generation) and ``SETUP_COMPILATIONS``.
         strict: raise where otherwise a warning is logged.
     """
 
-    def __init__(self, count: Callable[[], int], *, limit: int | None, strict: bool) -> None:
-        self._count = count
+    def __init__(
+        self, compiled: Callable[[], tuple[int, float]], *, limit: int | None, strict: bool
+    ) -> None:
+        self._compiled = compiled
         self._limit = limit
         self._strict = strict
-        self._seen = count()
+        self._seen = compiled()[0]
         self._at_start = self._seen
         self._uses: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self._expected = SETUP_COMPILATIONS
@@ -179,7 +188,7 @@ class CompilationWatch:
             RecompilationError: with ``strict``, a compilation that is not explained by the first
                 use of the shape, or one over the limit.
         """
-        count = self._count()
+        count = self._compiled()[0]
         new, self._seen = count - self._seen, count
         before = self._uses[use, shape]
         self._uses[use, shape] += 1
@@ -202,28 +211,25 @@ class CompilationWatch:
             logger.warning(found)
         self._reported += 1
 
+    def ran_evaluation(self, shape: tuple[int, ...], *, step: int, generates: bool) -> None:
+        """An evaluation batch of ``shape`` has run; see ``ran``."""
+        graphs = 1 + (GENERATION_GRAPHS if generates else 0)
+        self.ran("evaluation", shape, step=step, graphs=graphs)
+
+    def counts(self) -> dict[str, float]:
+        """What a training log says of compilations; nothing where there were none."""
+        count, seconds = self._compiled()
+        return {"compilations": count, "compile_seconds": seconds} if count else {}
+
     def shapes(self, use: str) -> list[tuple[int, ...]]:
         """The shapes on which ``use`` has run."""
         return [shape for name, shape in self._uses if name == use]
 
     def skip(self) -> None:
         """Attribute what was compiled since the last call to no batch (a log, a checkpoint)."""
-        count = self._count()
+        count = self._compiled()[0]
         self._expected += count - self._seen
         self._seen = count
-
-
-def check_compilation_limits(args: Seq2SeqTrainingArguments, *, static_shapes: bool) -> None:
-    """Refuse limits on compilations where nothing is compiled for each shape.
-
-    Raises:
-        UserError: they would have no effect.
-    """
-    if not static_shapes and (args.max_compilations is not None or args.strict_compilations):
-        raise UserError(
-            "max_compilations, strict_compilations: have no effect here, nothing is compiled "
-            "for each shape; leave them out, or take a profile with backend xla"
-        )
 
 
 def batch_shape(batch: Mapping[str, Any]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import xxhash
+from torch import nn
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
@@ -26,6 +27,7 @@ from s2s_scale.data.samplers import EpochSampler, PlanSampler
 from s2s_scale.data.streaming import StreamedExamples
 from s2s_scale.errors import UserError
 from s2s_scale.resilience.reports import RUN_VARIABLE
+from s2s_scale.trainer.bad_steps import BadSteps
 from s2s_scale.trainer.streaming import StreamLoader
 from s2s_scale.utils import package_version
 
@@ -53,17 +55,37 @@ class Data:
     rows_per_device: int
 
 
+@dataclass(frozen=True)
+class RunFiles:
+    """What describes a run in a checkpoint: the contents of three JSON files."""
+
+    trainer_state: TrainerState
+    training_state: dict[str, Any]
+    settings: dict[str, Any]
+
+
 class RunState:
     """Tells what makes a run the run that it is, and how far it has come.
 
     Args:
         args: the training arguments.
         backend: spreads the run out.
+        bad_steps: what a checkpoint says of bad steps comes from there, and goes back there.
         loss_mode: see ``LossComputer``.
     """
 
-    def __init__(self, args: Seq2SeqTrainingArguments, backend: Backend, *, loss_mode: str) -> None:
+    def __init__(
+        self,
+        args: Seq2SeqTrainingArguments,
+        backend: Backend,
+        bad_steps: BadSteps,
+        *,
+        loss_mode: str,
+    ) -> None:
         self._args, self._backend, self._loss_mode = args, backend, loss_mode
+        self._bad_steps = bad_steps
+        self.settings: Mapping[str, tuple[Any, str]] = {}
+        """Setting -> (value, origin) of the command line, where one started the run."""
         self._row_digest: tuple[int, str] | None = None
         self._tokenizer_digest: tuple[int, str] | None = None
         self._pending = dict(NOTHING_PENDING)
@@ -96,31 +118,42 @@ class RunState:
         self,
         data: Data,
         state: TrainerState,
+        model: nn.Module,
         *,
-        schedule: Mapping[str, Any],
-        frozen: list[str],
+        schedule: Any,
         loss_scale: Mapping[str, float] | None,
-        bad_steps: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """The content of ``training_state.json``; ``frozen``: names of untrained parameters."""
+        """The content of ``training_state.json``; ``model``: inside its wrappers."""
         optimizer = {"class": self.optimizer_name, "numbers": {}}
         return {
             "step": state.global_step,
             "epoch": state.epoch,
             "plan": _plan_position(data, state.global_step),
-            "schedule": schedule,
+            "schedule": schedule.state_dict(),
             "optimizer": None if self._args.save_only_model else optimizer,
             "loss_scale": loss_scale,
-            "frozen": frozen,
+            "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
             "random": {
                 "seed": self._args.seed,
                 "rule": "each step is seeded by (seed, step, data rank)",
             },
-            "skipped": bad_steps,
+            "skipped": self._bad_steps.state(),
             "pending": dict(self._pending),
             "run": self.identity(data, max_steps=state.max_steps),
             "shape": self.shape(data),
         }
+
+    def files(
+        self,
+        state: TrainerState,
+        data: Data,
+        model: nn.Module,
+        schedule: Any,
+        loss_scale: Mapping[str, float] | None,
+    ) -> RunFiles:
+        """What describes the run in a checkpoint."""
+        training = self.training_state(data, state, model, schedule=schedule, loss_scale=loss_scale)
+        return RunFiles(state, training, settings_and_versions(self.settings))
 
     def identity(self, data: Data, *, max_steps: int) -> Identity:
         """What must not change when the run is resumed; see ``checkpoint.manager``."""
@@ -196,12 +229,8 @@ class RunState:
             found["training steps of the schedule"] = max_steps
         return found
 
-    def resume(
-        self, folder: Path, saved: Identity, data: Data, *, max_steps: int
-    ) -> dict[str, Any]:
-        """Refuse to continue another run; say what an accepted change means.
-
-        Gives what the checkpoint says of bad steps so far.
+    def resume(self, folder: Path, saved: Identity, data: Data, *, max_steps: int) -> None:
+        """Continue the run of a checkpoint; say what an accepted change means for it.
 
         Raises:
             UserError: one line for each difference that was not accepted.
@@ -213,12 +242,12 @@ class RunState:
             for note in notes:
                 print(f"note: {note}", file=sys.stderr)
         if not (folder / TRAINING_STATE).is_file():
-            return {}
+            return
         training = read_json(folder / TRAINING_STATE)
+        self._bad_steps.load(training.get("skipped") or {})
         if not notes and "data" not in accepted:
             _check_plan(folder, training.get("plan"), data.sampler)
         self._pending = dict(training.get("pending") or NOTHING_PENDING)
-        return training.get("skipped") or {}
 
 
 def settings_and_versions(given: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
@@ -231,6 +260,15 @@ def settings_and_versions(given: Mapping[str, tuple[Any, str]]) -> dict[str, Any
         "versions": {name: value for name, value in versions.items() if value},
         "run": os.environ.get(RUN_VARIABLE),
     }
+
+
+def note_best(state: TrainerState, run_dir: Path) -> str | None:
+    """The checkpoint with the best metric, put into ``state`` if it is there or about to be."""
+    best = run_dir / f"checkpoint-{state.best_global_step}"
+    if state.best_global_step and (state.best_global_step == state.global_step or best.is_dir()):
+        state.best_model_checkpoint = str(best)
+    found: str | None = state.best_model_checkpoint
+    return found
 
 
 def export_callbacks(state: TrainerState, callbacks: Iterable[Any]) -> None:

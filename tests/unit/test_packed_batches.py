@@ -92,7 +92,7 @@ def test_the_models_own_loss_is_that_of_unpacked_pairs(tmp_path):
     """Without smoothing and pad exclusion the model computes its loss from logits and labels."""
     values = {"max_steps": 3}
     alone = trainer_of(tmp_path, kind=Unpacked, **values)
-    assert alone._loss.mode == "model"
+    assert alone.parts.loss.mode == "model"
     expected = figures(alone)
     assert figures(trainer_of(tmp_path, **values))[0] == pytest.approx(expected[0], rel=1e-5)
 
@@ -242,7 +242,7 @@ def test_one_shape_where_shapes_must_be_few(tmp_path):
     assert len({(b["input_ids"].shape, b["labels"].shape) for b in batches}) == 1
     assert len(batches[0]["labels"]) % 4 == 0
     trainer.train()
-    planned = trainer.plan_summary()
+    planned = trainer.parts.loaders.plan_summary()
     assert planned is not None and len(planned.shapes) == 1
     share = trainer.state.log_history[-1]["train_pad_share"]
     assert share == pytest.approx(1 - planned.total.real_share)
@@ -251,7 +251,7 @@ def test_one_shape_where_shapes_must_be_few(tmp_path):
 def test_pads_are_counted_as_planned_and_evaluation_is_unpacked(tmp_path):
     trainer = trainer_of(tmp_path, num_train_epochs=1, label_smoothing=0.1)
     trainer.train()
-    sampler = trainer.train_sampler
+    sampler = trainer.parts.loaders.train_sampler
     real = sum(int(side.sum()) for side in sampler.lengths)
     padded = sum(
         sum(batch.padded_tokens(sampler.lengths))
