@@ -46,7 +46,7 @@ from s2s_scale.checkpoint.portable import (
 )
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.compat import enter_schedule
-from s2s_scale.trainer.run_state import Data, RunFiles, RunState
+from s2s_scale.trainer.run_state import RunFiles
 
 LossScale = Mapping[str, float] | None
 
@@ -268,11 +268,11 @@ class Checkpointer:
 
     @contextmanager
     def open(
-        self, folder: Path, model: nn.Module, run_state: RunState, data: Data
+        self, folder: Path, model: nn.Module, *, optimizer_name: str, shape: Mapping[str, Any]
     ) -> Iterator[Saved]:
         """Open a checkpoint in order to resume from it; ``model`` is inside no wrapper.
 
-        ``run_state`` and ``data``: of this run.
+        ``optimizer_name`` and ``shape`` are this run's, as ``RunState`` gives them.
 
         Raises:
             UserError: it holds another model, no optimizer state, or is in the native format and
@@ -300,10 +300,10 @@ class Checkpointer:
                     state,
                     training["schedule"],
                     training["loss_scale"],
-                    training["optimizer"]["class"] == run_state.optimizer_name,
+                    training["optimizer"]["class"] == optimizer_name,
                 )
         else:
-            yield Saved(_run_of_native(folder, run_state.shape(data)))
+            yield Saved(_run_of_native(folder, shape))
 
     def load(
         self,

@@ -183,7 +183,8 @@ class Components:
             UserError: it is another run's checkpoint.
         """
         self.loaders.enter_stream(folder)
-        with self.checkpointer.open(folder, model, self.run_state, data) as saved:
+        name, shape = self.run_state.optimizer_name, self.run_state.shape(data)
+        with self.checkpointer.open(folder, model, optimizer_name=name, shape=shape) as saved:
             self.run_state.resume(folder, saved.run, data, max_steps=max_steps)
             prepared = prepare(str(folder) if saved.state is None else None)
             schedule = self.run_state.schedule_identity(max_steps=max_steps)
@@ -269,7 +270,7 @@ def make_components(
         bad_steps,
         compilations,
         Generator(args, backend, padding_id=padding_id, pad_to=pad_to),
-        RunState(args, backend, bad_steps, loss_mode=loss.mode),
+        RunState(args, backend, bad_steps, loss_mode=mode),
         checkpointer,
         preemption,
         (
