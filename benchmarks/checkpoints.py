@@ -59,7 +59,7 @@ def _measure(side: str, vocabulary: int, folder: Path) -> dict[str, float]:
     trainer._save_checkpoint(trainer.model, trial=None)
     still = time.perf_counter() - started
     if side != SIDES[0]:
-        trainer.settle_background_save(wait=True)
+        trainer.parts.checkpointer.settle(wait=True)
     whole = time.perf_counter() - started
     assert (folder / "checkpoint-1" / "model.safetensors").is_file()
     return {"weights": weights, "still": still, "whole": whole, "peak": growth_since(start)}

@@ -108,7 +108,7 @@ def _times(trainer: Any) -> list[float]:
 
 
 def _figures(trainer: Any, times: list[float], run: Run) -> dict[str, float]:
-    sampler = trainer._step_callback.sampler
+    sampler = trainer.parts.loaders.train_sampler
     sampler.set_epoch(0)
     real = padded = 0
     for step in range(run.warm_up, run.warm_up + run.steps):

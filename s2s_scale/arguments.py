@@ -153,7 +153,7 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
     def settle_token_sizes(self) -> None:
         """Fill in the sizes of a step of 'tokens' that are left open, where no lengths are known.
 
-        Where they are, the data decide (``trainer.sampling``).
+        Where they are, the data decide (``trainer.dataloaders``).
         """
         if self.batching != "tokens":
             return
@@ -283,11 +283,6 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             for name in self.accept_changes or ()
             if name not in CHANGES
         ]
-        if self.on_bad_step == "rollback" and self.checkpoint_format == "native":
-            problems.append(
-                "on_bad_step=rollback: cannot go back to a checkpoint in the native format; use "
-                "--checkpoint_format portable, or --on_bad_step skip"
-            )
         if self.max_loss_spikes is not None and self.loss_spike_factor is None:
             problems.append(
                 f"max_loss_spikes={self.max_loss_spikes}: has no effect without "

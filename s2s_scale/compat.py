@@ -27,6 +27,7 @@ MODULES = (
     "s2s_scale.doctor.compat",
     "s2s_scale.evaluation.compat",
     "s2s_scale.generation.compat",
+    "s2s_scale.trainer.compat",
 )
 """The files that hold registered functions; each imports the library concerned when called."""
 

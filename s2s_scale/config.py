@@ -38,7 +38,7 @@ DEFAULT_BUCKETS = 8
 DEFAULT_SHUFFLE_BUFFER = 10_000
 DEFAULT_FAULT_SECONDS = 120.0
 DEFAULT_SPIKE_WINDOW = 50
-BAD_STEPS = ("skip", "rollback")
+BAD_STEPS = ("skip",)
 DEFAULT_GRACE_SECONDS = 60.0
 CHECKPOINT_FORMATS = ("portable", "native")
 GENERATION_ENGINES = ("transformers", "ctranslate2")
@@ -375,8 +375,7 @@ class TrainingExtras:
         "skip",
         "training",
         "What a step whose loss is not finite or a spike brings about. 'skip': its update is left "
-        "out. 'rollback': training also goes back to the newest checkpoint, and leaves the step's "
-        "rows out when it comes to them again.",
+        "out.",
         choices=BAD_STEPS,
     )
     fault_timeout_seconds: float = setting(

@@ -5,7 +5,8 @@ Which parameters decay: groups for AdamW and Adafactor, decided by module type.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers.optimization import (
     get_polynomial_decay_schedule_with_warmup,
 )
 
-from s2s_scale.errors import unknown_name
+from s2s_scale.errors import UserError, unknown_name
 
 arg_to_scheduler: dict[str, Callable[..., LambdaLR]] = {
     "linear": get_linear_schedule_with_warmup,
@@ -117,18 +118,54 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
     return names
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decaying: Iterable[str] | None = None
+) -> list[dict[str, Any]]:
     """Two optimizer groups over the trainable parameters: with decay, and without.
 
-    Shared (tied) tensors appear once. A group with no parameter is left out.
+    ``decaying``: names of the parameters with decay; by default ``decay_parameter_names``. Shared
+    (tied) tensors appear once. A group with no parameter is left out.
+
+    Raises:
+        UserError: nothing is trainable.
     """
-    decaying = set(decay_parameter_names(model))
+    decaying = set(decay_parameter_names(model) if decaying is None else decaying)
     groups: dict[float, list[torch.Tensor]] = {weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[weight_decay if name in decaying else 0.0].append(parameter)
+    if not any(groups.values()):
+        raise UserError(
+            "the model has no parameter left to train: everything is frozen; drop "
+            "--freeze_encoder or --freeze_embeds"
+        )
     return [
         {"params": parameters, "weight_decay": decay}
         for decay, parameters in groups.items()
         if parameters
     ]
+
+
+REMEDIES = {
+    "optim": "expected an optimizer that is installed here; choose another --optim or install what "
+    "it needs",
+    "lr_scheduler_type": "give what it needs in --lr_scheduler_kwargs, or choose another "
+    "--lr_scheduler",
+}
+
+
+@contextmanager
+def refused_as_option(option: str, value: Any) -> Iterator[None]:
+    """Turn what is raised for a choice of optimizer or schedule into a ``UserError``.
+
+    ``option``: ``optim`` or ``lr_scheduler_type``, with the ``value`` that was chosen.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ImportError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{option}={getattr(value, 'value', value)}: {reason}; {REMEDIES[option]}"
+        ) from error

@@ -33,8 +33,7 @@ from s2s_scale.resilience.watchdog import watching
 from s2s_scale.settings import Settings, split_settings
 from s2s_scale.settings.profiles import AUTO, LauncherProfile, deepspeed_config_path
 from s2s_scale.trainer import Seq2SeqTrainer
-from s2s_scale.trainer.progress import LineProgressCallback
-from s2s_scale.trainer.watched import WatchdogCallback
+from s2s_scale.trainer.callbacks import LineProgressCallback, WatchdogCallback
 
 SAMPLES = 8
 
@@ -232,10 +231,10 @@ def build_trainer(
 
     with _unusable_loggers_refused(args.report_to or ()):
         trainer = Seq2SeqTrainer(
-            loaded.config,
-            run.data_args,
-            model=loaded.model,
-            args=args,
+            loaded.model,
+            args,
+            config=loaded.config,
+            data_args=run.data_args,
             train_dataset=examples.get("train"),
             eval_dataset=examples.get("val") if args.evaluates_while_training else None,
             data_collator=Seq2SeqCollator(loaded.config.pad_token_id),
@@ -243,7 +242,7 @@ def build_trainer(
             backend=backend,
             text_evaluation_for=text_evaluation_for,
         )
-    trainer.settings_of_run = run.given
+    trainer.parts.run_state.settings = run.given
     trainer.add_callback(WatchdogCallback())
     if not args.disable_tqdm:
         trainer.remove_callback(transformers.ProgressCallback)

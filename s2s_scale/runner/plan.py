@@ -16,7 +16,7 @@ from s2s_scale.data.sources import load_pairs
 from s2s_scale.models.create import run_new_model
 from s2s_scale.runner.build import read_settings, tokenize_with
 from s2s_scale.settings import Settings
-from s2s_scale.trainer.sampling import make_sampler
+from s2s_scale.trainer.dataloaders import make_sampler
 
 
 def plan(settings: Settings) -> int:

@@ -43,7 +43,7 @@ from s2s_scale.runner.build import (
 )
 from s2s_scale.settings import Settings
 from s2s_scale.trainer import Seq2SeqTrainer
-from s2s_scale.trainer.nonfinite import NonFiniteLossError
+from s2s_scale.trainer.bad_steps import NonFiniteLossError
 from s2s_scale.trainer.streaming import streaming_problems
 from s2s_scale.utils import remove_if_empty
 
@@ -81,7 +81,7 @@ def train(settings: Settings) -> int:
         trainer = build_trainer(run, loaded, backend, examples)
         if resume is None:
             trainer.add_callback(RemoveEarlierRun(run.output_dir))
-        stack.callback(trainer.wait_for_background_save)
+        stack.callback(trainer.parts.checkpointer.wait)
         on_main(backend, lambda: remove_partial(run.output_dir))
         return _train(run, trainer, examples, resume)
 
@@ -231,7 +231,7 @@ def _finish(
     if not main:
         return
     trainer.state.save_to_json(str(output_dir / STATE_FILE))
-    planned = trainer.plan_summary()
+    planned = trainer.parts.loaders.plan_summary()
     html, png = write_run_report(
         output_dir,
         title=f"Training run {output_dir.name}",
@@ -239,7 +239,7 @@ def _finish(
         results=results,
         settings=run.given,
         shapes=[] if planned is None else shape_rows(planned),
-        bad_steps=trainer.bad_steps(),
+        bad_steps=trainer.parts.bad_steps.table(),
     )
     print_table(results, title=f"results in {output_dir}")
     print(f"model:   {output_dir}\nreport:  {html}\npicture: {png}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ class Trial:
             p.numel() * p.element_size() for p in parameters if p.requires_grad
         )
         self._bytes_per_row: float | None = None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the result depends on beside the batches: model size and kind of device."""
+        count = sum(parameter.numel() for parameter in self._parameters)
+        return {"parameters": count, "device": self._device.type}
 
     def fits(self, rows: int, longest: tuple[int, int]) -> bool:
         """Whether ``rows`` rows of that length can be trained on beside the optimizer's state."""
@@ -144,6 +151,39 @@ def _available() -> int:
     """Bytes that processes can still have on this machine."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def kept_or_found(
+    trial: Trial,
+    *,
+    folder: Path,
+    longest: tuple[int, int],
+    largest: int,
+    gather_objects: Callable[[int], list[int]],
+    main: bool,
+    bf16: bool,
+) -> int:
+    """Padded tokens of the largest micro-batch that fits, on every rank; every rank must call it.
+
+    The number is kept in ``folder``; found there, it is not looked for again.
+
+    Args:
+        longest: source and target tokens of the longest row.
+        largest: tokens beyond which no micro-batch would have more rows.
+        main: whether this is rank 0, which writes the file.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    key = {"longest row": list(longest), "bf16": bf16, **trial.key}
+    found = read_kept(folder, key)
+    if found is None:
+        found = find_budget(largest, longest, lambda rows: trial.fits(rows, longest))
+    budget = min(gather_objects(found))
+    if main:
+        keep(folder, key, budget)
+        print(f"note: micro-batches of at most {budget} padded tokens", file=sys.stderr)
+    return budget
 
 
 def read_kept(folder: Path, key: Mapping[str, Any]) -> int | None:

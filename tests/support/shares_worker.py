@@ -19,8 +19,8 @@ from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
 from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.doctor.compat import forget_accelerate_settings
-from s2s_scale.trainer import nonfinite
-from s2s_scale.trainer.spikes import SpikeDetector
+from s2s_scale.trainer import bad_steps
+from s2s_scale.trainer.bad_steps import SpikeDetector
 from tests.support.families import tiny_model
 from tests.support.ranks import run_ranks
 from tests.support.training import Spoilt, Unpacked, history, ragged_rows, settings
@@ -62,7 +62,7 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
         allow_fp16()
     if job.get("spike_window"):
         short = functools.partial(SpikeDetector, window=job["spike_window"])
-        nonfinite.SpikeDetector = short  # type: ignore[misc,assignment]
+        bad_steps.SpikeDetector = short  # type: ignore[misc,assignment]
     kind = Unpacked if job.get("unpacked") else Spoilt
     trainer = kind(
         model=model,
@@ -77,7 +77,7 @@ def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=job.get("resume"))
     whole = backend.full_weights(model)
     return {
-        "bad_steps": trainer.bad_steps(),
+        "bad_steps": trainer.parts.bad_steps.table(),
         "logits": first_logits(trainer) if job.get("logits") else [],
         "loss": history(trainer, "loss"),
         "grad_norm": history(trainer, "grad_norm"),

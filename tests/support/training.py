@@ -52,10 +52,12 @@ def settings(folder: Path, **values: Any) -> dict[str, Any]:
 class Unpacked(Seq2SeqTrainer):
     """Our trainer with the packed plan's steps, but each pair in a row of its own."""
 
-    def _packing(self) -> Any:
+    def get_train_dataloader(self) -> Any:
         collate = Seq2SeqCollator(self.config.pad_token_id)
         nothing = {"input_ids": [self.config.eos_token_id], "labels": [-100]}
-        return lambda pairs: collate(list(pairs) or [nothing])
+        loader = super().get_train_dataloader()
+        loader.collate_fn = lambda pairs: collate(list(pairs) or [nothing])
+        return loader
 
 
 class Spoilt(Seq2SeqTrainer):

@@ -64,7 +64,7 @@ def test_training_goes_on_while_a_save_is_written(tmp_path, monkeypatch):
     trainer.train()
     assert seen == [False]
     verify(tmp_path / "checkpoint-2")
-    assert len(trainer.save_seconds) == 2, "steps 2 and 3, the last one"
+    assert len(trainer.parts.checkpointer.seconds) == 2, "steps 2 and 3, the last one"
 
 
 def test_an_error_surfaces_at_the_next_step(tmp_path, monkeypatch):

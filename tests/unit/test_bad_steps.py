@@ -1,4 +1,4 @@
-"""Loss spikes, found by a running median; training that goes back to before a bad step."""
+"""Loss spikes, found by a running median, and steps whose update is skipped."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from s2s_scale.backends import make_backend
 from s2s_scale.errors import UserError
-from s2s_scale.trainer.spikes import SpikeDetector
+from s2s_scale.trainer.bad_steps import BadSteps, NonFiniteLossError, SpikeDetector
 from tests.support.families import tiny_model
 from tests.support.training import fresh, history, our_trainer, ragged_rows, settings
 
@@ -63,7 +64,7 @@ class Spiking(Seq2SeqTrainer):
 
 def run(folder, monkeypatch, factor=100.0, **values):
     short = functools.partial(SpikeDetector, window=6)
-    monkeypatch.setattr("s2s_scale.trainer.nonfinite.SpikeDetector", short)
+    monkeypatch.setattr("s2s_scale.trainer.bad_steps.SpikeDetector", short)
     monkeypatch.setattr(Spiking, "factor", factor)
     monkeypatch.setattr("tests.support.training.Seq2SeqTrainer", Spiking)
     model = fresh("t5")
@@ -78,40 +79,71 @@ def weights(trainer):
 
 
 @pytest.mark.parametrize("factor", [100.0, float("nan")])
-def test_going_back_and_leaving_the_step_out_is_skipping_it(tmp_path, monkeypatch, caplog, factor):
-    """Without dropout the steps between checkpoint and bad step come out the same again."""
+def test_the_update_of_a_bad_step_is_skipped(tmp_path, monkeypatch, caplog, factor):
+    """The steps before it are those of a sound run, and all later weights differ from its."""
     spikes = {} if factor != factor else {"loss_spike_factor": 3.0}
-    skipped = run(tmp_path / "skip", monkeypatch, factor, **spikes)
     with caplog.at_level(logging.WARNING):
-        rolled = run(tmp_path / "back", monkeypatch, factor, on_bad_step="rollback", **spikes)
-    assert f"step {BAD}: back to {tmp_path}/back/checkpoint-5" in caplog.text
-    assert f"step {BAD}: its rows are left out" in caplog.text
-    ours, theirs = weights(rolled), weights(skipped)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert list(history(rolled, "loss")) == list(history(skipped, "loss"))
+        skipped = run(tmp_path / "skip", monkeypatch, factor, **spikes)
     kind = "loss spike" if spikes else "not finite"
-    sampler = skipped._step_callback.sampler
+    assert f"step {BAD}: the loss" in caplog.text and "the update was skipped" in caplog.text
+    sampler = skipped.parts.loaders.train_sampler
     sampler.set_epoch(1)
     rows = sorted(sampler.plan.rows(BAD - 1 - 6).tolist())
-    for trainer, done in ((skipped, "skipped"), (rolled, "rolled back")):
-        ((step, found, then, shown),) = trainer.bad_steps()
-        assert (step, found, then) == (str(BAD), kind, done)
-        assert sorted(map(int, shown.split(", "))) == rows
-    unspoilt = run(tmp_path / "sound", monkeypatch, 1.0, **spikes)
-    assert unspoilt.bad_steps() == []
-    sound = weights(unspoilt)
-    assert not all(torch.equal(sound[name], theirs[name]) for name in theirs)
+    ((step, found, then, shown),) = skipped.parts.bad_steps.table()
+    assert (step, found, then) == (str(BAD), kind, "skipped")
+    assert sorted(map(int, shown.split(", "))) == rows
+    sound = run(tmp_path / "sound", monkeypatch, 1.0, **spikes)
+    assert sound.parts.bad_steps.table() == []
+    assert history(skipped, "loss")[: BAD - 1] == history(sound, "loss")[: BAD - 1]
+    ours, theirs = weights(sound), weights(skipped)
+    assert not all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_what_was_left_out_is_in_the_checkpoint(tmp_path, monkeypatch):
-    run(tmp_path, monkeypatch, on_bad_step="rollback", loss_spike_factor=3.0)
+def test_bad_steps_are_in_the_checkpoint(tmp_path, monkeypatch):
+    run(tmp_path, monkeypatch, loss_spike_factor=3.0)
     monkeypatch.setattr(Spiking, "factor", 1.0)
     again = our_trainer(
         fresh("t5"), tmp_path, ragged_rows(tiny_model("t5"), ROWS),
-        per_device_train_batch_size=BATCH, **SAVING, on_bad_step="rollback", loss_spike_factor=3.0,
+        per_device_train_batch_size=BATCH, **SAVING, loss_spike_factor=3.0,
     )  # fmt: skip
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS}"))
-    assert again._guard.left_out == {BAD} and again._guard.spikes == [BAD]
+    assert again.parts.bad_steps.spikes == [BAD]
+
+
+def bad_steps(folder, **values):
+    return BadSteps(make_backend("local"), output_dir=folder, **{"limit": 3, **values})
+
+
+def finish(steps, number, optimizer, loss):
+    steps.add_loss(torch.tensor(loss))
+    steps.finish_step(optimizer, step=number, rows=[number, 7], learning_rate=0.5)
+
+
+def test_bad_steps_without_a_trainer(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    steps = bad_steps(tmp_path, spike_factor=2.0, device="cpu")
+    for number, (loss, moves) in enumerate(
+        [(1.0, True), (float("nan"), False), (1.0, True), (float("inf"), False)], start=1
+    ):
+        before, weight.grad = weight.detach().clone(), torch.ones(2)
+        finish(steps, number, optimizer, loss)
+        optimizer.step()
+        assert torch.equal(weight, before) is not moves
+    assert steps.nonfinite == [2, 4] and steps.spikes == []
+    assert steps.counts(fp16=False) == {"nonfinite_steps": 2}
+    assert steps.table()[0] == ("2", "not finite", "skipped", "2, 7")
+    other = bad_steps(tmp_path, spike_factor=2.0)
+    other.load(steps.state())
+    assert other.state() == steps.state() and other.totals(fp16=True) == {
+        "train_nonfinite_steps": 2,
+        "train_loss_spikes": 0,
+        "train_overflow_steps": 0,
+    }
+    weight.grad = torch.ones(2)
+    with pytest.raises(NonFiniteLossError, match="stopped after 3 such steps .2, 4, 5;") as caught:
+        finish(other, 5, optimizer, float("nan"))
+    assert caught.value.count == 3
 
 
 @pytest.mark.parametrize(
@@ -120,10 +152,7 @@ def test_what_was_left_out_is_in_the_checkpoint(tmp_path, monkeypatch):
         ({"max_loss_spikes": 3}, "max_loss_spikes=3: has no effect without --loss_spike_factor"),
         ({"on_bad_step": "ignore"}, "unknown on_bad_step 'ignore'"),
         ({"loss_spike_factor": 0.5}, "loss_spike_factor=0.5: expected at least 1"),
-        (
-            {"on_bad_step": "rollback", "checkpoint_format": "native"},
-            "on_bad_step=rollback: cannot go back to a checkpoint in the native format",
-        ),
+        ({"on_bad_step": "rollback"}, "unknown on_bad_step 'rollback'"),
     ],
 )
 def test_settings_without_effect_are_refused(tmp_path, values, problem):

@@ -11,7 +11,7 @@ import torch
 
 from s2s_scale import Seq2SeqTrainingArguments
 from s2s_scale.errors import UserError
-from s2s_scale.trainer.loaders import MOST_ROWS, EvaluationLoader
+from s2s_scale.trainer.evaluation import MOST_ROWS, EvaluationLoader
 from tests.support.ended import ending_model
 from tests.support.training import fresh, our_trainer, ragged_rows
 

@@ -162,7 +162,7 @@ def test_training_counts_the_pads_of_its_own_steps_and_stops_reading(tmp_path):
     rows = datasets.Dataset.from_list(ragged_rows(model, 60))
     trainer = our_trainer(model, tmp_path, rows, max_steps=3, per_device_train_batch_size=4)
     trainer.train()
-    sampler = trainer._step_callback.sampler
+    sampler = trainer.parts.loaders.train_sampler
     padded = real = 0
     for step in range(3):
         for ids in sampler.plan.rows(step).reshape(-1, 4):
@@ -170,7 +170,7 @@ def test_training_counts_the_pads_of_its_own_steps_and_stops_reading(tmp_path):
                 lengths = [len(rows[int(row)][column]) for row in ids]
                 real += sum(lengths)
                 padded += 4 * max(lengths)
-    assert trainer._meter.pad_share == pytest.approx(1 - real / padded)
+    assert trainer.parts.meter.pad_share == pytest.approx(1 - real / padded)
     waits = history(trainer, "input_wait")
     assert waits and all(0 <= wait < 1 for wait in waits)
     for thread in threading.enumerate():

@@ -19,7 +19,7 @@ from s2s_scale.data.samplers import FillerRows
 from s2s_scale.errors import UserError
 from s2s_scale.models import decoder_inputs_from_labels
 from s2s_scale.models.packed import decoder_start
-from s2s_scale.trainer.sampling import make_sampler
+from s2s_scale.trainer.dataloaders import make_sampler
 from tests.support.adam import assert_same_weights
 from tests.support.families import FAMILY_NAMES
 from tests.support.lengths import long_tailed
@@ -93,7 +93,7 @@ def test_the_models_own_loss_is_that_of_unpacked_pairs(tmp_path):
     """Without smoothing and pad exclusion the model computes its loss from logits and labels."""
     values = {"max_steps": 3}
     alone = trainer_of(tmp_path, kind=Unpacked, **values)
-    assert alone._loss_mode == "model"
+    assert alone.parts.loss.mode == "model"
     expected = figures(alone)
     assert figures(trainer_of(tmp_path, **values))[0] == pytest.approx(expected[0], rel=1e-5)
 
@@ -243,7 +243,7 @@ def test_one_shape_where_shapes_must_be_few(tmp_path):
     assert len({(b["input_ids"].shape, b["labels"].shape) for b in batches}) == 1
     assert len(batches[0]["labels"]) % 4 == 0
     trainer.train()
-    planned = trainer.plan_summary()
+    planned = trainer.parts.loaders.plan_summary()
     assert planned is not None and len(planned.shapes) == 1
     share = trainer.state.log_history[-1]["train_pad_share"]
     assert share == pytest.approx(1 - planned.total.real_share)
@@ -252,7 +252,7 @@ def test_one_shape_where_shapes_must_be_few(tmp_path):
 def test_pads_are_counted_as_planned_and_evaluation_is_unpacked(tmp_path):
     trainer = trainer_of(tmp_path, num_train_epochs=1, label_smoothing=0.1)
     trainer.train()
-    sampler = trainer._step_callback.sampler
+    sampler = trainer.parts.loaders.train_sampler
     real = sum(int(side.sum()) for side in sampler.lengths)
     padded = sum(
         sum(batch.padded_tokens(sampler.lengths))

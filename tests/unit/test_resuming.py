@@ -10,7 +10,7 @@ import torch
 from s2s_scale.checkpoint.huggingface import convert
 from s2s_scale.checkpoint.portable import PortableCheckpoint, read_json, write_json
 from s2s_scale.errors import UserError
-from s2s_scale.trainer.randomness import step_seed
+from s2s_scale.trainer.callbacks import step_seed
 from tests.support.adam import assert_same_weights
 from tests.support.training import fresh, history, our_trainer, ragged_rows, stock_trainer
 

@@ -18,7 +18,7 @@ from s2s_scale.data.packing import PackedSampler
 from s2s_scale.data.plan_summary import shape_rows
 from s2s_scale.data.samplers import PlanSampler, ShapedExamples, TokenSampler
 from s2s_scale.errors import UserError
-from s2s_scale.trainer.sampling import make_sampler
+from s2s_scale.trainer.dataloaders import make_sampler
 from tests.support.lengths import long_tailed, share_of_pads_at_random
 from tests.support.simulated import SimulatedBackend
 from tests.support.training import fresh, history, our_trainer, ragged_rows, settings
@@ -121,7 +121,7 @@ def test_few_shapes_and_every_row_once(tmp_path: Path, sizes: dict[str, Any]) ->
     rows = [(tuple(r["input_ids"]), tuple(r["labels"])) for r in trainer.train_dataset]
     assert sorted(keys) == sorted(rows)
     assert all((batch["attention_mask"].sum(1) > 0).all() for batch in batches)
-    trainer._step_callback.sampler.set_epoch(3)
+    trainer.parts.loaders.train_sampler.set_epoch(3)
     assert (
         len({shape_of(b) for b in batches} | {shape_of(b) for b in batches_of(trainer)}) <= BUCKETS
     )
@@ -147,7 +147,7 @@ def test_padding_to_shapes_changes_no_number(
     if "batching" in sizes:
         backend = SimulatedBackend(devices=1)
         trainer = trainer_of(tmp_path, backend, family=family, max_steps=6, **sizes)
-        trainer._padded = lambda collate: collate  # widths that the longest rows have
+        trainer.parts.loaders.padded = lambda collate, *_: collate  # as wide as the longest rows
         trainer.train()
         found.append((history(trainer, "loss"), history(trainer, "grad_norm")))
     (loss, norm), (other_loss, other_norm) = found
@@ -203,7 +203,7 @@ def test_rows_are_shared_by_default_where_shapes_must_be_few(tmp_path: Path) -> 
 def test_tokens_sets_the_micro_batches_of_a_step(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, **BY_TOKENS, max_tokens_per_device=60, num_train_epochs=2)
     result = trainer.train()
-    sampler = trainer._step_callback.sampler
+    sampler = trainer.parts.loaders.train_sampler
     assert trainer.args.gradient_accumulation_steps == sampler.accumulation > 3
     assert trainer.state.global_step == 2 * sampler.steps == len(history(trainer, "loss"))
     assert np.isfinite(result.training_loss)
@@ -213,7 +213,7 @@ def test_pads_are_counted_as_planned(tmp_path: Path) -> None:
     """What the logs say of pads, against the plan and against the rows themselves."""
     trainer = trainer_of(tmp_path, num_train_epochs=1, num_buckets=BUCKETS, **BY_TOKENS)
     trainer.train()
-    planned = trainer.plan_summary()
+    planned = trainer.parts.loaders.plan_summary()
     assert planned is not None
     assert 1 <= len(planned.shapes) <= BUCKETS
     share = trainer.state.log_history[-1]["train_pad_share"]
@@ -227,7 +227,7 @@ def test_pads_are_counted_as_planned(tmp_path: Path) -> None:
     (first, *cells), *_ = shape_rows(planned)
     assert int(first) * (int(cells[0]) + int(cells[1])) == int(cells[2])
     assert trainer.get_total_train_batch_size(trainer.args) == round(ROWS / len(planned.steps))
-    assert trainer_of(tmp_path, **BY_ROWS).plan_summary() is None
+    assert trainer_of(tmp_path, **BY_ROWS).parts.loaders.plan_summary() is None
 
 
 def test_nine_of_ten_tokens_are_real_where_shapes_are_few(tmp_path: Path) -> None:
@@ -246,8 +246,8 @@ def test_nine_of_ten_tokens_are_real_where_shapes_are_few(tmp_path: Path) -> Non
         backend=SimulatedBackend(devices=4),
     )
     trainer.get_train_dataloader()
-    planned = trainer.plan_summary()
-    assert planned is not None and len(planned.shapes) <= trainer._num_buckets == 8
+    planned = trainer.parts.loaders.plan_summary()
+    assert planned is not None and len(planned.shapes) <= trainer.parts.loaders.num_buckets == 8
     assert share_of_pads_at_random(lengths) > 0.6
     assert planned.total.real_share >= 0.9
 
@@ -257,7 +257,7 @@ def test_free_shapes_have_few_pads_and_log_them(tmp_path: Path) -> None:
     for name, values in (("tokens", BY_TOKENS), ("fixed", {"per_device_train_batch_size": 12})):
         trainer = trainer_of(tmp_path, num_train_epochs=1, **values)
         trainer.train()
-        assert trainer.plan_summary() is None
+        assert trainer.parts.loaders.plan_summary() is None
         shares[name] = trainer.state.log_history[-1]["train_pad_share"]
     assert shares["tokens"] < 0.8 * shares["fixed"]
 

@@ -17,7 +17,7 @@ from s2s_scale.config import DataArguments
 from s2s_scale.data.sources import load_pairs
 from s2s_scale.data.streaming import BEGIN, BlockPlace, StreamedExamples, open_stream
 from s2s_scale.errors import UserError
-from s2s_scale.trainer.sampling import make_sampler
+from s2s_scale.trainer.dataloaders import make_sampler
 from s2s_scale.trainer.streaming import StreamLoader
 from tests.support.families import tiny_folder
 from tests.support.training import fresh, history, our_trainer

@@ -43,8 +43,8 @@ def test_each_shape_is_compiled_once_and_the_loss_stays_the_same(tmp_path):
 def test_few_shapes_are_the_default_where_graphs_are_compiled(tmp_path):
     model = fresh("bart")
     trainer = our_trainer(model, tmp_path, ragged_rows(model, 4), **COMPILED)
-    assert trainer.args.batching == "tokens" and trainer._num_buckets == 8
+    assert trainer.args.batching == "tokens" and trainer.parts.loaders.num_buckets == 8
     rows = our_trainer(
         model, tmp_path, ragged_rows(model, 4), per_device_train_batch_size=2, **COMPILED
     )
-    assert rows.args.batching == "fixed" and rows._num_buckets is None
+    assert rows.args.batching == "fixed" and rows.parts.loaders.num_buckets is None

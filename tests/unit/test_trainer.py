@@ -1,5 +1,8 @@
 """What the trainer promises beside the loss: construction, order of rows, evaluation, saving."""
 
+import copy
+import dataclasses
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -12,11 +15,14 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import GenerationConfig, TrainerCallback
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from s2s_scale.backends import make_backend
 from s2s_scale.checkpoint import checkpoints
+from s2s_scale.compat import check_register
 from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.data.samplers import PlanSampler
 from s2s_scale.errors import UserError
-from s2s_scale.trainer.nonfinite import NonFiniteLossError
+from s2s_scale.trainer import compat
+from s2s_scale.trainer.bad_steps import NonFiniteLossError
 from tests.support.families import FAMILY_NAMES
 from tests.support.training import fresh, history, our_trainer, ragged_rows, settings
 
@@ -112,7 +118,150 @@ def test_config_and_data_args_come_first_by_position(tmp_path):
     data_args = SimpleNamespace(ignore_pad_token_for_loss=True)
     args = Seq2SeqTrainingArguments(**settings(tmp_path))
     trainer = Seq2SeqTrainer(model.config, data_args, model, args)
-    assert trainer.model is model and trainer.args is args and trainer.data_args is data_args
+    assert trainer.model is model and trainer.data_args is data_args
+    assert trainer.config is model.config and trainer.args.output_dir == args.output_dir
+    assert Seq2SeqTrainer(model.config, data_args, model=model, args=args).data_args is data_args
+    with pytest.raises(TypeError, match="multiple values for .*'config'"):
+        Seq2SeqTrainer(model.config, data_args, config=model.config)
+
+
+def test_the_signature_is_that_of_transformers_and_then_ours(tmp_path):
+    stock = list(inspect.signature(transformers.Seq2SeqTrainer).parameters)
+    ours = inspect.signature(Seq2SeqTrainer).parameters
+    assert list(ours)[: len(stock)] == stock
+    assert [(name, ours[name].kind) for name in list(ours)[len(stock) :]] == [
+        (name, inspect.Parameter.KEYWORD_ONLY)
+        for name in ("config", "data_args", "tokenizer", "backend", "text_evaluation_for")
+    ]
+    for name in ("train", "evaluate", "predict", "evaluation_loop", "prediction_step"):
+        theirs = inspect.signature(getattr(transformers.Seq2SeqTrainer, name)).parameters
+        assert list(inspect.signature(getattr(Seq2SeqTrainer, name)).parameters) == list(theirs)
+    model, rows = fresh("t5"), ragged_rows(fresh("t5"), 4)
+    args = Seq2SeqTrainingArguments(**settings(tmp_path))
+    trainer = Seq2SeqTrainer(model, args, Seq2SeqCollator(0), rows)
+    assert trainer.model is model and trainer.train_dataset is rows
+
+
+def test_private_hooks_that_are_overridden_are_registered():
+    theirs = vars(transformers.Trainer) | vars(transformers.Seq2SeqTrainer)
+    ours = {n for n in vars(Seq2SeqTrainer) if n in theirs and n.startswith("_") and n[1] != "_"}
+    assert ours == compat.overridden_hooks()
+    files = check_register(["s2s_scale.trainer.compat"])
+    found = [v for v in files if v.reliance.function.startswith("s2s_scale.trainer.compat.")]
+    assert len(found) > 8 and not [verdict.error for verdict in found if verdict.error]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"batching": "tokens", "tokens_per_step": 120, "groups_per_step": 4},
+        {"batching": "tokens", "tokens_per_step": 120, "auto_batch": True},
+        {"torch_compile": True},
+    ],
+)
+def test_the_arguments_of_the_user_are_not_changed(tmp_path, values):
+    model = fresh("t5")
+    args = Seq2SeqTrainingArguments(**settings(tmp_path, max_steps=2, report_to=["none"], **values))
+    before, fields = dict(vars(args)), copy.deepcopy(dataclasses.asdict(args))
+    rows = ragged_rows(model, 30)
+    trainer = Seq2SeqTrainer(model, args, Seq2SeqCollator(0), rows)
+    if not args.torch_compile:
+        trainer.train()
+        assert trainer.args.gradient_accumulation_steps > 1 or not values
+    trainer.args.logging_steps = 99
+    assert dict(vars(args)) == before and dataclasses.asdict(args) == fields
+
+
+def test_the_default_backend_is_for_the_device_of_the_arguments(tmp_path, monkeypatch):
+    found = []
+    args = Seq2SeqTrainingArguments(**settings(tmp_path))
+    plain = Seq2SeqTrainer(fresh("t5"), args)
+    assert plain.backend.device == "cpu"
+    monkeypatch.setattr(
+        "s2s_scale.trainer.trainer.make_backend",
+        lambda name, device: found.append((name, device)) or make_backend(name, "cpu"),
+    )
+    monkeypatch.setattr(Seq2SeqTrainingArguments, "device", torch.device("cuda", 0))
+    with pytest.raises((AssertionError, RuntimeError)):  # there is no such device here
+        Seq2SeqTrainer(fresh("t5"), args)
+    assert found == [("local", "cuda")]
+
+
+def overriding(name, hook, module="s2s_scale.of_a_user"):
+    """A subclass with a hook of its own, in whatever module it stands."""
+    return type("Own", (Seq2SeqTrainer,), {name: hook, "__module__": module})
+
+
+@pytest.mark.parametrize("name", ["compute_loss", "_compute_loss", "training_step"])
+def test_a_subclass_that_computes_the_loss_is_found_in_any_module(tmp_path, name):
+    calls = []
+
+    def hook(self, *args, **more):
+        calls.append(name)
+        return getattr(super(own, self), name)(*args, **more)
+
+    own = overriding(name, hook)
+    model = fresh("bart")
+    args = Seq2SeqTrainingArguments(**settings(tmp_path, max_steps=2))
+    rows = ragged_rows(model, 8)
+    plain = Seq2SeqTrainer(model, args, Seq2SeqCollator(1), rows)
+    assert plain.backend.autocast().memory.in_place
+    trainer = own(model, args, Seq2SeqCollator(1), rows)
+    assert not trainer.backend.autocast().memory.in_place
+    trainer.train()
+    assert len(calls) == 2
+
+
+def test_hooks_of_a_subclass_win(tmp_path):
+    model, used = fresh("t5"), []
+    rows = ragged_rows(model, 8)
+
+    class Own(Seq2SeqTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            used.append("sampler")
+            return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+
+        def _get_num_items_in_batch(self, batch_samples, device):
+            used.append("tokens")
+            return torch.tensor(1)
+
+        def get_decay_parameter_names(self, model):
+            used.append("decay")
+            return []
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            used.append("schedule")
+            rate = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, lambda _: 0.5)
+            self.lr_scheduler = rate
+            return rate
+
+    args = Seq2SeqTrainingArguments(**settings(tmp_path, max_steps=2, weight_decay=0.1))
+    trainer = Own(model, args, Seq2SeqCollator(0), rows)
+    trainer.train()
+    assert {"sampler", "tokens", "decay", "schedule"} == set(used)
+    assert history(trainer, "learning_rate") == [0.005, 0.005]
+    assert trainer.parts.loaders.train_sampler is None
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.0]
+
+
+def test_a_subclass_may_make_loader_and_optimizer(tmp_path):
+    model = fresh("t5")
+
+    class Own(Seq2SeqTrainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(
+                self.train_dataset, batch_size=2, collate_fn=self.data_collator
+            )
+
+        def create_optimizer(self, model=None):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5)
+            return self.optimizer
+
+    args = Seq2SeqTrainingArguments(**settings(tmp_path, num_train_epochs=1))
+    trainer = Own(model, args, Seq2SeqCollator(0), ragged_rows(model, 8))
+    trainer.train()
+    assert trainer.state.global_step == 4 and trainer.optimizer.param_groups[0]["lr"] < 0.5
 
 
 def test_transformers_arguments_are_taken_over(tmp_path):
@@ -446,7 +595,6 @@ def test_a_subclass_may_bring_its_own_compute_loss(tmp_path):
     class Doubled(Seq2SeqTrainer):
         def _compute_loss(self, model, inputs, labels):
             loss, logits = super()._compute_loss(model, inputs, labels)
-            self._batch_nll = None
             return 2 * loss, logits
 
     model = fresh("t5")

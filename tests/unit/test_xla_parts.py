@@ -12,7 +12,7 @@ from s2s_scale.backends import make_backend
 from s2s_scale.backends.xla.adamw import GraphAdamW
 from s2s_scale.backends.xla.runtime import divided_dimension, mesh_lengths, rows_dimension
 from s2s_scale.errors import UserError
-from s2s_scale.trainer.compilations import CompilationWatch, RecompilationError, batch_shape
+from s2s_scale.trainer.metrics import CompilationWatch, RecompilationError, batch_shape
 from tests.support.adam import assert_same_weights
 
 
@@ -126,7 +126,7 @@ class Counted:
 
 def test_a_compilation_after_warm_up_is_reported_with_its_shape(caplog):
     backend = Counted()
-    watch = CompilationWatch(backend, limit=None, strict=False)
+    watch = CompilationWatch(backend.compilations, limit=None, strict=False)
     for step in range(1, 6):
         backend.count = 1
         watch.ran("training", (8, 16, 24), step=step)
@@ -145,7 +145,7 @@ def test_a_compilation_after_warm_up_is_reported_with_its_shape(caplog):
 
 def test_strict_stops_at_the_limit():
     backend = Counted()
-    watch = CompilationWatch(backend, limit=1, strict=True)
+    watch = CompilationWatch(backend.compilations, limit=1, strict=True)
     backend.count = 1
     watch.ran("training", (8, 16, 24), step=1)
     backend.count = 2

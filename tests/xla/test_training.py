@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from s2s_scale.trainer.compilations import SETUP_COMPILATIONS
+from s2s_scale.trainer.metrics import SETUP_COMPILATIONS
 from tests.support.adam import assert_same_weights
 from tests.support.families import tiny_model
 from tests.support.xla_worker import run_job, run_jobs

@@ -1,0 +1,443 @@
+"""Checkpoints: written whole or not at all, and read by parameter name under any backend."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+
+from s2s_scale.arguments import Seq2SeqTrainingArguments
+from s2s_scale.backends import Backend
+from s2s_scale.checkpoint import (
+    MANIFEST,
+    STATE_FILE,
+    TRAINING_STATE,
+    Ranks,
+    SaveError,
+    atomic_dir,
+    is_ours,
+    newest_verified,
+    rotate,
+    write_manifest,
+)
+from s2s_scale.checkpoint.atomic import failure_of, seen_by_all
+from s2s_scale.checkpoint.huggingface import OPTIMIZER_FILE, HFTrainerCheckpoint
+from s2s_scale.checkpoint.manager import BackgroundSave, Identity, problems_of
+from s2s_scale.checkpoint.portable import (
+    SETTINGS,
+    Content,
+    PortableCheckpoint,
+    SavedState,
+    StateWriter,
+    check_fits,
+    finalize_shards,
+    held,
+    read_json,
+    write_json,
+    write_states,
+)
+from s2s_scale.errors import UserError
+from s2s_scale.trainer.compat import enter_schedule
+from s2s_scale.trainer.run_state import RunFiles
+
+LossScale = Mapping[str, float] | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training changes, and what belongs beside it.
+
+    Attributes:
+        model: the model inside its wrappers.
+        optimizer: as the trainer has wrapped it; None before there is one.
+        schedule: of the learning rate.
+        scaler: accelerate's gradient scaler, or None.
+        tokenizer: saved beside the weights, if there is one.
+    """
+
+    model: Any
+    optimizer: Any
+    schedule: Any = None
+    scaler: Any = None
+    tokenizer: Any = None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An open checkpoint.
+
+    Attributes:
+        run: the saved run's identity, as far as it is known.
+        state: weights and moments by parameter name; None in the native format.
+        schedule: the schedule's own state.
+        loss_scale: as ``Backend.loss_scale`` gave it.
+        moments_fit: whether the moments are those of this run's kind of optimizer.
+    """
+
+    run: Identity
+    state: SavedState | None = None
+    schedule: Mapping[str, Any] | None = None
+    loss_scale: Mapping[str, float] | None = None
+    moments_fit: bool = True
+
+
+class Checkpointer:
+    """Saves checkpoints and loads them.
+
+    Args:
+        args: the training arguments, of which the ``save_*`` and ``checkpoint_*`` are read.
+        backend: gives and takes the state of model and optimizer.
+    """
+
+    def __init__(self, args: Seq2SeqTrainingArguments, backend: Backend) -> None:
+        self._args, self._backend = args, backend
+        self._background = BackgroundSave()
+        self._background_pending = False
+        self.seconds: list[float] = []
+        """How long training stood still for each checkpoint."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """What saving needs to know of the other ranks."""
+        collectives = self._backend.collectives
+        return Ranks(main=collectives.rank == 0, gather=collectives.gather_objects)
+
+    # ---- Saving ----
+
+    def save(
+        self,
+        final: Path,
+        trained: Trained,
+        *,
+        run_files: Callable[[LossScale], RunFiles],
+        write_native: Callable[[Path], None],
+        best: str | None,
+    ) -> None:
+        """Write the checkpoint ``final``, then delete what is over the limit. All ranks call it.
+
+        Args:
+            run_files: what describes the run; called on rank 0.
+            write_native: writes model, optimizer and schedule in transformers' format; on all
+                ranks, where that format was asked for.
+            best: a checkpoint that the limit spares.
+
+        Raises:
+            SaveError: the files cannot be written; names the last good checkpoint.
+        """
+        started = time.perf_counter()
+        loss_scale = self._backend.loss_scale(trained.optimizer, trained.scaler)
+        if self._args.save_only_model:
+            trained = replace(trained, optimizer=None)
+        self.settle(wait=True)
+        if self._args.save_in_background:
+            self._save_in_background(final, trained, partial(run_files, loss_scale), best)
+        else:
+            with atomic_dir(final, self.ranks) as folder:
+                if self._args.checkpoint_format == "native":
+                    write_native(folder)
+                    # The files of all ranks must be there before they are counted.
+                    self._backend.collectives.gather_objects(None)
+                    content = Content({}, {}) if self.ranks.main else None
+                else:
+                    content = self._write_portable(folder, trained)
+                if content is not None:
+                    files = run_files(loss_scale)
+                    self._describe(folder, files)
+                    self._close(folder, files.training_state, content)
+            if self.ranks.main:
+                rotate(final.parent, limit=self._args.save_total_limit, best=best)
+        self.seconds.append(time.perf_counter() - started)
+
+    def _save_in_background(
+        self,
+        final: Path,
+        trained: Trained,
+        run_files: Callable[[], RunFiles],
+        best: str | None,
+    ) -> None:
+        """Copy the state to host memory, and write it in a thread of rank 0."""
+        states = held(self._backend.state(trained.model, trained.optimizer))
+        self._background_pending = True
+        if not self.ranks.main:
+            return
+        scratch, files = TemporaryDirectory(prefix="s2s-scale-save-"), run_files()
+
+        def write_small_files() -> None:
+            _write_config(Path(scratch.name), trained)
+            self._describe(Path(scratch.name), files)
+
+        failure = failure_of(write_small_files)
+        writer = self._writer(final, trained.model)
+        writer.hold_buffers()
+
+        def save() -> None:
+            with scratch, atomic_dir(final) as folder:
+                if failure is not None:  # raised where all ranks hear of it
+                    raise failure
+                shutil.copytree(scratch.name, folder, dirs_exist_ok=True)
+                writer.move_to(folder)
+                written = write_states(_given_away(states), writer)
+                content = finalize_shards(folder, [written])
+                self._close(folder, files.training_state, content)
+            rotate(final.parent, limit=self._args.save_total_limit, best=best)
+
+        self._background.start(save)
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Take note of a save in the background that has ended. Every rank must call it.
+
+        Raises:
+            SaveError: it failed; on every rank.
+        """
+        if not self._background_pending:
+            return
+        error: BaseException | None = None
+        running = False
+        if self.ranks.main:
+            if wait:
+                self._background.wait()
+            running = self._background.running
+            error = None if running else self._background.result()
+        told = self._backend.collectives.gather_objects((running, problems_of(error)))
+        self._background_pending, problems = told[0]
+        if error is not None and not isinstance(error, SaveError):
+            raise error
+        if problems:
+            raise SaveError(*problems) from error
+
+    def wait(self) -> None:
+        """Wait until this process writes nothing any more; errors stay for ``settle``."""
+        self._background.wait()
+
+    def _write_portable(self, folder: Path, trained: Trained) -> Content | None:
+        """Weights and optimizer state by parameter name; each rank writes its own share.
+
+        Every rank must call it. The content of the checkpoint, on rank 0.
+        """
+        writer = self._writer(folder, trained.model)
+        collectives, count = self._backend.collectives, self._backend.collectives.world_size
+        writers: dict[str, int] = {}
+        # Rank 0 writes all where not every rank sees the same folder, and where transformers
+        # converts weights, which it does with all of them together.
+        if count > 1 and not writer.keys.converts and seen_by_all(folder, self.ranks, count=count):
+            writers = self._backend.writers(trained.model, trained.optimizer)
+        states = self._backend.state(trained.model, trained.optimizer, writers)
+        written = None
+
+        def write() -> None:
+            nonlocal written
+            writes = self.ranks.main or collectives.rank in writers.values()
+            written = write_states(states, writer if writes else None)
+
+        failure = failure_of(write)
+        everyone = collectives.gather_objects(written)
+        if failure is not None:
+            raise failure
+        complete = [one for one in everyone if one is not None]
+        if not self.ranks.main or len(complete) < len(everyone):  # the rank that failed says why
+            return None
+        _write_config(folder, trained)
+        return finalize_shards(folder, complete)
+
+    def _writer(self, folder: Path, model: nn.Module) -> StateWriter:
+        size = self._args.checkpoint_shard_mib << 20
+        return StateWriter(folder, model, shard_bytes=size, rank=self._backend.collectives.rank)
+
+    @staticmethod
+    def _describe(folder: Path, files: RunFiles) -> None:
+        files.trainer_state.save_to_json(str(folder / STATE_FILE))
+        write_json(folder / SETTINGS, files.settings)
+
+    def _close(self, folder: Path, training: dict[str, Any], content: Content) -> None:
+        """The run's state and the manifest: the last files of a checkpoint."""
+        kind = self._args.checkpoint_format
+        if training["optimizer"] is not None and kind == "portable":
+            training["optimizer"]["numbers"] = content.numbers
+        write_json(folder / TRAINING_STATE, training)
+        write_manifest(folder, kind=kind, step=training["step"], known=content.entries)
+
+    # ---- Loading ----
+
+    @contextmanager
+    def open(
+        self, folder: Path, model: nn.Module, *, optimizer_name: str, shape: Mapping[str, Any]
+    ) -> Iterator[Saved]:
+        """Open a checkpoint in order to resume from it; ``model`` is inside no wrapper.
+
+        ``optimizer_name`` and ``shape`` are this run's, as ``RunState`` gives them.
+
+        Raises:
+            UserError: it holds another model, no optimizer state, or is in the native format and
+                was written by another backend or number of processes.
+        """
+        shapes = self._backend.whole_shapes(model)
+        if is_stock(folder):
+            stock = HFTrainerCheckpoint(folder, model, shapes)
+            check_fits(folder, stock, shapes)
+            run = _run_of_stock(folder, stock.schedule)
+            yield Saved(run, stock, stock.schedule, stock.loss_scale)
+        elif is_portable(folder):
+            with PortableCheckpoint(folder) as portable:
+                training = portable.training
+                if not portable.has_optimizer:
+                    raise UserError(
+                        f"resume_from_checkpoint={folder}: was saved with --save_only_model and "
+                        "has no optimizer state; start from its weights with "
+                        f"--model_name_or_path {folder}"
+                    )
+                state = portable.reader_for(model)
+                check_fits(folder, state, shapes)
+                yield Saved(
+                    training["run"],
+                    state,
+                    training["schedule"],
+                    training["loss_scale"],
+                    training["optimizer"]["class"] == optimizer_name,
+                )
+        else:
+            yield Saved(_run_of_native(folder, shape))
+
+    def load(
+        self,
+        saved: Saved,
+        trained: Trained,
+        *,
+        schedule_identity: Mapping[str, Any],
+    ) -> None:
+        """Put weights, moments, buffers, schedule and loss scale in place. All ranks call it.
+
+        Called after ``Backend.after_prepare``; does nothing in the native format, which the
+        libraries load themselves. ``schedule_identity``: as ``RunState`` gives it.
+
+        Raises:
+            UserError: the schedule is another one, of a kind that cannot be entered at a step.
+        """
+        if saved.state is None:
+            return
+        moments, state = saved.moments_fit, saved.state
+        self._backend.load_state(trained.model, trained.optimizer, state, moments=moments)
+        state.load_buffers(trained.model)
+        now = {**schedule_identity, "learning_rate": self._args.learning_rate}
+        name = str(getattr(self._args.lr_scheduler_type, "value", self._args.lr_scheduler_type))
+        load_schedule(trained.schedule, trained.optimizer, saved, now, name=name)
+        if saved.loss_scale:
+            self._backend.load_loss_scale(trained.optimizer, trained.scaler, saved.loss_scale)
+
+    def load_best(self, folder: str | None, trained: Trained) -> bool:
+        """Put the weights of a checkpoint in place, if it is portable; whether it is.
+
+        Every rank must call it.
+        """
+        if folder is None or not is_portable(folder):
+            return False
+        with PortableCheckpoint(Path(folder)) as portable:
+            state = portable.reader_for(trained.model)
+            self._backend.load_state(trained.model, trained.optimizer, state, moments=False)
+            state.load_buffers(trained.model)
+        return True
+
+    def newest(self, output_dir: Path) -> Path | None:
+        """The newest checkpoint that is whole, on every rank. Every rank must call it."""
+        found = newest_verified(output_dir) if self.ranks.main else None
+        return self._backend.collectives.gather_objects(found)[0]
+
+
+def is_portable(folder: str | Path | None) -> bool:
+    """Whether a folder is a portable checkpoint."""
+    if folder is None or not (Path(folder) / MANIFEST).is_file():
+        return False
+    return read_json(Path(folder) / MANIFEST).get("kind") == "portable"
+
+
+def is_stock(folder: str | Path | None) -> bool:
+    """Whether a folder was written by transformers' own trainer, with a plain optimizer."""
+    if folder is None or is_ours(Path(folder)):
+        return False
+    return (Path(folder) / OPTIMIZER_FILE).is_file()
+
+
+def has_state_by_name(folder: str | Path) -> bool:
+    """Whether a checkpoint's state can be read by parameter name."""
+    return is_portable(folder) or is_stock(folder)
+
+
+def load_schedule(
+    schedule: Any, optimizer: Any, saved: Saved, now: Mapping[str, Any], *, name: str
+) -> None:
+    """Continue the saved schedule, or enter a new one at the same step.
+
+    Args:
+        now: this run's schedule and learning rate, which decide whether it is the saved one.
+        name: ``lr_scheduler_type``, for messages.
+
+    Raises:
+        UserError: a new schedule is of a kind that cannot be entered at a step.
+    """
+    assert saved.schedule is not None
+    before = {**saved.run.get("schedule", {}), **saved.run.get("optimizer", {})}
+    step = int(saved.schedule["last_epoch"])
+    if all(now[name] == before[name] for name in now if name in before):
+        schedule.load_state_dict(saved.schedule)
+    elif hasattr(schedule, "lr_lambdas"):
+        enter_schedule(schedule, step)
+    else:
+        raise UserError(
+            f"lr_scheduler_type={name}: cannot be entered at step {step}; give the old schedule, "
+            "or start from the checkpoint's weights with --model_name_or_path"
+        )
+    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+
+
+def _run_of_stock(folder: Path, schedule: Mapping[str, Any]) -> Identity:
+    """What a checkpoint of transformers' own tells of its run, to be compared with this one."""
+    state = read_json(folder / STATE_FILE)
+    rates = schedule.get("base_lrs") or [None]
+    return {
+        "optimizer": {"learning_rate": rates[0]} if rates[0] is not None else {},
+        "schedule": {"training steps of the schedule": state["max_steps"]},
+    }
+
+
+def _run_of_native(folder: Path, shape: Mapping[str, Any]) -> Identity:
+    """The run of a checkpoint that only the same backend on as many processes can read."""
+    if not (folder / TRAINING_STATE).is_file():  # older than the file
+        return {}
+    training = read_json(folder / TRAINING_STATE)
+    for name in ("backend", "processes"):
+        if training["shape"][name] != shape[name]:
+            raise UserError(
+                f"resume_from_checkpoint={folder}: is in the native format, written with "
+                f"{name}={training['shape'][name]}; expected {shape[name]}, as now; resume as it "
+                "was written, or convert it with s2s-scale checkpoint convert"
+            )
+    run: Identity = training["run"]
+    return run
+
+
+def _write_config(folder: Path, trained: Trained) -> None:
+    """Configuration and tokenizer, as ``save_pretrained`` writes them beside the weights."""
+    model = trained.model
+    if hasattr(model, "config"):
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    if trained.tokenizer is not None:
+        trained.tokenizer.save_pretrained(folder)
+
+
+def _given_away(states: list[Any]) -> Iterator[Any]:
+    """The states one by one, each let go of once it is written."""
+    states.reverse()
+    while states:
+        yield states.pop()

@@ -1,0 +1,334 @@
+"""The state of a run, in values that JSON holds: what a checkpoint keeps beside tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+from transformers import TrainerState
+from transformers.trainer_callback import ExportableState
+
+from s2s_scale import __version__
+from s2s_scale.arguments import TOKEN_OPTIONS, Seq2SeqTrainingArguments
+from s2s_scale.backends import Backend
+from s2s_scale.checkpoint import TRAINING_STATE
+from s2s_scale.checkpoint.manager import Identity, check_identity
+from s2s_scale.checkpoint.portable import read_json
+from s2s_scale.data.cache import hash_tokenizer, rows_fingerprint
+from s2s_scale.data.samplers import EpochSampler, PlanSampler
+from s2s_scale.data.streaming import StreamedExamples
+from s2s_scale.errors import UserError
+from s2s_scale.resilience.reports import RUN_VARIABLE
+from s2s_scale.trainer.bad_steps import BadSteps
+from s2s_scale.trainer.streaming import StreamLoader
+from s2s_scale.utils import package_version
+
+_VERSIONED = ("transformers", "accelerate", "safetensors", "deepspeed", "fairscale")
+_OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+NOTHING_PENDING = {"evaluate": False, "save": False}
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on, and in which order.
+
+    Attributes:
+        dataset: the training set; None where no batch plan is followed.
+        tokenizer: makes its token ids, if known.
+        sampler: this rank's, which holds the plan.
+        stream: the loader, where the data are streamed.
+        rows_per_device: rows of a device's micro-batch, where the mode counts rows.
+    """
+
+    dataset: Any
+    tokenizer: Any
+    sampler: EpochSampler | None
+    stream: StreamLoader | None
+    rows_per_device: int
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What describes a run in a checkpoint: the contents of three JSON files."""
+
+    trainer_state: TrainerState
+    training_state: dict[str, Any]
+    settings: dict[str, Any]
+
+
+class RunState:
+    """Tells what makes a run the run that it is, and how far it has come.
+
+    Args:
+        args: the training arguments.
+        backend: spreads the run out.
+        bad_steps: what a checkpoint says of bad steps comes from there, and goes back there.
+        loss_mode: see ``LossComputer``.
+    """
+
+    def __init__(
+        self,
+        args: Seq2SeqTrainingArguments,
+        backend: Backend,
+        bad_steps: BadSteps,
+        *,
+        loss_mode: str,
+    ) -> None:
+        self._args, self._backend, self._loss_mode = args, backend, loss_mode
+        self._bad_steps = bad_steps
+        self.settings: Mapping[str, tuple[Any, str]] = {}
+        """Setting -> (value, origin) of the command line, where one started the run."""
+        self._row_digest: tuple[int, str] | None = None
+        self._tokenizer_digest: tuple[int, str] | None = None
+        self._pending = dict(NOTHING_PENDING)
+
+    @property
+    def optimizer_name(self) -> str:
+        """The kind of optimizer; fused or not is the same kind."""
+        name = str(getattr(self._args.optim, "value", self._args.optim))
+        return "adamw_torch" if name == "adamw_torch_fused" else name
+
+    def shape(self, data: Data) -> dict[str, Any]:
+        """How the run is spread out, which may change when it is resumed."""
+        return {
+            "backend": self._backend.name,
+            "processes": self._backend.collectives.world_size,
+            "rows_per_device": data.rows_per_device,
+            "accumulation": self._args.gradient_accumulation_steps,
+        }
+
+    def leave_pending(self, *, evaluate: bool, save: bool) -> None:
+        """Note what was due after the step and is left to the resumed run."""
+        self._pending = {"evaluate": evaluate, "save": save}
+
+    def take_pending(self) -> dict[str, bool]:
+        """What was left undone; then nothing is."""
+        pending, self._pending = self._pending, dict(NOTHING_PENDING)
+        return pending
+
+    def training_state(
+        self,
+        data: Data,
+        state: TrainerState,
+        model: nn.Module,
+        *,
+        schedule: Any,
+        loss_scale: Mapping[str, float] | None,
+    ) -> dict[str, Any]:
+        """The content of ``training_state.json``; ``model``: inside its wrappers."""
+        optimizer = {"class": self.optimizer_name, "numbers": {}}
+        return {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "plan": _plan_position(data, state.global_step),
+            "schedule": schedule.state_dict(),
+            "optimizer": None if self._args.save_only_model else optimizer,
+            "loss_scale": loss_scale,
+            "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+            "random": {
+                "seed": self._args.seed,
+                "rule": "each step is seeded by (seed, step, data rank)",
+            },
+            "skipped": self._bad_steps.state(),
+            "pending": dict(self._pending),
+            "run": self.identity(data, max_steps=state.max_steps),
+            "shape": self.shape(data),
+        }
+
+    def files(
+        self,
+        state: TrainerState,
+        data: Data,
+        model: nn.Module,
+        schedule: Any,
+        loss_scale: Mapping[str, float] | None,
+    ) -> RunFiles:
+        """What describes the run in a checkpoint."""
+        training = self.training_state(data, state, model, schedule=schedule, loss_scale=loss_scale)
+        return RunFiles(state, training, settings_and_versions(self.settings))
+
+    def identity(self, data: Data, *, max_steps: int) -> Identity:
+        """What must not change when the run is resumed; see ``checkpoint.manager``."""
+        args = self._args
+        optimizer = {name: getattr(args, name) for name in _OPTIMIZER_SETTINGS}
+        optimizer |= {"optim": self.optimizer_name, "optim_args": args.optim_args}
+        return {
+            "data": self.data_identity(data),
+            "tokenizer": {"tokenizer": self._digest_of(data.tokenizer)},
+            "seed": {"seed": args.seed, "data_seed": args.plan_seed},
+            "step_size": self._step_size(data),
+            "loss": {
+                "label_smoothing": args.label_smoothing,
+                "loss_reduction": args.loss_reduction,
+                "loss": self._loss_mode,
+            },
+            "optimizer": {**optimizer, "max_grad_norm": args.max_grad_norm},
+            "schedule": self.schedule_identity(max_steps=max_steps),
+        }
+
+    def data_identity(self, data: Data) -> dict[str, Any]:
+        """A digest of the training set; computed once for each data set."""
+        dataset = data.dataset
+        if isinstance(dataset, StreamedExamples):
+            return dataset.identity()
+        if dataset is None:
+            return {}
+        if self._row_digest is None or self._row_digest[0] != id(dataset):
+            self._row_digest = (id(dataset), rows_fingerprint(dataset))
+        return {"training rows": len(dataset), "digest of the training rows": self._row_digest[1]}
+
+    def _digest_of(self, tokenizer: Any) -> str | None:
+        if tokenizer is None or not hasattr(tokenizer, "save_pretrained"):
+            return None
+        if self._tokenizer_digest is None or self._tokenizer_digest[0] != id(tokenizer):
+            digest = hashlib.blake2b(hash_tokenizer(tokenizer), digest_size=8)
+            self._tokenizer_digest = (id(tokenizer), digest.hexdigest())
+        return self._tokenizer_digest[1]
+
+    def _step_size(self, data: Data) -> dict[str, Any]:
+        sampler, args = data.sampler, self._args
+        if sampler is None and data.stream is None:
+            return {}
+        if data.stream is not None and args.batching != "tokens":
+            rows = data.rows_per_device * args.gradient_accumulation_steps
+            size: dict[str, Any] = {
+                "rows per optimizer step": rows * self._backend.collectives.world_size
+            }
+        elif isinstance(sampler, PlanSampler):
+            size = {"rows per optimizer step": sampler.rows_per_step}
+        else:
+            per_device = "max_tokens_per_device"  # free to change: it moves no pair to another step
+            names = (name for name in TOKEN_OPTIONS[args.plan_mode] if name != per_device)
+            size = {name: getattr(sampler or args, name) for name in names}
+        return {
+            **size,
+            "batching": args.plan_mode,
+            "dataloader_drop_last": args.dataloader_drop_last,
+        }
+
+    def schedule_identity(self, *, max_steps: int) -> dict[str, Any]:
+        """The learning-rate schedule over ``max_steps`` optimizer steps."""
+        args = self._args
+        name = args.schedule_name or str(args.lr_scheduler_type)
+        found: dict[str, Any] = {
+            "lr_scheduler": name,
+            "options of the schedule": dict(args.schedule_options),
+        }
+        if name == "constant":
+            return found
+        found["warmup steps"] = args.get_warmup_steps(max_steps)
+        if name != "constant_w_warmup":
+            found["training steps of the schedule"] = max_steps
+        return found
+
+    def resume(self, folder: Path, saved: Identity, data: Data, *, max_steps: int) -> None:
+        """Continue the run of a checkpoint; say what an accepted change means for it.
+
+        Raises:
+            UserError: one line for each difference that was not accepted.
+        """
+        accepted = self._args.accept_changes or ()
+        now = self.identity(data, max_steps=max_steps)
+        notes = check_identity(folder, saved, now, accepted)
+        if self._backend.collectives.rank == 0:
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr)
+        if not (folder / TRAINING_STATE).is_file():
+            return
+        training = read_json(folder / TRAINING_STATE)
+        self._bad_steps.load(training.get("skipped") or {})
+        if not notes and "data" not in accepted:
+            _check_plan(folder, training.get("plan"), data.sampler)
+        self._pending = dict(training.get("pending") or NOTHING_PENDING)
+
+
+def settings_and_versions(given: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+    """The content of ``settings.json``: ``given`` settings with their origins, and versions."""
+    settings = {n: {"value": value, "origin": origin} for n, (value, origin) in given.items()}
+    found = {name: package_version(name) for name in _VERSIONED}
+    versions = {"s2s-scale": __version__, "torch": torch.__version__, **found}
+    return {
+        "settings": settings,
+        "versions": {name: value for name, value in versions.items() if value},
+        "run": os.environ.get(RUN_VARIABLE),
+    }
+
+
+def note_best(state: TrainerState, run_dir: Path) -> str | None:
+    """The checkpoint with the best metric, put into ``state`` if it is there or about to be."""
+    best = run_dir / f"checkpoint-{state.best_global_step}"
+    if state.best_global_step and (state.best_global_step == state.global_step or best.is_dir()):
+        state.best_model_checkpoint = str(best)
+    found: str | None = state.best_model_checkpoint
+    return found
+
+
+def export_callbacks(state: TrainerState, callbacks: Iterable[Any]) -> None:
+    """Put the state of callbacks that export one into the trainer's state."""
+    states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
+    for callback in callbacks:
+        if not isinstance(callback, ExportableState):
+            continue
+        name, exported = type(callback).__name__, callback.state()
+        if isinstance(states.get(name), list):
+            states[name].append(exported)
+        else:
+            states[name] = exported
+
+
+def stream_position(folder: Path) -> tuple[dict[str, Any], int]:
+    """Where a checkpoint has left a stream, and after how many steps.
+
+    Raises:
+        UserError: it was not written by a run that streams its data.
+    """
+    saved = read_json(folder / TRAINING_STATE) if (folder / TRAINING_STATE).is_file() else {}
+    position = (saved.get("plan") or {}).get("stream")
+    if position is None:
+        raise UserError(
+            f"resume_from_checkpoint={folder}: holds no position in a stream; expected a "
+            "checkpoint of a run with --streaming; start from its weights with "
+            f"--model_name_or_path {folder}"
+        )
+    return position, saved["step"]
+
+
+def _plan_position(data: Data, step: int) -> dict[str, Any] | None:
+    """Epoch and step inside it, and a digest of that epoch's plan."""
+    if data.stream is not None:
+        return {"stream": data.stream.position(step)}
+    if data.sampler is None:
+        return None
+    epoch, step_of_epoch = divmod(step, data.sampler.steps)
+    fingerprint = plan_fingerprint(data.sampler, epoch)
+    return {"epoch": epoch, "step": step_of_epoch, "fingerprint": fingerprint}
+
+
+def _check_plan(folder: Path, plan: Mapping[str, Any] | None, sampler: EpochSampler | None) -> None:
+    """The same settings give the same plan, unless another version makes it differently."""
+    if not plan or "stream" in plan or sampler is None:
+        return
+    if plan_fingerprint(sampler, plan["epoch"]) != plan["fingerprint"]:
+        raise UserError(
+            f"{folder}: the batch plan of epoch {plan['epoch']} is not the one it was saved "
+            "with, though no setting differs: another version of s2s-scale wrote it; use that "
+            "version, or accept it with --accept_changes data"
+        )
+
+
+def plan_fingerprint(sampler: EpochSampler, epoch: int) -> str:
+    """Digest of the rows of every step of an epoch; the sampler is left as it was."""
+    before = sampler.epoch
+    sampler.set_epoch(epoch)
+    digest = xxhash.xxh3_128(sampler.plan.order.tobytes())
+    digest.update(sampler.plan.offsets.tobytes())
+    sampler.set_epoch(before)
+    return str(digest.hexdigest())
