@@ -1,14 +1,13 @@
-"""Every setting of our own, as dataclasses. Imports neither torch nor transformers.
+"""The settings of models, data and training, as dataclasses.
 
-The command line reads these fields for its flags and help, so each field's metadata holds a
-``help`` text with its group in ``--help`` and, where the values are fixed, its ``choices``.
-The settings that extend transformers' training arguments are in ``TrainingExtras`` here;
-``training_arguments.py`` joins them with transformers' own.
+The command line reads these fields for its flags and help: the metadata of each field, made by
+``setting``, holds all that it shows. ``TrainingExtras`` are the settings that extend transformers'
+training arguments; ``arguments.py`` joins the two. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from s2s_scale.errors import raise_problems, unknown_name
@@ -47,26 +46,54 @@ METRICS = ("bleu", "chrf", "rouge", "exact_match")
 
 
 class Help(str):
-    """A setting's help text, and its group in ``--help``.
+    """The help text of a setting, with what else the command line needs to know of it.
 
-    The group is no metadata of its own because transformers' ``HfArgumentParser``, which scripts
+    These are no metadata of their own because transformers' ``HfArgumentParser``, which scripts
     use on these classes, hands all metadata to argparse.
     """
 
     group: str
+    """Its heading in ``--help``."""
+    least: int | None = None
+    """The smallest number that makes sense."""
+    aliases: tuple[str, ...] = ()
+    required: bool = False
 
-    def __new__(cls, text: str, *, group: str) -> Help:
-        made = super().__new__(cls, text)
-        made.group = group
-        return made
 
-
-def setting(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with the metadata that the command line shows."""
-    metadata: dict[str, Any] = {"help": Help(help, group=group)}
+def setting(
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    least: int | None = None,
+    aliases: tuple[str, ...] = (),
+    required: bool = False,
+) -> Any:
+    """A dataclass field with the metadata that the command line shows; lists are copied."""
+    help = Help(text)
+    help.group, help.least, help.aliases, help.required = group, least, aliases, required
+    metadata: dict[str, Any] = {"help": help}
     if choices is not None:
         metadata["choices"] = choices
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def below_least(settings: object) -> list[str]:
+    """A problem for each number in ``settings`` below the least that makes sense."""
+    problems = []
+    for entry in fields(settings):  # type: ignore[arg-type]
+        least = getattr(entry.metadata.get("help"), "least", None)
+        value = None if least is None else getattr(settings, entry.name)
+        if value is not None and value < least:
+            kind = "a whole number of " if str(entry.type).startswith("int") else ""
+            problems.append(
+                f"{entry.name}={value}: expected {kind}at least {least}; give --{entry.name} a "
+                "larger value"
+            )
+    return problems
 
 
 @dataclass
@@ -74,7 +101,7 @@ class ModelArguments:
     """Which model and tokenizer to load, and what stays frozen."""
 
     model_name_or_path: str | None = setting(
-        None, "model", "Folder or hub id of the model to start from. Required."
+        None, "model", "Folder or hub id of the model to start from. Required.", aliases=("model",)
     )
     config_name: str | None = setting(
         None, "model", "Folder or hub id of the configuration, if not the model's."
@@ -135,10 +162,13 @@ class DataArguments:
         "(task_specific_params), such as 'summarization'.",
     )
     max_source_length: int = setting(
-        1024, "data", "Source rows are cut to this many tokens, special tokens included."
+        1024, "data", "Source rows are cut to this many tokens, special tokens included.", least=1
     )
     max_target_length: int = setting(
-        128, "data", "Training targets are cut to this many tokens, special tokens included."
+        128,
+        "data",
+        "Training targets are cut to this many tokens, special tokens included.",
+        least=1,
     )
     long_rows: str = setting(
         "truncate",
@@ -151,6 +181,7 @@ class DataArguments:
         "data",
         "Validation and test targets are cut, and generation stops, at this many tokens. "
         "Default: --max_target_length.",
+        least=1,
     )
     streaming: bool = setting(
         False,
@@ -163,6 +194,7 @@ class DataArguments:
         "data",
         "With --streaming: rows that follow one another in the files among which those of a step "
         f"are chosen. Default: {DEFAULT_SHUFFLE_BUFFER}.",
+        least=1,
     )
     n_train: int = setting(-1, "data", "Use only the first N training rows; -1: all.")
     n_val: int = setting(-1, "data", "Use only the first N validation rows; -1: all.")
@@ -173,14 +205,13 @@ class DataArguments:
         "Exclude pad tokens from the loss. Off: the model's own loss, pads as it likes.",
     )
     eval_beams: int | None = setting(
-        None, "generation", "Beams in evaluation. Default: the model's generation config."
+        None, "generation", "Beams in evaluation. Default: the model's generation config.", least=1
     )
-    metrics: list[str] = field(
-        default_factory=lambda: list(METRICS),
-        metadata={
-            "help": Help("Text metrics computed with --predict_with_generate.", group="generation"),
-            "choices": METRICS,
-        },
+    metrics: list[str] = setting(
+        list(METRICS),
+        "generation",
+        "Text metrics computed with --predict_with_generate.",
+        choices=METRICS,
     )
     data_cache_dir: str | None = setting(
         None,
@@ -189,7 +220,10 @@ class DataArguments:
     )
     overwrite_cache: bool = setting(False, "data", "Tokenise anew even if a cached copy fits.")
     preprocessing_num_workers: int | None = setting(
-        None, "data", "Processes that tokenise. Default: as many as pay for the number of rows."
+        None,
+        "data",
+        "Processes that tokenise. Default: as many as pay for the number of rows.",
+        least=1,
     )
 
     @property
@@ -199,19 +233,7 @@ class DataArguments:
 
     def validate(self) -> None:
         """Raise one ``UserError`` with every field that is out of range."""
-        problems = [
-            f"{name}={value}: expected a whole number of at least {least}; "
-            f"give --{name} a larger value"
-            for name, value, least in (
-                ("max_source_length", self.max_source_length, 1),
-                ("max_target_length", self.max_target_length, 1),
-                ("val_max_target_length", self.val_max_target_length, 1),
-                ("eval_beams", self.eval_beams, 1),
-                ("preprocessing_num_workers", self.preprocessing_num_workers, 1),
-                ("shuffle_buffer", self.shuffle_buffer, 1),
-            )
-            if value is not None and value < least
-        ]
+        problems = below_least(self)
         problems += [
             f"{name}={value}: expected -1 (all rows) or at least 1; change --{name}"
             for name, value in (
@@ -310,6 +332,7 @@ class TrainingExtras:
         "Source and target tokens of a step over all devices, pads not counted, with --batching "
         f"tokens or packed. Default: {DEFAULT_TOKENS_PER_STEP}, less for data that would make "
         f"fewer than {DEFAULT_STEPS_PER_EPOCH} steps an epoch.",
+        least=1,
     )
     groups_per_step: int | None = setting(
         None,
@@ -317,6 +340,7 @@ class TrainingExtras:
         "How many groups of rows of like length make a step with --batching tokens: with few, "
         "steps are less like each other and less is learnt from as many tokens. Default: "
         f"{DEFAULT_GROUPS_PER_STEP}, less where groups would be too small.",
+        least=1,
     )
     max_tokens_per_device: int | None = setting(
         None,
@@ -324,6 +348,7 @@ class TrainingExtras:
         "With --batching tokens or packed: source and target tokens, pads included, of a device's "
         "micro-batch; never exceeded. Default: with tokens no bound, a micro-batch for each group; "
         f"with packed {DEFAULT_PACKED_TOKENS}, or a row.",
+        least=1,
     )
     auto_batch: bool = setting(
         False,
@@ -337,6 +362,7 @@ class TrainingExtras:
         "About how many source and target tokens a row of --batching packed has. Default: "
         f"{DEFAULT_TOKENS_PER_ROW}, less where a step would have fewer than 8 rows, but always "
         "room for the longest pair.",
+        least=1,
     )
     generation_engine: str = setting(
         "transformers",
@@ -351,6 +377,7 @@ class TrainingExtras:
         "Source and target tokens, pads included, of a device's evaluation batch. Default: as many "
         "as --per_device_eval_batch_size of the longest rows have. Batches of short rows hold up "
         "to four times that many rows.",
+        least=1,
     )
     num_buckets: int | None = setting(
         None,
@@ -358,18 +385,20 @@ class TrainingExtras:
         "Pad every batch to one of at most this many shapes, chosen from the data's lengths. "
         f"Default: {DEFAULT_BUCKETS} where the device wants few shapes, else each batch is padded "
         "to its longest rows.",
+        least=1,
     )
     max_nonfinite_steps: int = setting(
-        3, "training", "Stop after this many steps whose loss or gradient is not finite."
+        3, "training", "Stop after this many steps whose loss or gradient is not finite.", least=1
     )
     loss_spike_factor: float | None = setting(
         None,
         "training",
         "Take a step as bad, like one that is not finite, if its loss is above this many times the "
         f"median of the last {DEFAULT_SPIKE_WINDOW} steps. Default: no loss is too high.",
+        least=1,
     )
     max_loss_spikes: int | None = setting(
-        None, "training", "Stop after this many such steps. Default: 10."
+        None, "training", "Stop after this many such steps. Default: 10.", least=1
     )
     on_bad_step: str = setting(
         "skip",
@@ -385,18 +414,21 @@ class TrainingExtras:
         "A rank that dies, hangs or is cut off ends the whole run within this time, with exit code "
         "75 and its name. More than the longest micro-batch takes; a first step may compile for "
         "longer. 0: a hang is none.",
+        least=0,
     )
     grace_seconds: float = setting(
         DEFAULT_GRACE_SECONDS,
         "training",
         "How long a run that is asked to stop (SIGTERM, SIGINT, SIGUSR1, a TPU's maintenance) may "
         "take to finish its step, save and exit with code 85; then it is ended as it stands.",
+        least=0,
     )
     max_compilations: int | None = setting(
         None,
         "training",
         "XLA: report compilations over this number. Default: one for each shape of a batch and "
         "what is compiled once.",
+        least=1,
     )
     strict_compilations: bool = setting(
         False, "training", "XLA: stop at a compilation after warm-up, instead of a warning."
@@ -417,14 +449,11 @@ class TrainingExtras:
         "Size of a portable checkpoint's files, in MiB, from which on a process writes several. It "
         "holds one file's tensors at a time beside its own share of the model.",
     )
-    accept_changes: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": Help(
-                "Go on from a checkpoint although these have changed since.", group="output"
-            ),
-            "choices": CHANGES,
-        },
+    accept_changes: list[str] = setting(
+        [],
+        "output",
+        "Resume from a checkpoint although these have changed since it was written.",
+        choices=CHANGES,
     )
     save_in_background: bool = setting(
         False,
