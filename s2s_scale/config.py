@@ -17,14 +17,15 @@ LONG_ROWS = ("truncate", "error")
 LOSS_REDUCTIONS = ("mean", "sum")
 LINEAR_CROSS_ENTROPY = ("auto", "on", "off")
 CPU_FUNCTIONS = ("auto", "off")
-SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_w_restarts",
-    "polynomial",
-    "constant",
-    "constant_w_warmup",
-)
+SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "cosine_w_restarts": "cosine_with_restarts",
+    "polynomial": "polynomial",
+    "constant": "constant",
+    "constant_w_warmup": "constant_with_warmup",
+}
+"""Our name of a learning-rate schedule -> transformers' ``lr_scheduler_type``."""
 DEFAULT_TOKENS_PER_STEP = 32_768
 DEFAULT_STEPS_PER_EPOCH = 256
 LEAST_TOKENS_PER_STEP = 4096
@@ -37,7 +38,7 @@ DEFAULT_BUCKETS = 8
 DEFAULT_SHUFFLE_BUFFER = 10_000
 DEFAULT_FAULT_SECONDS = 120.0
 DEFAULT_SPIKE_WINDOW = 50
-BAD_STEPS = ("skip", "rollback")
+BAD_STEPS = ("skip",)
 DEFAULT_GRACE_SECONDS = 60.0
 CHECKPOINT_FORMATS = ("portable", "native")
 GENERATION_ENGINES = ("transformers", "ctranslate2")
@@ -98,18 +99,18 @@ def below_least(settings: object) -> list[str]:
 
 @dataclass
 class ModelArguments:
-    """Which model and tokenizer to load, and what stays frozen."""
+    """Which model and tokenizer to load, and what is frozen."""
 
     model_name_or_path: str | None = setting(
-        None, "model", "Folder or hub id of the model to start from. Required.", aliases=("model",)
+        None, "model", "Folder or hub id of the model to start from.", aliases=("model",)
     )
     config_name: str | None = setting(
-        None, "model", "Folder or hub id of the configuration, if not the model's."
+        None, "model", "Folder or hub id of the configuration. Default: the model's."
     )
     tokenizer_name: str | None = setting(
-        None, "model", "Folder or hub id of the tokenizer, if not the model's."
+        None, "model", "Folder or hub id of the tokenizer. Default: the model's."
     )
-    cache_dir: str | None = setting(None, "model", "Where downloads from the hub are kept.")
+    cache_dir: str | None = setting(None, "model", "Folder for downloads from the hub.")
     model_revision: str = setting("main", "model", "Branch, tag or commit of the hub model.")
     trust_remote_code: bool = setting(
         False, "model", "Allow the model's repository to run its own Python code here."
@@ -130,70 +131,70 @@ class DataArguments:
     train_file: str | None = setting(
         None, "data", "Training pairs as .jsonl, .json, .csv, .tsv or .parquet."
     )
-    validation_file: str | None = setting(None, "data", "Validation pairs, same formats.")
-    test_file: str | None = setting(None, "data", "Test pairs, same formats.")
+    validation_file: str | None = setting(None, "data", "Validation pairs, in the same formats.")
+    test_file: str | None = setting(None, "data", "Test pairs, in the same formats.")
     source_column: str | None = setting(
         None,
         "data",
-        "Column of the source text. Default: 'source', or --src_lang inside a nested "
-        "'translation' column.",
+        "Column of the source text. Default: 'source', or --src_lang in a nested 'translation' "
+        "column.",
     )
     target_column: str | None = setting(
         None,
         "data",
-        "Column of the target text. Default: 'target', or --tgt_lang inside a nested "
-        "'translation' column.",
+        "Column of the target text. Default: 'target', or --tgt_lang in a nested 'translation' "
+        "column.",
     )
     dataset_name: str | None = setting(
-        None, "data", "A data set of the hub, or a folder written by datasets' save_to_disk."
+        None, "data", "A dataset on the hub, or a folder written by datasets' save_to_disk."
     )
     dataset_config_name: str | None = setting(
-        None, "data", "Configuration of --dataset_name, where it has several."
+        None, "data", "Configuration of --dataset_name, if it has several."
     )
     source_prefix: str | None = setting(
         None, "data", "Text put before every source row, such as 'translate English to German: '."
     )
-    src_lang: str | None = setting(None, "data", "Source language code (mBART: such as en_XX).")
-    tgt_lang: str | None = setting(None, "data", "Target language code (mBART: such as de_DE).")
+    src_lang: str | None = setting(None, "data", "Source language code, such as en_XX for mBART.")
+    tgt_lang: str | None = setting(None, "data", "Target language code, such as de_DE for mBART.")
     task: str | None = setting(
         None,
         "data",
-        "Use the parameters that the model's configuration stores for this task "
+        "Use the parameters that the model's configuration has for this task "
         "(task_specific_params), such as 'summarization'.",
     )
     max_source_length: int = setting(
-        1024, "data", "Source rows are cut to this many tokens, special tokens included.", least=1
+        1024, "data", "Truncate sources to this many tokens, special tokens included.", least=1
     )
     max_target_length: int = setting(
         128,
         "data",
-        "Training targets are cut to this many tokens, special tokens included.",
+        "Truncate training targets to this many tokens, special tokens included.",
         least=1,
     )
     long_rows: str = setting(
         "truncate",
         "data",
-        "What becomes of rows with more tokens than that: 'truncate' cuts them, 'error' stops.",
+        "What to do with longer rows: 'truncate' them, or stop with an 'error'.",
         choices=LONG_ROWS,
     )
     val_max_target_length: int | None = setting(
         None,
         "data",
-        "Validation and test targets are cut, and generation stops, at this many tokens. "
+        "Truncate validation and test targets to this many tokens, and stop generation there. "
         "Default: --max_target_length.",
         least=1,
     )
     streaming: bool = setting(
         False,
         "data",
-        "Read and tokenise training rows while training goes on, from files of any size. Needs "
+        "Read and tokenize training rows during training, from files of any size. Needs "
         "--max_steps.",
     )
     shuffle_buffer: int | None = setting(
         None,
         "data",
-        "With --streaming: rows that follow one another in the files among which those of a step "
-        f"are chosen. Default: {DEFAULT_SHUFFLE_BUFFER}.",
+        "With --streaming: the number of consecutive rows from which those of a step are drawn. "
+        f"Default: {DEFAULT_SHUFFLE_BUFFER}.",
         least=1,
     )
     n_train: int = setting(-1, "data", "Use only the first N training rows; -1: all.")
@@ -202,10 +203,13 @@ class DataArguments:
     ignore_pad_token_for_loss: bool = setting(
         True,
         "loss",
-        "Exclude pad tokens from the loss. Off: the model's own loss, pads as it likes.",
+        "Exclude pad tokens from the loss. Off: the loss as the model computes it.",
     )
     eval_beams: int | None = setting(
-        None, "generation", "Beams in evaluation. Default: the model's generation config.", least=1
+        None,
+        "generation",
+        "Beams during evaluation. Default: the model's generation config.",
+        least=1,
     )
     metrics: list[str] = setting(
         list(METRICS),
@@ -216,19 +220,19 @@ class DataArguments:
     data_cache_dir: str | None = setting(
         None,
         "data",
-        "Where tokenised data is kept. Default: $S2S_SCALE_CACHE, else ~/.cache/s2s_scale.",
+        "Folder for tokenized data. Default: $S2S_SCALE_CACHE, or ~/.cache/s2s_scale.",
     )
-    overwrite_cache: bool = setting(False, "data", "Tokenise anew even if a cached copy fits.")
+    overwrite_cache: bool = setting(False, "data", "Tokenize again even if there is a cached copy.")
     preprocessing_num_workers: int | None = setting(
         None,
         "data",
-        "Processes that tokenise. Default: as many as pay for the number of rows.",
+        "Processes for tokenization. Default: depends on the number of rows.",
         least=1,
     )
 
     @property
     def evaluation_target_length(self) -> int:
-        """Tokens at which validation and test targets and generated text end."""
+        """Maximum number of tokens of validation and test targets and of generated text."""
         return self.val_max_target_length or self.max_target_length
 
     def validate(self) -> None:
@@ -257,7 +261,7 @@ class DataArguments:
 class TrainingExtras:
     """Training settings beyond transformers' own; old names of the seq2seq trainer included.
 
-    ``None`` means "not given": an old name then takes the value of its modern twin.
+    ``None`` means "not given": an old name then takes the value of its modern one.
     """
 
     label_smoothing: float | None = setting(
@@ -266,35 +270,35 @@ class TrainingExtras:
     loss_reduction: str = setting(
         "mean",
         "loss",
-        "'mean': a step's summed loss over its number of target tokens. 'sum': the plain sum.",
+        "'mean': the summed loss of a step divided by its target tokens. 'sum': the sum.",
         choices=LOSS_REDUCTIONS,
     )
     linear_cross_entropy: str = setting(
         "auto",
         "loss",
-        "Compute the loss in chunks, straight from the output projection, and never build all "
-        "logits; same values. 'auto': where the loss mode, the model and its wrappers allow it. "
-        "'on': refuse to train where they do not. 'off': always build logits.",
+        "Compute the loss in chunks, straight from the output projection, without materializing "
+        "all logits; the values are the same. 'auto': if the loss mode, the model and its wrappers "
+        "allow it. 'on': stop with an error if they do not. 'off': always materialize the logits.",
         choices=LINEAR_CROSS_ENTROPY,
     )
     cpu_functions: str = setting(
         "auto",
         "training",
-        "'auto': on CPUs, linear layers, embeddings, dropout and attention are computed by faster "
-        "functions of ours in training, not under --torch_compile or --gradient_checkpointing. "
-        "'off': by torch's.",
+        "'auto': training on a CPU uses faster implementations of linear layers, embeddings, "
+        "dropout and attention, except with --torch_compile or --gradient_checkpointing. 'off': "
+        "torch's own.",
         choices=CPU_FUNCTIONS,
     )
     lr_scheduler: str | None = setting(
         None,
         "learning rate",
         "Learning-rate schedule by name; old name of --lr_scheduler_type.",
-        choices=SCHEDULES,
+        choices=tuple(SCHEDULES),
     )
     lr_num_cycles: float | None = setting(
         None,
         "learning rate",
-        "Waves of cosine (default 0.5) or number of restarts of cosine_w_restarts (default 1).",
+        "Waves of the cosine schedule (default 0.5) or restarts of cosine_w_restarts (default 1).",
     )
     lr_power: float | None = setting(
         None, "learning rate", "Power of the polynomial schedule (default 1.0)."
@@ -304,150 +308,155 @@ class TrainingExtras:
     )
     adafactor: bool = setting(False, "optimizer", "Use Adafactor; old name of --optim adafactor.")
     encoder_layerdrop: float | None = setting(
-        None, "model", "LayerDrop probability of the encoder; goes into the model's config."
+        None, "model", "LayerDrop probability of the encoder; stored in the model's config."
     )
     decoder_layerdrop: float | None = setting(
-        None, "model", "LayerDrop probability of the decoder; goes into the model's config."
+        None, "model", "LayerDrop probability of the decoder; stored in the model's config."
     )
     dropout: float | None = setting(
-        None, "model", "Dropout probability; goes into the model's config."
+        None, "model", "Dropout probability; stored in the model's config."
     )
     attention_dropout: float | None = setting(
-        None, "model", "Dropout probability of attention weights; goes into the model's config."
+        None, "model", "Dropout probability of attention weights; stored in the model's config."
     )
     batching: str | None = setting(
         None,
         "batching",
-        "Which rows share a batch. 'fixed': random. 'sortish': random chunks of 50 batches, sorted "
-        "by length inside, longest first. 'tokens': groups of like length; a step has "
-        "--tokens_per_step and some groups of every length. 'packed': --tokens_per_step in rows "
-        "that hold several pairs each, which see nothing of each other. Default: 'fixed'; if no "
-        "batch size was given, 'packed' where the device wants few shapes, 'tokens' for streams "
-        "and with --torch_compile.",
+        "Which rows share a batch. 'fixed': random rows. 'sortish': random chunks of 50 batches, "
+        "each sorted by length, longest first. 'tokens': buckets of rows of similar length; a step "
+        "has --tokens_per_step and draws from buckets of every length. 'packed': "
+        "--tokens_per_step in rows of several pairs each, which do not attend to each other. "
+        "Default: 'fixed'; if no batch size is given, 'packed' on devices that want few shapes, "
+        "and 'tokens' for streams and with --torch_compile.",
         choices=BATCHING_MODES,
     )
     tokens_per_step: int | None = setting(
         None,
         "batching",
-        "Source and target tokens of a step over all devices, pads not counted, with --batching "
-        f"tokens or packed. Default: {DEFAULT_TOKENS_PER_STEP}, less for data that would make "
-        f"fewer than {DEFAULT_STEPS_PER_EPOCH} steps an epoch.",
+        "With --batching tokens or packed: source and target tokens of a step over all devices, "
+        f"padding excluded. Default: {DEFAULT_TOKENS_PER_STEP}, or less if an epoch would have "
+        f"fewer than {DEFAULT_STEPS_PER_EPOCH} steps.",
         least=1,
     )
     groups_per_step: int | None = setting(
         None,
         "batching",
-        "How many groups of rows of like length make a step with --batching tokens: with few, "
-        "steps are less like each other and less is learnt from as many tokens. Default: "
-        f"{DEFAULT_GROUPS_PER_STEP}, less where groups would be too small.",
+        "With --batching tokens: how many buckets of rows of similar length make up a step. With "
+        "few, steps differ more from each other, and the same number of tokens teaches less. "
+        f"Default: {DEFAULT_GROUPS_PER_STEP}, or less if buckets would be too small.",
         least=1,
     )
     max_tokens_per_device: int | None = setting(
         None,
         "batching",
-        "With --batching tokens or packed: source and target tokens, pads included, of a device's "
-        "micro-batch; never exceeded. Default: with tokens no bound, a micro-batch for each group; "
-        f"with packed {DEFAULT_PACKED_TOKENS}, or a row.",
+        "With --batching tokens or packed: maximum of source and target tokens, padding included, "
+        "of a device's micro-batch. Default: with tokens no maximum, one micro-batch per bucket; "
+        f"with packed {DEFAULT_PACKED_TOKENS}, or one row.",
         least=1,
     )
     auto_batch: bool = setting(
         False,
         "batching",
         "With --batching tokens: find the largest --max_tokens_per_device that fits into memory, "
-        "by a trial with the longest rows. It is kept in the output folder and found once.",
+        "by trying the longest rows. The result is stored in the output folder for later runs.",
     )
     tokens_per_row: int | None = setting(
         None,
         "batching",
-        "About how many source and target tokens a row of --batching packed has. Default: "
-        f"{DEFAULT_TOKENS_PER_ROW}, less where a step would have fewer than 8 rows, but always "
-        "room for the longest pair.",
+        "With --batching packed: approximate number of source and target tokens of a row. "
+        f"Default: {DEFAULT_TOKENS_PER_ROW}, or less if a step would have fewer than 8 rows, but "
+        "always enough for the longest pair.",
         least=1,
     )
     generation_engine: str = setting(
         "transformers",
         "generation",
-        "What generates text in evaluation. 'ctranslate2' converts the current weights and is "
-        "several times as fast, but some texts with several beams may differ.",
+        "What generates text during evaluation. 'ctranslate2' converts the current weights and is "
+        "several times as fast, but some texts may differ with several beams.",
         choices=GENERATION_ENGINES,
     )
     eval_tokens_per_device: int | None = setting(
         None,
         "batching",
-        "Source and target tokens, pads included, of a device's evaluation batch. Default: as many "
-        "as --per_device_eval_batch_size of the longest rows have. Batches of short rows hold up "
-        "to four times that many rows.",
+        "Source and target tokens, padding included, of a device's evaluation batch. Default: as "
+        "many as --per_device_eval_batch_size of the longest rows have. Batches of short rows have "
+        "up to four times as many rows.",
         least=1,
     )
     num_buckets: int | None = setting(
         None,
         "batching",
         "Pad every batch to one of at most this many shapes, chosen from the data's lengths. "
-        f"Default: {DEFAULT_BUCKETS} where the device wants few shapes, else each batch is padded "
-        "to its longest rows.",
+        f"Default: {DEFAULT_BUCKETS} on devices that want few shapes; elsewhere each batch is "
+        "padded to its longest rows.",
         least=1,
     )
     max_nonfinite_steps: int = setting(
-        3, "training", "Stop after this many steps whose loss or gradient is not finite.", least=1
+        3,
+        "training",
+        "Stop after this many steps whose loss or gradient is not finite.",
+        least=1,
     )
     loss_spike_factor: float | None = setting(
         None,
         "training",
-        "Take a step as bad, like one that is not finite, if its loss is above this many times the "
-        f"median of the last {DEFAULT_SPIKE_WINDOW} steps. Default: no loss is too high.",
+        "Skip the update of a step, as if its loss were not finite, if the loss is above this many "
+        f"times the median of the last {DEFAULT_SPIKE_WINDOW} steps. Default: never.",
         least=1,
     )
     max_loss_spikes: int | None = setting(
-        None, "training", "Stop after this many such steps. Default: 10.", least=1
+        None,
+        "training",
+        "Stop after this many steps above --loss_spike_factor. Default: 10.",
+        least=1,
     )
     on_bad_step: str = setting(
         "skip",
         "training",
-        "What a step whose loss is not finite or a spike brings about. 'skip': its update is left "
-        "out. 'rollback': training also goes back to the newest checkpoint, and leaves the step's "
-        "rows out when it comes to them again.",
+        "What to do after a step whose loss is not finite or a spike. 'skip': its update is left "
+        "out.",
         choices=BAD_STEPS,
     )
     fault_timeout_seconds: float = setting(
         DEFAULT_FAULT_SECONDS,
         "training",
-        "A rank that dies, hangs or is cut off ends the whole run within this time, with exit code "
-        "75 and its name. More than the longest micro-batch takes; a first step may compile for "
-        "longer. 0: a hang is none.",
+        "If a rank dies, hangs or is cut off, the whole run ends within this many seconds with "
+        "exit code 75 and names that rank. Must exceed the time of the longest micro-batch; "
+        "compilation in the first steps may take longer. 0: do not watch for hangs.",
         least=0,
     )
     grace_seconds: float = setting(
         DEFAULT_GRACE_SECONDS,
         "training",
-        "How long a run that is asked to stop (SIGTERM, SIGINT, SIGUSR1, a TPU's maintenance) may "
-        "take to finish its step, save and exit with code 85; then it is ended as it stands.",
+        "Seconds in which a run that is asked to stop (SIGTERM, SIGINT, SIGUSR1, maintenance of a "
+        "TPU) must finish its step, save and exit with code 85; after that it is killed.",
         least=0,
     )
     max_compilations: int | None = setting(
         None,
         "training",
-        "XLA: report compilations over this number. Default: one for each shape of a batch and "
-        "what is compiled once.",
+        "XLA: warn about compilations beyond this number. Default: one per batch shape, and those "
+        "that every run needs once.",
         least=1,
     )
     strict_compilations: bool = setting(
-        False, "training", "XLA: stop at a compilation after warm-up, instead of a warning."
+        False, "training", "XLA: stop at a compilation after warm-up instead of warning about it."
     )
     overwrite_output_dir: bool = setting(
-        False, "output", "Start afresh in an output folder that holds an earlier run."
+        False, "output", "Start again in an output folder that has an earlier run, and replace it."
     )
     checkpoint_format: str = setting(
         "portable",
         "output",
-        "'portable': any backend goes on from it, at any number of processes. 'native': the "
-        "backend's own format, read back by the same backend at the same number of processes.",
+        "'portable': can be resumed from with any backend and any number of processes. 'native': "
+        "the backend's own format, for the same backend and the same number of processes.",
         choices=CHECKPOINT_FORMATS,
     )
     checkpoint_shard_mib: int = setting(
         1024,
         "output",
-        "Size of a portable checkpoint's files, in MiB, from which on a process writes several. It "
-        "holds one file's tensors at a time beside its own share of the model.",
+        "Maximum size of a portable checkpoint's files in MiB. Beside its own shard of the model, "
+        "a process holds the tensors of one file at a time.",
     )
     accept_changes: list[str] = setting(
         [],
@@ -458,6 +467,6 @@ class TrainingExtras:
     save_in_background: bool = setting(
         False,
         "output",
-        "Write portable checkpoints while training goes on; it waits only until everything is "
-        "copied to host memory, which the copy then fills until it is written.",
+        "Write portable checkpoints in the background: training waits only until everything is "
+        "copied to host memory. The copy is freed once it is written.",
     )

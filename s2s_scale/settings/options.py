@@ -187,7 +187,7 @@ def training_options() -> list[Option]:
         name = fields["name"]
         choices = fields["choices"] and tuple(fields["choices"])
         if name == "lr_scheduler_type":
-            choices = tuple(dict.fromkeys(SCHEDULES + choices))
+            choices = tuple(dict.fromkeys((*SCHEDULES, *choices)))
         elif name == "deepspeed":  # the file is named, so that messages about it can say where
             fields = {**fields, "type": "str"}
         groups = (

@@ -33,7 +33,7 @@ NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 # The first up to TPU v4, the second from v5 on.
 TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 
-# Backend or launcher -> package that it needs, and the extra that brings it.
+# Backend or launcher -> package that it needs, and the extra that installs it.
 PACKAGES = {
     "fairscale_oss": ("fairscale", "oss"),
     "deepspeed": ("deepspeed", "deepspeed"),
@@ -72,7 +72,7 @@ class LauncherProfile:
     origins: dict[str, str] = field(default_factory=dict)
 
     def unusable(self) -> list[str]:
-        """Why the profile cannot run on this machine, one problem each; empty where it can."""
+        """Why the profile cannot run on this machine, one problem each; empty if it can."""
         problems = [
             f"profile '{self.name}': the package {package} is not installed; "
             + (OWN_TORCH if package == "torch-xla" else "")
@@ -82,12 +82,12 @@ class LauncherProfile:
         if self.device == "cuda" and not cuda_is_here():
             problems.append(
                 f"profile '{self.name}': is for device cuda, and no usable CUDA device is here; "
-                "take a cpu profile, such as --profile cpu, or install torch with CUDA"
+                "use a cpu profile, such as --profile cpu, or install torch with CUDA"
             )
         if self.device == "tpu" and not tpu_chips():
             problems.append(
                 f"profile '{self.name}': is for device tpu, and no TPU is here "
-                f"({' or '.join(TPU_DEVICES)}); run it on a TPU VM, or take --profile cpu-xla"
+                f"({' or '.join(TPU_DEVICES)}); run it on a TPU VM, or use --profile cpu-xla"
             )
         return problems
 
@@ -99,12 +99,12 @@ def tpu_chips() -> list[Path]:
 
 
 def needed_packages(profile: LauncherProfile) -> dict[str, str]:
-    """Package that the profile needs -> our extra that brings it."""
+    """Package that the profile needs -> our extra that installs it."""
     return dict(PACKAGES[name] for name in (profile.backend, profile.launcher) if name in PACKAGES)
 
 
 def missing_packages(profile: LauncherProfile) -> list[tuple[str, str]]:
-    """(package, our extra that brings it) for what the profile needs and is not installed."""
+    """(package, our extra that installs it) for what the profile needs and is missing."""
     return sorted(
         (package, extra)
         for package, extra in needed_packages(profile).items()
@@ -136,7 +136,7 @@ def cuda_devices(environ: Mapping[str, str]) -> list[str]:
 
 
 def default_profile_name() -> str:
-    """The profile of a run that names none: ``gpu`` where a CUDA device is usable, or ``cpu``."""
+    """The profile of a run that names none: ``gpu`` if a CUDA device is usable, else ``cpu``."""
     return "gpu" if cuda_is_here() else "cpu"
 
 
@@ -150,7 +150,7 @@ def shipped_folder(kind: str) -> Path:
 
 
 def search_path() -> list[Path]:
-    """Folders in which a profile's name is looked up, first found first taken."""
+    """Folders in which a profile is looked up by name; the first match is used."""
     config_home = os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()
     folders = (
         Path("launchers", "profiles"),
@@ -161,7 +161,7 @@ def search_path() -> list[Path]:
 
 
 def available() -> dict[str, Path]:
-    """All profiles by name with the file that the name stands for, sorted by name."""
+    """The file of each profile by name, sorted by name."""
     found: dict[str, Path] = {}
     for folder in search_path():
         for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
@@ -171,7 +171,7 @@ def available() -> dict[str, Path]:
 
 EXTENDS = Option("extends", "str", None, "The profile it builds on.", "profile", optional=True)
 FIELDS = {"extends": EXTENDS} | {entry.name: entry for entry in options_of(LauncherProfile)}
-# Values that are merged with the parent's name by name; all others replace the parent's.
+# Merged with the parent's value, name by name; all other values replace the parent's.
 MAPPINGS = ("mesh", "environment", "arguments")
 
 
@@ -215,8 +215,8 @@ def _find(name: str, *, skip: tuple[Path, ...], where: str) -> Path:
 def _read_chain(path: Path) -> tuple[list[list[Entry]], list[str]]:
     """The entries of the file at ``path`` and of each file that it extends, child first.
 
-    ``extends`` names a path that counts from the child's folder, or a profile. A profile may
-    extend one of its own name from further along the search path, so that
+    ``extends`` is a path relative to the child's folder, or the name of a profile. A profile may
+    extend one of its own name from later in the search path, so that
     ``./launchers/profiles/gpu.yaml`` can change a few values of the shipped one.
     """
     chain: list[list[Entry]] = []
@@ -313,12 +313,12 @@ _ITEMS = {"arguments": _find_argument, "environment": _find_variable, "mesh": _f
 
 
 def _impossible(profile: LauncherProfile) -> Iterator[str]:
-    """Pairs of values that cannot be together, each with the line that set it."""
+    """Values that contradict each other, each with the line that set it."""
     at = profile.origins
     if profile.launcher == "deepspeed" and profile.backend == "fairscale_oss":
         yield (
             f"{at['launcher']}: launcher: deepspeed starts ranks for backend deepspeed or local, "
-            "not fairscale_oss; take torchrun"
+            "not fairscale_oss; use torchrun"
         )
     if profile.deepspeed_config is not None and profile.backend != "deepspeed":
         yield (
@@ -341,7 +341,7 @@ def _impossible(profile: LauncherProfile) -> Iterator[str]:
 
 
 def _impossible_on_xla(profile: LauncherProfile) -> Iterator[str]:
-    """As ``_impossible``, where backend xla or device tpu is concerned."""
+    """As ``_impossible``, for backend xla and device tpu."""
     at = profile.origins
     if profile.device == "tpu" and profile.backend != "xla":
         yield (
@@ -355,7 +355,7 @@ def _impossible_on_xla(profile: LauncherProfile) -> Iterator[str]:
     if profile.launcher != "none":
         yield (
             f"{at['launcher']}: launcher: with backend xla one process drives all devices of a "
-            f"host, so {profile.launcher} has nothing to start; take none"
+            f"host, so {profile.launcher} has nothing to start; use none"
         )
     unknown = sorted(set(profile.mesh) - {"data", "fsdp"})
     if unknown:
@@ -370,7 +370,8 @@ def _impossible_on_xla(profile: LauncherProfile) -> Iterator[str]:
 def deepspeed_config_path(value: str, profile: LauncherProfile | None = None) -> Path:
     """The file of a DeepSpeed configuration: one of ``ds_configs/`` by name, or a path.
 
-    A path in a profile counts from the profile's file, one on the command line from here.
+    A path in a profile is relative to the profile's file, one on the command line to the working
+    directory.
 
     Raises:
         UserError: no such file; names the shipped ones.
@@ -400,12 +401,8 @@ def as_yaml(profile: LauncherProfile) -> str:
             lines.append(f"{name}:")
             for key, entry in value.items():
                 text = yaml.safe_dump({key: entry}).strip().replace("\n", "\n  ")
-                lines.append(_commented(f"  {text}", profile.origins[f"{name}.{key}"]))
+                lines.append(f"{'  ' + text:<44}  # {profile.origins[f'{name}.{key}']}")
         else:
             text = yaml.safe_dump({name: value}, width=1000, allow_unicode=True).strip()
-            lines.append(_commented(text, profile.origins[name]))
+            lines.append(f"{text:<44}  # {profile.origins[name]}")
     return "\n".join(lines) + "\n"
-
-
-def _commented(text: str, origin: str) -> str:
-    return f"{text:<44}  # {origin}"

@@ -18,6 +18,7 @@ from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.config import SCHEDULES, DataArguments, ModelArguments, TrainingExtras
 from s2s_scale.errors import UserError
 from s2s_scale.settings import options
+from s2s_scale.settings.commands import GenerateOptions, LaunchOptions
 from s2s_scale.settings.options import (
     GROUPS,
     Option,
@@ -120,10 +121,10 @@ def test_groups():
 
 
 @pytest.mark.parametrize(
-    ("cls", "table"),
-    [(cls, options_of(cls)) for cls in (ModelArguments, DataArguments, TrainingExtras)],
+    "cls", [ModelArguments, DataArguments, TrainingExtras, LaunchOptions, GenerateOptions]
 )
-def test_our_dataclasses(cls, table):
+def test_our_dataclasses(cls):
+    table = options_of(cls)
     instance = cls()
     fields = dataclasses.fields(cls)
     assert fields
@@ -135,10 +136,8 @@ def test_our_dataclasses(cls, table):
 
 
 def test_names_of_the_three_tables_differ():
-    names = [
-        entry.name
-        for entry in (*options_of(ModelArguments), *options_of(DataArguments), *training_options())
-    ]
+    ours = (*options_of(ModelArguments), *options_of(DataArguments))
+    names = [entry.name for entry in (*ours, *training_options())]
     assert len(names) == len(set(names))
 
 
