@@ -164,14 +164,14 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
 
     @property
     def plan_mode(self) -> Mode:
-        """The mode of a plan by rows: ``batching``, or data order where that was asked for."""
+        """The mode of a plan by rows: ``batching``, or ``sequential`` if data order was chosen."""
         in_order = self.train_sampling_strategy == "sequential"
         return "sequential" if in_order else cast("Mode", self.batching)
 
     def batching_by_default(self, mode: str) -> None:
-        """Choose ``mode`` of batching unless a mode was given, or a size that only some modes take.
+        """Choose ``mode`` of batching, unless a mode or a size that implies one was given.
 
-        For whoever knows the data: their lengths must be at hand.
+        To be called by the owner of the data, since some modes need the lengths of all rows.
         """
         if not self._batches_given:
             self.batching = mode
@@ -189,9 +189,9 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             )
 
     def settle_token_sizes(self) -> None:
-        """Fill in the sizes of a step of 'tokens' that are left open, where no lengths are known.
+        """Fill in the sizes of a step of 'tokens' that were not given, if lengths are unknown.
 
-        Where they are, the data decide (``trainer.sampling``).
+        If they are known, the sizes are derived from the data (``trainer.sampling``).
         """
         if self.batching != "tokens":
             return

@@ -12,7 +12,6 @@ from s2s_scale.errors import UserError, did_you_mean
 from s2s_scale.launch.spec import reporting_rank, set_rank_env
 from s2s_scale.resilience.preemption import EXIT_RESUME, Stopped
 from s2s_scale.settings.commands import all_commands
-from s2s_scale.utils import package_versions
 
 EXIT_USER_ERROR = 2
 HELP_FLAGS = ("-h", "--help")
@@ -99,6 +98,8 @@ def _dispatch(argv: list[str]) -> int:
 
 def version_line() -> str:
     """``s2s-scale 0.1.0 (Python 3.11.4, torch 2.13.0, …)``, read from the installed packages."""
+    from s2s_scale.utils import package_versions
+
     python = ".".join(str(part) for part in sys.version_info[:3])
     built_on = (f"{name} {number}" for name, number in package_versions(VERSIONS_SHOWN).items())
     return f"s2s-scale {__version__} (Python {python}, {', '.join(built_on)})"

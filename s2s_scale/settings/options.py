@@ -13,7 +13,6 @@ import enum
 import functools
 import json
 import os
-import subprocess
 import sys
 import types
 import typing
@@ -24,7 +23,6 @@ from typing import Any
 
 from s2s_scale.config import SCHEDULES, Help, TrainingExtras
 from s2s_scale.errors import UserError
-from s2s_scale.utils import package_version
 
 GROUPS = {
     "output": "output_dir",
@@ -182,6 +180,8 @@ def training_options() -> list[Option]:
     Raises:
         UserError: transformers is not installed, or its settings cannot be read.
     """
+    from s2s_scale.utils import package_version  # importlib.metadata would slow down every start
+
     by_name: dict[str, Option] = {}
     for fields in transformers_table(package_version("transformers")):
         name = fields["name"]
@@ -222,6 +222,8 @@ def transformers_table(version: str | None) -> list[dict[str, Any]]:
     if table.is_file():
         text = table.read_text(encoding="utf-8")
     else:
+        import subprocess
+
         quiet = {"USE_TORCH_XLA": "0", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         here = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
