@@ -200,6 +200,19 @@ def test_all_problems_of_a_file_come_together(folder):
     assert len(problems("bad")) == 3
 
 
+def test_problems_of_the_parent_come_with_those_of_the_child(folder):
+    write(folder, "parent", "backend: no\ndevice: cpu\ndevice: cpu\n")
+    write(folder, "child", "extends: parent\nprocesses: 0\nmesh: {data: 0}\narguments: {bf17: 1}\n")
+    found = problems("child")
+    assert [problem.rpartition("/")[2].partition(": ")[0] for problem in found] == [
+        "parent.yaml:3",
+        "parent.yaml:1",
+        "child.yaml:2",
+        "child.yaml:3",
+        "child.yaml:4",
+    ]
+
+
 def test_null_clears_a_mapping_of_the_parent(folder):
     write(folder, "mine", "extends: cpu\narguments:\nenvironment: ~\n")
     assert resolve("mine").arguments == resolve("mine").environment == {}
