@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import transformers
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from s2s_scale.config import (
-    BAD_STEPS,
-    BATCHING_MODES,
-    CHANGES,
-    CHECKPOINT_FORMATS,
-    CPU_FUNCTIONS,
     DEFAULT_GROUPS_PER_STEP,
     DEFAULT_TOKENS_PER_STEP,
-    GENERATION_ENGINES,
     LEAST_GROUPS_PER_STEP,
-    LINEAR_CROSS_ENTROPY,
-    LOSS_REDUCTIONS,
+    SCHEDULES,
     STREAM_GROUP_TOKENS,
     TrainingExtras,
+    below_least,
 )
 from s2s_scale.data.batch_plan import Mode
 from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.generation.engines import package_problems
-from s2s_scale.optim import MODERN_NAMES, OPTIONS
+from s2s_scale.optim import OPTIONS
 
 _HF_DEFAULTS = {
     f.name: f.default
@@ -45,13 +40,59 @@ _HF_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 LENGTH_SORTED_STRATEGY = "group_by_length"
 
 
+class OldName(NamedTuple):
+    """An old name of a setting that has a modern one."""
+
+    old: str
+    modern: str
+    to_modern: Callable[[Any], Any]
+    """The modern setting's value that a value of the old one means; None if it means none."""
+    to_old: Callable[[Any], Any]
+
+
+OUR_SCHEDULES = {theirs: ours for ours, theirs in SCHEDULES.items()}
+OLD_NAMES = (
+    OldName("label_smoothing", "label_smoothing_factor", lambda value: value, lambda value: value),
+    OldName(
+        "lr_scheduler",
+        "lr_scheduler_type",
+        lambda name: SCHEDULES.get(name, name),
+        lambda name: OUR_SCHEDULES.get(name),
+    ),
+    OldName(
+        "adafactor",
+        "optim",
+        lambda wanted: "adafactor" if wanted else None,
+        lambda name: name == "adafactor",
+    ),
+    OldName(
+        "sortish_sampler",
+        "batching",
+        lambda wanted: "sortish" if wanted else None,
+        lambda mode: mode == "sortish",
+    ),
+)
+
+# Smallest values of transformers' settings that make sense; what uses them would fail late.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "generation_max_length": 1,
+    "generation_num_beams": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+}
+
+
 @dataclass
 class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArguments):
     """All of transformers' ``Seq2SeqTrainingArguments`` plus ``TrainingExtras``.
 
-    An old name (``label_smoothing``, ``lr_scheduler``, ``adafactor``, ``sortish_sampler``) and its
-    modern twin (``label_smoothing_factor``, ``lr_scheduler_type``, ``optim``, ``batching``) mean
-    the same setting: give either. After construction both hold the value.
+    An old name and its modern one (``OLD_NAMES``) mean the same setting: give either. After
+    construction both hold the value.
 
     Raises:
         UserError: (a ``ValueError``) both were given with different values, a value is out of
@@ -78,13 +119,11 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        self._resolve_label_smoothing(problems)
-        self._resolve_schedule(problems)
-        self._resolve_optimizer(problems)
+        self._resolve_old_names(problems)
         self._resolve_batching(problems)
-        self._check_auto_batch(problems)
-        self._check_ranges(problems)
-        self._check_checkpoints(problems)
+        self._check_names_and_ranges(problems)
+        self._check_schedule(problems)
+        self._check_combinations(problems)
         raise_problems(problems)
         super().__post_init__()
         if self.schedule_name == "constant" and self.warmup_steps:
@@ -112,8 +151,7 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
     @property
     def schedule_name(self) -> str | None:
         """The schedule's name in ``arg_to_scheduler``; None for one that only transformers has."""
-        modern = SchedulerType(self.lr_scheduler_type).value
-        return next((ours for ours, theirs in MODERN_NAMES.items() if theirs == modern), None)
+        return OUR_SCHEDULES.get(SchedulerType(self.lr_scheduler_type).value)
 
     @property
     def schedule_options(self) -> dict[str, Any]:
@@ -126,14 +164,14 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
 
     @property
     def plan_mode(self) -> Mode:
-        """The mode of a plan by rows: ``batching``, or data order where that was asked for."""
+        """The mode of a plan by rows: ``batching``, or ``sequential`` if data order was chosen."""
         in_order = self.train_sampling_strategy == "sequential"
         return "sequential" if in_order else cast("Mode", self.batching)
 
     def batching_by_default(self, mode: str) -> None:
-        """Choose ``mode`` of batching unless a mode was given, or a size that only some modes take.
+        """Choose ``mode`` of batching, unless a mode or a size that implies one was given.
 
-        For whoever knows the data: their lengths must be at hand.
+        To be called by the owner of the data, since some modes need the lengths of all rows.
         """
         if not self._batches_given:
             self.batching = mode
@@ -151,9 +189,9 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             )
 
     def settle_token_sizes(self) -> None:
-        """Fill in the sizes of a step of 'tokens' that are left open, where no lengths are known.
+        """Fill in the sizes of a step of 'tokens' that were not given, if lengths are unknown.
 
-        Where they are, the data decide (``trainer.dataloaders``).
+        If they are known, the sizes are derived from the data (``trainer.dataloaders``).
         """
         if self.batching != "tokens":
             return
@@ -167,85 +205,44 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
         """Seed of the batch plan."""
         return int(self.seed if self.data_seed is None else self.data_seed)
 
-    def _resolve_label_smoothing(self, problems: list[str]) -> None:
-        old, modern = self.label_smoothing, self.label_smoothing_factor
-        if old is not None and modern is not None and old != modern:
-            problems.append(_twins("label_smoothing", old, "label_smoothing_factor", modern))
-        value = next((v for v in (old, modern) if v is not None), 0.0)
-        if not 0.0 <= value < 1.0:
-            problems.append(
-                f"label_smoothing={value}: expected a number from 0 up to, not including, 1; "
-                "0.1 is usual"
-            )
-        self.label_smoothing = self.label_smoothing_factor = value
-
-    def _resolve_schedule(self, problems: list[str]) -> None:
-        old, modern = self.lr_scheduler, self.lr_scheduler_type
-        if modern is not None:
-            modern = modern.value if isinstance(modern, SchedulerType) else str(modern)
-        valid = {*MODERN_NAMES, *(s.value for s in SchedulerType)}
-        unknown = {name for name in (old, modern) if name is not None and name not in valid}
-        problems += [
-            str(unknown_name("learning-rate schedule", name, valid)) for name in sorted(unknown)
-        ]
-        if unknown:
-            return
-        as_modern = [MODERN_NAMES.get(name, name) for name in (old, modern) if name is not None]
-        if len(set(as_modern)) > 1:
-            problems.append(_twins("lr_scheduler", old, "lr_scheduler_type", modern))
-        name = as_modern[0] if as_modern else str(_HF_DEFAULTS["lr_scheduler_type"])
-        self.lr_scheduler_type = name
-        ours = next((o for o, theirs in MODERN_NAMES.items() if theirs == name), None)
-        self.lr_scheduler = ours
-        for argument, (keyword, takers) in OPTIONS.items():
-            value = getattr(self, argument)
-            if value is None:
-                continue
-            if ours not in takers:
-                problems.append(
-                    f"{argument}={value}: has no effect on the schedule '{ours or name}'; it is "
-                    f"for {' and '.join(takers)}: change --lr_scheduler or leave it out"
-                )
-            if isinstance(self.lr_scheduler_kwargs, dict) and keyword in self.lr_scheduler_kwargs:
-                problems.append(
-                    f"{argument}={value} and lr_scheduler_kwargs['{keyword}']="
-                    f"{self.lr_scheduler_kwargs[keyword]}: give one of the two"
-                )
-
-    def _resolve_optimizer(self, problems: list[str]) -> None:
-        name = self.optim.value if isinstance(self.optim, OptimizerNames) else self.optim
-        valid = [o.value for o in OptimizerNames]
-        if name is not None and name not in valid:
-            problems.append(str(unknown_name("optimizer", name, valid)))
-        if self.adafactor and name not in (None, "adafactor"):
-            problems.append(_twins("adafactor", True, "optim", name))
-        if self.adafactor:
-            name = "adafactor"
-        self.optim = name if name is not None else cast("str", _HF_DEFAULTS["optim"])
-        self.adafactor = self.optim == "adafactor"
+    def _resolve_old_names(self, problems: list[str]) -> None:
+        """Give both names of each setting its value, or the default of transformers."""
+        for old, modern, to_modern, to_old in OLD_NAMES:
+            given = getattr(self, modern)
+            given = getattr(given, "value", given)  # of transformers' enums
+            if modern == "lr_scheduler_type":
+                given = SCHEDULES.get(given, given)
+            meant = to_modern(getattr(self, old))
+            if meant is not None and given is not None and meant != given:
+                problems.append(_contradiction(old, getattr(self, old), modern, given))
+            values = (value for value in (meant, given) if value is not None)
+            value = next(values, _HF_DEFAULTS.get(modern))
+            setattr(self, modern, value)
+            setattr(self, old, to_old(value))
 
     def _resolve_batching(self, problems: list[str]) -> None:
-        if self.batching is not None and self.batching not in BATCHING_MODES:
-            problems.append(str(unknown_name("batching", self.batching, BATCHING_MODES)))
+        """Choose the mode of batching where none was given, and fill in transformers' sizes."""
         strategy = getattr(self, "train_sampling_strategy", "random")
+        wants_sorted = strategy == LENGTH_SORTED_STRATEGY
         sizes = {name: getattr(self, name) for name in _HF_SIZES if getattr(self, name) is not None}
         names = dict.fromkeys(name for options in TOKEN_OPTIONS.values() for name in options)
         token_options = {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-        wants_sorted = self.sortish_sampler or strategy == LENGTH_SORTED_STRATEGY
-        if wants_sorted and self.batching not in (None, "sortish"):
-            old = "sortish_sampler" if self.sortish_sampler else "train_sampling_strategy"
-            problems.append(_twins(old, getattr(self, old), "batching", self.batching))
-        chosen = self.batching is not None or wants_sorted or strategy != "random"
         own_options = token_options.keys() - set.intersection(*map(set, TOKEN_OPTIONS.values()))
+        chosen = self.batching is not None or strategy != "random"
         given = (chosen, sizes, own_options, self.auto_batch, self.auto_find_batch_size)
         self._batches_given = any(map(bool, given))
-        if self.batching is None:
-            by_tokens = "packed" if "tokens_per_row" in token_options else "tokens"
-            by_default = by_tokens if token_options or self.auto_batch else "fixed"
-            self.batching = "sortish" if wants_sorted else by_default
-        fits = strategy == "random" or (strategy == LENGTH_SORTED_STRATEGY and wants_sorted)
-        if self.batching in ("sortish", *TOKEN_OPTIONS) and not fits:
-            problems.append(_twins("train_sampling_strategy", strategy, "batching", self.batching))
+        if self.batching is None and wants_sorted:
+            self.batching = "sortish"
+        elif self.batching is None and (token_options or self.auto_batch):
+            self.batching = "packed" if "tokens_per_row" in token_options else "tokens"
+        elif self.batching is None:
+            self.batching = "fixed"
+        self.sortish_sampler = self.batching == "sortish"
+        # Modes other than 'fixed' choose the order of rows themselves.
+        if self.batching != ("sortish" if wants_sorted else "fixed") and strategy != "random":
+            problems.append(
+                _contradiction("train_sampling_strategy", strategy, "batching", self.batching)
+            )
         if self.batching in TOKEN_OPTIONS:
             unused = sizes | ({"auto_find_batch_size": True} if self.auto_find_batch_size else {})
             own = TOKEN_OPTIONS[self.batching]
@@ -260,9 +257,58 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
         for name in _HF_SIZES:
             if getattr(self, name) is None:
                 setattr(self, name, _HF_DEFAULTS[name])
-        self.sortish_sampler = self.batching == "sortish"
 
-    def _check_auto_batch(self, problems: list[str]) -> None:
+    def _check_names_and_ranges(self, problems: list[str]) -> None:
+        schedules = {*SCHEDULES, *(member.value for member in SchedulerType)}
+        known = {
+            "learning-rate schedule": (self.lr_scheduler_type, schedules),
+            "optimizer": (self.optim, {member.value for member in OptimizerNames}),
+        }
+        for entry in dataclasses.fields(TrainingExtras):
+            if "choices" in entry.metadata and entry.name != "lr_scheduler":
+                known[entry.name] = (getattr(self, entry.name), entry.metadata["choices"])
+        problems += [
+            str(unknown_name(what, str(name), choices))
+            for what, (value, choices) in known.items()
+            for name in (value if isinstance(value, list) else [value])
+            if name not in choices
+        ]
+        if not 0.0 <= cast("float", self.label_smoothing) < 1.0:
+            problems.append(
+                f"label_smoothing={self.label_smoothing}: expected a number of at least 0 and "
+                "less than 1; 0.1 is usual"
+            )
+        for name in ("encoder_layerdrop", "decoder_layerdrop", "dropout", "attention_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                problems.append(f"{name}={value}: expected a probability from 0 to 1")
+        problems += below_least(self)
+        problems += [
+            f"{name}={value}: expected at least {least}; give --{name} a larger value"
+            for name, least in _LEAST.items()
+            if (value := getattr(self, name)) is not None and value < least
+        ]
+
+    def _check_schedule(self, problems: list[str]) -> None:
+        """The options of the schedule must have an effect on it, and be given once."""
+        for argument, (keyword, takers) in OPTIONS.items():
+            value = getattr(self, argument)
+            if value is None:
+                continue
+            if self.lr_scheduler not in takers:
+                problems.append(
+                    f"{argument}={value}: has no effect on the schedule "
+                    f"'{self.lr_scheduler or self.lr_scheduler_type}'; it is for "
+                    f"{' and '.join(takers)}: change --lr_scheduler or leave it out"
+                )
+            if isinstance(self.lr_scheduler_kwargs, dict) and keyword in self.lr_scheduler_kwargs:
+                problems.append(
+                    f"{argument}={value} and lr_scheduler_kwargs['{keyword}']="
+                    f"{self.lr_scheduler_kwargs[keyword]}: give only one of the two"
+                )
+
+    def _check_combinations(self, problems: list[str]) -> None:
+        """Settings that would have no effect beside others."""
         if self.auto_batch and self.batching != "tokens":
             problems.append(
                 f"auto_batch=True: has no effect with batching={self.batching}; use --batching "
@@ -271,18 +317,8 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
         if self.auto_batch and self.max_tokens_per_device is not None:
             problems.append(
                 f"auto_batch=True and max_tokens_per_device={self.max_tokens_per_device}: the "
-                "first finds what the second says; give one of the two"
+                "former finds the value of the latter; give only one of the two"
             )
-
-    def _check_checkpoints(self, problems: list[str]) -> None:
-        if self.checkpoint_format not in CHECKPOINT_FORMATS:
-            names = CHECKPOINT_FORMATS
-            problems.append(str(unknown_name("checkpoint format", self.checkpoint_format, names)))
-        problems += [
-            str(unknown_name("change", name, CHANGES))
-            for name in self.accept_changes or ()
-            if name not in CHANGES
-        ]
         if self.max_loss_spikes is not None and self.loss_spike_factor is None:
             problems.append(
                 f"max_loss_spikes={self.max_loss_spikes}: has no effect without "
@@ -293,28 +329,6 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
                 "save_in_background=True: has no effect with checkpoint_format=native; use "
                 "--checkpoint_format portable, or leave it out"
             )
-
-    def _check_ranges(self, problems: list[str]) -> None:
-        for name in ("encoder_layerdrop", "decoder_layerdrop", "dropout", "attention_dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
-                problems.append(f"{name}={value}: expected a probability from 0 to 1")
-        problems += [
-            str(unknown_name(name, getattr(self, name), known))
-            for name, known in (
-                ("loss_reduction", LOSS_REDUCTIONS),
-                ("on_bad_step", BAD_STEPS),
-                ("linear_cross_entropy", LINEAR_CROSS_ENTROPY),
-                ("generation_engine", GENERATION_ENGINES),
-                ("cpu_functions", CPU_FUNCTIONS),
-            )
-            if getattr(self, name) not in known
-        ]
-        problems += [
-            f"{name}={value}: expected at least {least}; give --{name} a larger value"
-            for name, least in _LEAST.items()
-            if (value := getattr(self, name)) is not None and value < least
-        ]
         if self.generation_engine == "ctranslate2":
             problems += package_problems()
             if not self.predict_with_generate:
@@ -330,38 +344,12 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
             )
         if not self.average_tokens_across_devices:
             problems.append(
-                "average_tokens_across_devices=False: has no effect here, a step's loss is always "
-                "divided by its target tokens on all devices; leave it out"
+                "average_tokens_across_devices=False: has no effect here, because a step's loss is "
+                "always divided by its target tokens on all devices; leave it out"
             )
 
 
-_LEAST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "tokens_per_step": 1,
-    "groups_per_step": 1,
-    "max_tokens_per_device": 1,
-    "tokens_per_row": 1,
-    "eval_tokens_per_device": 1,
-    "num_buckets": 1,
-    "generation_max_length": 1,
-    "generation_num_beams": 1,
-    "dataloader_num_workers": 0,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "max_nonfinite_steps": 1,
-    "loss_spike_factor": 1,
-    "max_loss_spikes": 1,
-    "fault_timeout_seconds": 0,
-    "grace_seconds": 0,
-    "max_compilations": 1,
-}
-"""Smallest values that make sense, checked here because what uses them would fail late."""
-
-
-def _twins(old: str, old_value: object, modern: str, modern_value: object) -> str:
+def _contradiction(old: str, old_value: object, modern: str, modern_value: object) -> str:
     return (
         f"{old}={old_value} and {modern}={modern_value} contradict each other: both name the same "
         "setting; give only one of them"

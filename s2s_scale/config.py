@@ -1,14 +1,13 @@
-"""Every setting of our own, as dataclasses. Imports neither torch nor transformers.
+"""The settings of models, data and training, as dataclasses.
 
-The command line reads these fields for its flags and help, so each field's metadata holds a
-``help`` text with its group in ``--help`` and, where the values are fixed, its ``choices``.
-The settings that extend transformers' training arguments are in ``TrainingExtras`` here;
-``training_arguments.py`` joins them with transformers' own.
+The command line reads these fields for its flags and help: the metadata of each field, made by
+``setting``, holds all that it shows. ``TrainingExtras`` are the settings that extend transformers'
+training arguments; ``arguments.py`` joins the two. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from s2s_scale.errors import raise_problems, unknown_name
@@ -18,14 +17,15 @@ LONG_ROWS = ("truncate", "error")
 LOSS_REDUCTIONS = ("mean", "sum")
 LINEAR_CROSS_ENTROPY = ("auto", "on", "off")
 CPU_FUNCTIONS = ("auto", "off")
-SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_w_restarts",
-    "polynomial",
-    "constant",
-    "constant_w_warmup",
-)
+SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "cosine_w_restarts": "cosine_with_restarts",
+    "polynomial": "polynomial",
+    "constant": "constant",
+    "constant_w_warmup": "constant_with_warmup",
+}
+"""Our name of a learning-rate schedule -> transformers' ``lr_scheduler_type``."""
 DEFAULT_TOKENS_PER_STEP = 32_768
 DEFAULT_STEPS_PER_EPOCH = 256
 LEAST_TOKENS_PER_STEP = 4096
@@ -47,42 +47,70 @@ METRICS = ("bleu", "chrf", "rouge", "exact_match")
 
 
 class Help(str):
-    """A setting's help text, and its group in ``--help``.
+    """The help text of a setting, with what else the command line needs to know of it.
 
-    The group is no metadata of its own because transformers' ``HfArgumentParser``, which scripts
+    These are no metadata of their own because transformers' ``HfArgumentParser``, which scripts
     use on these classes, hands all metadata to argparse.
     """
 
     group: str
+    """Its heading in ``--help``."""
+    least: int | None = None
+    """The smallest number that makes sense."""
+    aliases: tuple[str, ...] = ()
+    required: bool = False
 
-    def __new__(cls, text: str, *, group: str) -> Help:
-        made = super().__new__(cls, text)
-        made.group = group
-        return made
 
-
-def setting(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with the metadata that the command line shows."""
-    metadata: dict[str, Any] = {"help": Help(help, group=group)}
+def setting(
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    least: int | None = None,
+    aliases: tuple[str, ...] = (),
+    required: bool = False,
+) -> Any:
+    """A dataclass field with the metadata that the command line shows; lists are copied."""
+    help = Help(text)
+    help.group, help.least, help.aliases, help.required = group, least, aliases, required
+    metadata: dict[str, Any] = {"help": help}
     if choices is not None:
         metadata["choices"] = choices
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def below_least(settings: object) -> list[str]:
+    """A problem for each number in ``settings`` below the least that makes sense."""
+    problems = []
+    for entry in fields(settings):  # type: ignore[arg-type]
+        least = getattr(entry.metadata.get("help"), "least", None)
+        value = None if least is None else getattr(settings, entry.name)
+        if value is not None and value < least:
+            kind = "a whole number of " if str(entry.type).startswith("int") else ""
+            problems.append(
+                f"{entry.name}={value}: expected {kind}at least {least}; give --{entry.name} a "
+                "larger value"
+            )
+    return problems
 
 
 @dataclass
 class ModelArguments:
-    """Which model and tokenizer to load, and what stays frozen."""
+    """Which model and tokenizer to load, and what is frozen."""
 
     model_name_or_path: str | None = setting(
-        None, "model", "Folder or hub id of the model to start from. Required."
+        None, "model", "Folder or hub id of the model to start from.", aliases=("model",)
     )
     config_name: str | None = setting(
-        None, "model", "Folder or hub id of the configuration, if not the model's."
+        None, "model", "Folder or hub id of the configuration. Default: the model's."
     )
     tokenizer_name: str | None = setting(
-        None, "model", "Folder or hub id of the tokenizer, if not the model's."
+        None, "model", "Folder or hub id of the tokenizer. Default: the model's."
     )
-    cache_dir: str | None = setting(None, "model", "Where downloads from the hub are kept.")
+    cache_dir: str | None = setting(None, "model", "Folder for downloads from the hub.")
     model_revision: str = setting("main", "model", "Branch, tag or commit of the hub model.")
     trust_remote_code: bool = setting(
         False, "model", "Allow the model's repository to run its own Python code here."
@@ -103,66 +131,71 @@ class DataArguments:
     train_file: str | None = setting(
         None, "data", "Training pairs as .jsonl, .json, .csv, .tsv or .parquet."
     )
-    validation_file: str | None = setting(None, "data", "Validation pairs, same formats.")
-    test_file: str | None = setting(None, "data", "Test pairs, same formats.")
+    validation_file: str | None = setting(None, "data", "Validation pairs, in the same formats.")
+    test_file: str | None = setting(None, "data", "Test pairs, in the same formats.")
     source_column: str | None = setting(
         None,
         "data",
-        "Column of the source text. Default: 'source', or --src_lang inside a nested "
-        "'translation' column.",
+        "Column of the source text. Default: 'source', or --src_lang in a nested 'translation' "
+        "column.",
     )
     target_column: str | None = setting(
         None,
         "data",
-        "Column of the target text. Default: 'target', or --tgt_lang inside a nested "
-        "'translation' column.",
+        "Column of the target text. Default: 'target', or --tgt_lang in a nested 'translation' "
+        "column.",
     )
     dataset_name: str | None = setting(
-        None, "data", "A data set of the hub, or a folder written by datasets' save_to_disk."
+        None, "data", "A dataset on the hub, or a folder written by datasets' save_to_disk."
     )
     dataset_config_name: str | None = setting(
-        None, "data", "Configuration of --dataset_name, where it has several."
+        None, "data", "Configuration of --dataset_name, if it has several."
     )
     source_prefix: str | None = setting(
         None, "data", "Text put before every source row, such as 'translate English to German: '."
     )
-    src_lang: str | None = setting(None, "data", "Source language code (mBART: such as en_XX).")
-    tgt_lang: str | None = setting(None, "data", "Target language code (mBART: such as de_DE).")
+    src_lang: str | None = setting(None, "data", "Source language code, such as en_XX for mBART.")
+    tgt_lang: str | None = setting(None, "data", "Target language code, such as de_DE for mBART.")
     task: str | None = setting(
         None,
         "data",
-        "Use the parameters that the model's configuration stores for this task "
+        "Use the parameters that the model's configuration has for this task "
         "(task_specific_params), such as 'summarization'.",
     )
     max_source_length: int = setting(
-        1024, "data", "Source rows are cut to this many tokens, special tokens included."
+        1024, "data", "Truncate sources to this many tokens, special tokens included.", least=1
     )
     max_target_length: int = setting(
-        128, "data", "Training targets are cut to this many tokens, special tokens included."
+        128,
+        "data",
+        "Truncate training targets to this many tokens, special tokens included.",
+        least=1,
     )
     long_rows: str = setting(
         "truncate",
         "data",
-        "What becomes of rows with more tokens than that: 'truncate' cuts them, 'error' stops.",
+        "What to do with longer rows: 'truncate' them, or stop with an 'error'.",
         choices=LONG_ROWS,
     )
     val_max_target_length: int | None = setting(
         None,
         "data",
-        "Validation and test targets are cut, and generation stops, at this many tokens. "
+        "Truncate validation and test targets to this many tokens, and stop generation there. "
         "Default: --max_target_length.",
+        least=1,
     )
     streaming: bool = setting(
         False,
         "data",
-        "Read and tokenise training rows while training goes on, from files of any size. Needs "
+        "Read and tokenize training rows during training, from files of any size. Needs "
         "--max_steps.",
     )
     shuffle_buffer: int | None = setting(
         None,
         "data",
-        "With --streaming: rows that follow one another in the files among which those of a step "
-        f"are chosen. Default: {DEFAULT_SHUFFLE_BUFFER}.",
+        "With --streaming: the number of consecutive rows from which those of a step are drawn. "
+        f"Default: {DEFAULT_SHUFFLE_BUFFER}.",
+        least=1,
     )
     n_train: int = setting(-1, "data", "Use only the first N training rows; -1: all.")
     n_val: int = setting(-1, "data", "Use only the first N validation rows; -1: all.")
@@ -170,48 +203,41 @@ class DataArguments:
     ignore_pad_token_for_loss: bool = setting(
         True,
         "loss",
-        "Exclude pad tokens from the loss. Off: the model's own loss, pads as it likes.",
+        "Exclude pad tokens from the loss. Off: the loss as the model computes it.",
     )
     eval_beams: int | None = setting(
-        None, "generation", "Beams in evaluation. Default: the model's generation config."
+        None,
+        "generation",
+        "Beams during evaluation. Default: the model's generation config.",
+        least=1,
     )
-    metrics: list[str] = field(
-        default_factory=lambda: list(METRICS),
-        metadata={
-            "help": Help("Text metrics computed with --predict_with_generate.", group="generation"),
-            "choices": METRICS,
-        },
+    metrics: list[str] = setting(
+        list(METRICS),
+        "generation",
+        "Text metrics computed with --predict_with_generate.",
+        choices=METRICS,
     )
     data_cache_dir: str | None = setting(
         None,
         "data",
-        "Where tokenised data is kept. Default: $S2S_SCALE_CACHE, else ~/.cache/s2s_scale.",
+        "Folder for tokenized data. Default: $S2S_SCALE_CACHE, or ~/.cache/s2s_scale.",
     )
-    overwrite_cache: bool = setting(False, "data", "Tokenise anew even if a cached copy fits.")
+    overwrite_cache: bool = setting(False, "data", "Tokenize again even if there is a cached copy.")
     preprocessing_num_workers: int | None = setting(
-        None, "data", "Processes that tokenise. Default: as many as pay for the number of rows."
+        None,
+        "data",
+        "Processes for tokenization. Default: depends on the number of rows.",
+        least=1,
     )
 
     @property
     def evaluation_target_length(self) -> int:
-        """Tokens at which validation and test targets and generated text end."""
+        """Maximum number of tokens of validation and test targets and of generated text."""
         return self.val_max_target_length or self.max_target_length
 
     def validate(self) -> None:
         """Raise one ``UserError`` with every field that is out of range."""
-        problems = [
-            f"{name}={value}: expected a whole number of at least {least}; "
-            f"give --{name} a larger value"
-            for name, value, least in (
-                ("max_source_length", self.max_source_length, 1),
-                ("max_target_length", self.max_target_length, 1),
-                ("val_max_target_length", self.val_max_target_length, 1),
-                ("eval_beams", self.eval_beams, 1),
-                ("preprocessing_num_workers", self.preprocessing_num_workers, 1),
-                ("shuffle_buffer", self.shuffle_buffer, 1),
-            )
-            if value is not None and value < least
-        ]
+        problems = below_least(self)
         problems += [
             f"{name}={value}: expected -1 (all rows) or at least 1; change --{name}"
             for name, value in (
@@ -235,7 +261,7 @@ class DataArguments:
 class TrainingExtras:
     """Training settings beyond transformers' own; old names of the seq2seq trainer included.
 
-    ``None`` means "not given": an old name then takes the value of its modern twin.
+    ``None`` means "not given": an old name then takes the value of its modern one.
     """
 
     label_smoothing: float | None = setting(
@@ -244,35 +270,35 @@ class TrainingExtras:
     loss_reduction: str = setting(
         "mean",
         "loss",
-        "'mean': a step's summed loss over its number of target tokens. 'sum': the plain sum.",
+        "'mean': the summed loss of a step divided by its target tokens. 'sum': the sum.",
         choices=LOSS_REDUCTIONS,
     )
     linear_cross_entropy: str = setting(
         "auto",
         "loss",
-        "Compute the loss in chunks, straight from the output projection, and never build all "
-        "logits; same values. 'auto': where the loss mode, the model and its wrappers allow it. "
-        "'on': refuse to train where they do not. 'off': always build logits.",
+        "Compute the loss in chunks, straight from the output projection, without materializing "
+        "all logits; the values are the same. 'auto': if the loss mode, the model and its wrappers "
+        "allow it. 'on': stop with an error if they do not. 'off': always materialize the logits.",
         choices=LINEAR_CROSS_ENTROPY,
     )
     cpu_functions: str = setting(
         "auto",
         "training",
-        "'auto': on CPUs, linear layers, embeddings, dropout and attention are computed by faster "
-        "functions of ours in training, not under --torch_compile or --gradient_checkpointing. "
-        "'off': by torch's.",
+        "'auto': training on a CPU uses faster implementations of linear layers, embeddings, "
+        "dropout and attention, except with --torch_compile or --gradient_checkpointing. 'off': "
+        "torch's own.",
         choices=CPU_FUNCTIONS,
     )
     lr_scheduler: str | None = setting(
         None,
         "learning rate",
         "Learning-rate schedule by name; old name of --lr_scheduler_type.",
-        choices=SCHEDULES,
+        choices=tuple(SCHEDULES),
     )
     lr_num_cycles: float | None = setting(
         None,
         "learning rate",
-        "Waves of cosine (default 0.5) or number of restarts of cosine_w_restarts (default 1).",
+        "Waves of the cosine schedule (default 0.5) or restarts of cosine_w_restarts (default 1).",
     )
     lr_power: float | None = setting(
         None, "learning rate", "Power of the polynomial schedule (default 1.0)."
@@ -282,152 +308,165 @@ class TrainingExtras:
     )
     adafactor: bool = setting(False, "optimizer", "Use Adafactor; old name of --optim adafactor.")
     encoder_layerdrop: float | None = setting(
-        None, "model", "LayerDrop probability of the encoder; goes into the model's config."
+        None, "model", "LayerDrop probability of the encoder; stored in the model's config."
     )
     decoder_layerdrop: float | None = setting(
-        None, "model", "LayerDrop probability of the decoder; goes into the model's config."
+        None, "model", "LayerDrop probability of the decoder; stored in the model's config."
     )
     dropout: float | None = setting(
-        None, "model", "Dropout probability; goes into the model's config."
+        None, "model", "Dropout probability; stored in the model's config."
     )
     attention_dropout: float | None = setting(
-        None, "model", "Dropout probability of attention weights; goes into the model's config."
+        None, "model", "Dropout probability of attention weights; stored in the model's config."
     )
     batching: str | None = setting(
         None,
         "batching",
-        "Which rows share a batch. 'fixed': random. 'sortish': random chunks of 50 batches, sorted "
-        "by length inside, longest first. 'tokens': groups of like length; a step has "
-        "--tokens_per_step and some groups of every length. 'packed': --tokens_per_step in rows "
-        "that hold several pairs each, which see nothing of each other. Default: 'fixed'; if no "
-        "batch size was given, 'packed' where the device wants few shapes, 'tokens' for streams "
-        "and with --torch_compile.",
+        "Which rows share a batch. 'fixed': random rows. 'sortish': random chunks of 50 batches, "
+        "each sorted by length, longest first. 'tokens': buckets of rows of similar length; a step "
+        "has --tokens_per_step and draws from buckets of every length. 'packed': "
+        "--tokens_per_step in rows of several pairs each, which do not attend to each other. "
+        "Default: 'fixed'; if no batch size is given, 'packed' on devices that want few shapes, "
+        "and 'tokens' for streams and with --torch_compile.",
         choices=BATCHING_MODES,
     )
     tokens_per_step: int | None = setting(
         None,
         "batching",
-        "Source and target tokens of a step over all devices, pads not counted, with --batching "
-        f"tokens or packed. Default: {DEFAULT_TOKENS_PER_STEP}, less for data that would make "
-        f"fewer than {DEFAULT_STEPS_PER_EPOCH} steps an epoch.",
+        "With --batching tokens or packed: source and target tokens of a step over all devices, "
+        f"padding excluded. Default: {DEFAULT_TOKENS_PER_STEP}, or less if an epoch would have "
+        f"fewer than {DEFAULT_STEPS_PER_EPOCH} steps.",
+        least=1,
     )
     groups_per_step: int | None = setting(
         None,
         "batching",
-        "How many groups of rows of like length make a step with --batching tokens: with few, "
-        "steps are less like each other and less is learnt from as many tokens. Default: "
-        f"{DEFAULT_GROUPS_PER_STEP}, less where groups would be too small.",
+        "With --batching tokens: how many buckets of rows of similar length make up a step. With "
+        "few, steps differ more from each other, and the same number of tokens teaches less. "
+        f"Default: {DEFAULT_GROUPS_PER_STEP}, or less if buckets would be too small.",
+        least=1,
     )
     max_tokens_per_device: int | None = setting(
         None,
         "batching",
-        "With --batching tokens or packed: source and target tokens, pads included, of a device's "
-        "micro-batch; never exceeded. Default: with tokens no bound, a micro-batch for each group; "
-        f"with packed {DEFAULT_PACKED_TOKENS}, or a row.",
+        "With --batching tokens or packed: maximum of source and target tokens, padding included, "
+        "of a device's micro-batch. Default: with tokens no maximum, one micro-batch per bucket; "
+        f"with packed {DEFAULT_PACKED_TOKENS}, or one row.",
+        least=1,
     )
     auto_batch: bool = setting(
         False,
         "batching",
         "With --batching tokens: find the largest --max_tokens_per_device that fits into memory, "
-        "by a trial with the longest rows. It is kept in the output folder and found once.",
+        "by trying the longest rows. The result is stored in the output folder for later runs.",
     )
     tokens_per_row: int | None = setting(
         None,
         "batching",
-        "About how many source and target tokens a row of --batching packed has. Default: "
-        f"{DEFAULT_TOKENS_PER_ROW}, less where a step would have fewer than 8 rows, but always "
-        "room for the longest pair.",
+        "With --batching packed: approximate number of source and target tokens of a row. "
+        f"Default: {DEFAULT_TOKENS_PER_ROW}, or less if a step would have fewer than 8 rows, but "
+        "always enough for the longest pair.",
+        least=1,
     )
     generation_engine: str = setting(
         "transformers",
         "generation",
-        "What generates text in evaluation. 'ctranslate2' converts the current weights and is "
-        "several times as fast, but some texts with several beams may differ.",
+        "What generates text during evaluation. 'ctranslate2' converts the current weights and is "
+        "several times as fast, but some texts may differ with several beams.",
         choices=GENERATION_ENGINES,
     )
     eval_tokens_per_device: int | None = setting(
         None,
         "batching",
-        "Source and target tokens, pads included, of a device's evaluation batch. Default: as many "
-        "as --per_device_eval_batch_size of the longest rows have. Batches of short rows hold up "
-        "to four times that many rows.",
+        "Source and target tokens, padding included, of a device's evaluation batch. Default: as "
+        "many as --per_device_eval_batch_size of the longest rows have. Batches of short rows have "
+        "up to four times as many rows.",
+        least=1,
     )
     num_buckets: int | None = setting(
         None,
         "batching",
         "Pad every batch to one of at most this many shapes, chosen from the data's lengths. "
-        f"Default: {DEFAULT_BUCKETS} where the device wants few shapes, else each batch is padded "
-        "to its longest rows.",
+        f"Default: {DEFAULT_BUCKETS} on devices that want few shapes; elsewhere each batch is "
+        "padded to its longest rows.",
+        least=1,
     )
     max_nonfinite_steps: int = setting(
-        3, "training", "Stop after this many steps whose loss or gradient is not finite."
+        3,
+        "training",
+        "Stop after this many steps whose loss or gradient is not finite.",
+        least=1,
     )
     loss_spike_factor: float | None = setting(
         None,
         "training",
-        "Take a step as bad, like one that is not finite, if its loss is above this many times the "
-        f"median of the last {DEFAULT_SPIKE_WINDOW} steps. Default: no loss is too high.",
+        "Skip the update of a step, as if its loss were not finite, if the loss is above this many "
+        f"times the median of the last {DEFAULT_SPIKE_WINDOW} steps. Default: never.",
+        least=1,
     )
     max_loss_spikes: int | None = setting(
-        None, "training", "Stop after this many such steps. Default: 10."
+        None,
+        "training",
+        "Stop after this many steps above --loss_spike_factor. Default: 10.",
+        least=1,
     )
     on_bad_step: str = setting(
         "skip",
         "training",
-        "What a step whose loss is not finite or a spike brings about. 'skip': its update is left "
+        "What to do after a step whose loss is not finite or a spike. 'skip': its update is left "
         "out.",
         choices=BAD_STEPS,
     )
     fault_timeout_seconds: float = setting(
         DEFAULT_FAULT_SECONDS,
         "training",
-        "A rank that dies, hangs or is cut off ends the whole run within this time, with exit code "
-        "75 and its name. More than the longest micro-batch takes; a first step may compile for "
-        "longer. 0: a hang is none.",
+        "If a rank dies, hangs or is cut off, the whole run ends within this many seconds with "
+        "exit code 75 and names that rank. Must exceed the time of the longest micro-batch; "
+        "compilation in the first steps may take longer. 0: do not watch for hangs.",
+        least=0,
     )
     grace_seconds: float = setting(
         DEFAULT_GRACE_SECONDS,
         "training",
-        "How long a run that is asked to stop (SIGTERM, SIGINT, SIGUSR1, a TPU's maintenance) may "
-        "take to finish its step, save and exit with code 85; then it is ended as it stands.",
+        "Seconds in which a run that is asked to stop (SIGTERM, SIGINT, SIGUSR1, maintenance of a "
+        "TPU) must finish its step, save and exit with code 85; after that it is killed.",
+        least=0,
     )
     max_compilations: int | None = setting(
         None,
         "training",
-        "XLA: report compilations over this number. Default: one for each shape of a batch and "
-        "what is compiled once.",
+        "XLA: warn about compilations beyond this number. Default: one per batch shape, and those "
+        "that every run needs once.",
+        least=1,
     )
     strict_compilations: bool = setting(
-        False, "training", "XLA: stop at a compilation after warm-up, instead of a warning."
+        False, "training", "XLA: stop at a compilation after warm-up instead of warning about it."
     )
     overwrite_output_dir: bool = setting(
-        False, "output", "Start afresh in an output folder that holds an earlier run."
+        False, "output", "Start again in an output folder that has an earlier run, and replace it."
     )
     checkpoint_format: str = setting(
         "portable",
         "output",
-        "'portable': any backend goes on from it, at any number of processes. 'native': the "
-        "backend's own format, read back by the same backend at the same number of processes.",
+        "'portable': can be resumed from with any backend and any number of processes. 'native': "
+        "the backend's own format, for the same backend and the same number of processes.",
         choices=CHECKPOINT_FORMATS,
     )
     checkpoint_shard_mib: int = setting(
         1024,
         "output",
-        "Size of a portable checkpoint's files, in MiB, from which on a process writes several. It "
-        "holds one file's tensors at a time beside its own share of the model.",
+        "Maximum size of a portable checkpoint's files in MiB. Beside its own shard of the model, "
+        "a process holds the tensors of one file at a time.",
     )
-    accept_changes: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": Help(
-                "Go on from a checkpoint although these have changed since.", group="output"
-            ),
-            "choices": CHANGES,
-        },
+    accept_changes: list[str] = setting(
+        [],
+        "output",
+        "Resume from a checkpoint although these have changed since it was written.",
+        choices=CHANGES,
     )
     save_in_background: bool = setting(
         False,
         "output",
-        "Write portable checkpoints while training goes on; it waits only until everything is "
-        "copied to host memory, which the copy then fills until it is written.",
+        "Write portable checkpoints in the background: training waits only until everything is "
+        "copied to host memory. The copy is freed once it is written.",
     )

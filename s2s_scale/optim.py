@@ -33,16 +33,6 @@ arg_to_scheduler: dict[str, Callable[..., LambdaLR]] = {
     "constant_w_warmup": get_constant_schedule_with_warmup,
 }
 
-MODERN_NAMES = {
-    "linear": "linear",
-    "cosine": "cosine",
-    "cosine_w_restarts": "cosine_with_restarts",
-    "polynomial": "polynomial",
-    "constant": "constant",
-    "constant_w_warmup": "constant_with_warmup",
-}
-"""Our name -> transformers' ``lr_scheduler_type``."""
-
 OPTIONS = {
     "lr_num_cycles": ("num_cycles", ("cosine", "cosine_w_restarts")),
     "lr_power": ("power", ("polynomial",)),

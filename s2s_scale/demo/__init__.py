@@ -25,7 +25,7 @@ from s2s_scale.launch.launchers import plan_launch
 from s2s_scale.resilience.preemption import EXIT_RESUME, Stopped, handle_preemption
 from s2s_scale.settings import Settings
 from s2s_scale.settings.build import build_settings
-from s2s_scale.settings.commands import verbs
+from s2s_scale.settings.commands import all_commands
 
 MODEL: dict[str, Any] = {"architecture": "marian", "size": "tiny", "vocab_size": 800}
 EXAMPLES = 9  # translations shown at the end
@@ -81,7 +81,7 @@ def run(settings: Settings) -> int:
     Raises:
         UserError: the folder holds a run that is not the demo's, or cannot be written to.
     """
-    folder, afresh = Path(settings.get("output_dir")), bool(settings.get("overwrite"))
+    folder, afresh = Path(settings.options.output_dir), settings.options.overwrite
     _refuse_foreign_run(folder)
     if _finished(folder) and not afresh:
         print(f"The demo has already run; nothing was changed in {folder}.\n")
@@ -168,7 +168,7 @@ def _train(folder: Path, *, resume: bool) -> int:
     words = [str(folder / SETTINGS_FILE)]
     words += ["--resume_from_checkpoint", "latest"] if resume else ["--overwrite_output_dir"]
     print(f"3. Training, as you could type it:\n   {_command('train', *words)}\n", flush=True)
-    settings = build_settings(verbs()["train"], words)
+    settings = build_settings(all_commands()["train"], words)
     assert settings.profile is not None  # the settings file names one
     launch = plan_launch(settings.profile, ("train", *words), environ=os.environ)
     os.environ.update(launch.environment)  # before the import below: torch reads it once

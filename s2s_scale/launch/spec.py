@@ -14,9 +14,9 @@ import shlex
 import socket
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from s2s_scale.errors import UserError
+from s2s_scale.settings.commands import LaunchOptions as LaunchOptions
 from s2s_scale.settings.profiles import AUTO, LauncherProfile, cuda_devices
 
 
@@ -67,32 +67,6 @@ def describe(launch: Launch, *, environ: Mapping[str, str]) -> str:
     lines.append("ranks:")
     lines += [f"  rank {place.rank}: {place.host}, {place.device}" for place in launch.ranks]
     return "\n".join(lines) + "\n"
-
-
-@dataclass(frozen=True)
-class LaunchOptions:
-    """What the command line says of hosts and processes; None where it says nothing."""
-
-    num_processes: int | None = None
-    num_nodes: int | None = None
-    node_rank: int | None = None
-    hostfile: str | None = None
-    include: str | None = None
-    exclude: str | None = None
-    master_addr: str | None = None
-    master_port: int | None = None
-    launcher_runner: str | None = None
-    max_restarts: int | None = None
-    min_processes: int | None = None
-
-    def given(self) -> list[str]:
-        """The names of those that are given."""
-        return [name for name, value in vars(self).items() if value is not None]
-
-
-def launch_options_of(options: Mapping[str, Any]) -> LaunchOptions:
-    """The launch flags among a verb's own options."""
-    return LaunchOptions(**{name: options[name] for name in vars(LaunchOptions())})
 
 
 def without_flags(words: Sequence[str], names: set[str]) -> list[str]:

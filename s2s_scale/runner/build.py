@@ -58,7 +58,7 @@ class Run:
 @contextmanager
 def open_backend(settings: Settings) -> Iterator[Backend]:
     """The profile's backend, ready in this process; closed at the end, errors included."""
-    assert settings.profile is not None, "a verb that trains or evaluates has a profile"
+    assert settings.profile is not None, "a command that trains or evaluates has a profile"
     profile = settings.profile
     backend = make_backend(profile.backend, profile.device, profile.mesh)
     raise_problems(list(backend.problems()))
@@ -81,7 +81,7 @@ def open_backend(settings: Settings) -> Iterator[Backend]:
 def read_settings(
     settings: Settings, backend: Backend, extra: dict[str, Any] | None = None, *, trains: bool
 ) -> Run:
-    """The dataclasses behind the settings; ``extra`` holds defaults of the verb.
+    """The dataclasses behind the settings; ``extra`` holds defaults of the command.
 
     ``trains``: whether an optimizer will be made.
     """
@@ -103,7 +103,7 @@ def read_settings(
     except (ValueError, ImportError) as error:
         # transformers' own checks, some of them over several lines
         raise UserError(" ".join(str(error).split())) from error
-    given = {name: (value, settings.origins.get(name, "verb")) for name, value in values.items()}
+    given = {name: (value, settings.origins.get(name, "command")) for name, value in values.items()}
     return Run(ModelArguments(**model), data_args, training_args, given)
 
 

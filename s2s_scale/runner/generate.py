@@ -34,6 +34,7 @@ from s2s_scale.generation.stream import (
 )
 from s2s_scale.runner.build import open_backend, source_prefix_of, wanted_device
 from s2s_scale.settings import Settings, split_settings
+from s2s_scale.settings.commands import GenerateOptions
 from s2s_scale.utils import atomic_file, table_console
 
 DEFAULT_SEED = 42
@@ -50,7 +51,7 @@ def generate(settings: Settings) -> int:
     grid is; both tables go to standard error, so that standard output holds texts alone.
     """
     with open_backend(settings) as backend:
-        own = settings.verb_values
+        own: GenerateOptions = settings.options
         model_values, data_values, training_values = split_settings(
             settings.values, ModelArguments, DataArguments, Seq2SeqTrainingArguments
         )
@@ -58,7 +59,7 @@ def generate(settings: Settings) -> int:
         engine = training_values.get("generation_engine")
         if engine == "ctranslate2":
             _check_engine(backend)
-        references = _read_all(own["reference"]) if own["reference"] else None
+        references = _read_all(own.reference) if own.reference else None
         loaded = models.load(
             ModelArguments(**model_values),
             src_lang=data.src_lang,
@@ -72,15 +73,15 @@ def generate(settings: Settings) -> int:
         else:
             model.to(device=wanted_device(settings))
         transformers.set_seed(training_values.get("seed", DEFAULT_SEED))
-        with _own_batches(backend, model, own["batch_size"], engine) as batches:
+        with _own_batches(backend, model, own.batch_size, engine) as batches:
             options = {
-                "batch_size": own["batch_size"],
+                "batch_size": own.batch_size,
                 "source_prefix": source_prefix_of(data, loaded.config),
                 "max_source_length": data.max_source_length,
                 "own": batches,
                 **_generation_options(own),
             }
-            if own["search"]:
+            if own.search:
                 _search(loaded, own, references or [], data.metrics, options)
             else:
                 _generate(loaded, own, references, data.metrics, options)
@@ -130,23 +131,24 @@ def _precision(values: dict[str, Any]) -> torch.dtype:
     return chosen[0] if chosen else torch.float32
 
 
-def _generation_options(own: dict[str, Any]) -> dict[str, Any]:
-    options = {name: own[name] for name in GENERATION_OPTIONS if own[name] is not None}
-    if own["do_sample"]:
+def _generation_options(own: GenerateOptions) -> dict[str, Any]:
+    given = {name: getattr(own, name) for name in GENERATION_OPTIONS}
+    options = {name: value for name, value in given.items() if value is not None}
+    if own.do_sample:
         options["do_sample"] = True
     return options
 
 
 def _generate(
     loaded: models.Loaded,
-    own: dict[str, Any],
+    own: GenerateOptions,
     references: list[str] | None,
     metrics: list[str],
     options: dict[str, Any],
 ) -> None:
     returned = int(options.get("num_return_sequences") or 1)
     scores = TextMetrics(metrics) if references is not None else None
-    with _source_lines(own["input"]) as lines, _output(own["output"]) as out:
+    with _source_lines(own.input) as lines, _output(own.output) as out:
         texts = generate_stream(loaded.model, loaded.tokenizer, lines, **options)
         bar = tqdm(
             texts, desc="generating", unit=" rows", file=sys.stderr, disable=not sys.stderr.isatty()
@@ -160,7 +162,7 @@ def _generate(
     if scores is not None and references is not None:
         if written // returned != len(references):
             raise UserError(
-                f"{own['reference']}: {len(references)} lines, but the input has "
+                f"{own.reference}: {len(references)} lines, but the input has "
                 f"{written // returned}; give one reference line per source line"
             )
         _print_scores(scores)
@@ -185,12 +187,13 @@ def _print_scores(scores: TextMetrics) -> None:
 
 def _search(
     loaded: models.Loaded,
-    own: dict[str, Any],
+    own: GenerateOptions,
     references: list[str],
     metrics: list[str],
     options: dict[str, Any],
 ) -> None:
-    with _source_lines(own["input"]) as lines:
+    assert own.search is not None
+    with _source_lines(own.input) as lines:
         sources = list(lines)
     with tqdm(desc="search", unit=" settings", disable=not sys.stderr.isatty()) as bar:
 
@@ -201,7 +204,7 @@ def _search(
         found = search(
             loaded.model,
             loaded.tokenizer,
-            own["search"],
+            own.search,
             sources=sources,
             references=references,
             metrics=metrics,

@@ -16,6 +16,7 @@ from s2s_scale.data.sources import load_pairs
 from s2s_scale.models.create import run_new_model
 from s2s_scale.runner.build import read_settings, tokenize_with
 from s2s_scale.settings import Settings
+from s2s_scale.settings.commands import NewModelOptions, PlanOptions
 from s2s_scale.trainer.dataloaders import make_sampler
 
 
@@ -23,7 +24,8 @@ def plan(settings: Settings) -> int:
     """Print which rows make each step of an epoch; trains nothing and loads no weights."""
     defaults = {"output_dir": ".", "use_cpu": True}
     run = read_settings(settings, Backend("cpu"), defaults, trains=False)
-    args, own = run.training_args, settings.verb_values
+    args = run.training_args
+    own: PlanOptions = settings.options
     pairs = load_pairs(run.data_args, "train")
     config = models.load_config(run.model_args)
     tokenizer = models.load_tokenizer(run.model_args, config)
@@ -32,15 +34,15 @@ def plan(settings: Settings) -> int:
         args,
         examples,
         rows_per_device=args.per_device_train_batch_size,
-        world_size=own["world_size"],
+        world_size=own.world_size,
         num_buckets=args.num_buckets,
     )
-    sampler.set_epoch(own["epoch"])
+    sampler.set_epoch(own.epoch)
     print_plan(
         sampler,
         row_lengths(examples),
-        first_steps=own["first_steps"],
-        title=f"epoch {own['epoch']}, batching {args.plan_mode}, seed {sampler.seed}",
+        first_steps=own.first_steps,
+        title=f"epoch {own.epoch}, batching {args.plan_mode}, seed {sampler.seed}",
     )
     return 0
 
@@ -49,16 +51,16 @@ def new_model(settings: Settings) -> int:
     """Write the model and say where it is and how to train it."""
     # Its bars over the shards of a file say nothing that our own lines do not.
     transformers.utils.logging.disable_progress_bar()
-    own = settings.verb_values
+    own: NewModelOptions = settings.options
     data = DataArguments(**settings.values)
     folder = run_new_model(
-        architecture=own["architecture"],
-        size=own["size"],
+        architecture=own.architecture,
+        size=own.size,
         data=data,
-        vocab_size=own["vocab_size"],
-        output_dir=own["output_dir"],
-        seed=own["seed"],
-        overwrite=own["overwrite"],
+        vocab_size=own.vocab_size,
+        output_dir=own.output_dir,
+        seed=own.seed,
+        overwrite=own.overwrite,
     )
     source = next(
         f" --{name} {value}"
@@ -66,7 +68,7 @@ def new_model(settings: Settings) -> int:
         if (value := getattr(data, name))
     )
     print(
-        f"A new {own['architecture']} model is in {folder}. Train it with:\n"
+        f"A new {own.architecture} model is in {folder}. Train it with:\n"
         f"  s2s-scale train --model_name_or_path {folder}{source} --output_dir runs/first"
     )
     return 0

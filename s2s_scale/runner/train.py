@@ -155,7 +155,7 @@ class RemoveEarlierRun(TrainerCallback):
 
 def evaluate(settings: Settings) -> int:
     """Evaluate a saved model on ``--split``; result files only where ``--output_dir`` is given."""
-    split: Split = settings.verb_values["split"]
+    split: Split = settings.options.split
     with open_backend(settings) as backend, TemporaryDirectory() as scratch:
         keep = settings.get("output_dir") is not None
         extra = {"predict_with_generate": True} | ({} if keep else {"output_dir": scratch})

@@ -1,4 +1,4 @@
-"""What a run was asked to do, and where each setting came from."""
+"""What a command was asked to do, and where each setting came from."""
 
 from __future__ import annotations
 
@@ -8,28 +8,32 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from s2s_scale.settings.commands import LaunchOptions
     from s2s_scale.settings.profiles import LauncherProfile
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a verb was asked to do.
+    """What a command was asked to do.
 
     ``values`` holds the model, data and training settings that were given, typed; what is absent
-    has its dataclass's default. ``origins`` says where each of them came from: "command line",
-    "conf.yaml:7" or "profile gpu". ``verb_values`` holds the verb's own options, defaults included.
-    ``profile`` is None for verbs that start nothing.
+    has its dataclass's default. ``origins`` says where each setting came from: "command line",
+    "conf.yaml:7" or "profile gpu". ``options`` are the command's own options, an instance of its
+    dataclass in ``settings.commands``. ``profile`` and ``launch`` are None for commands that no
+    profile starts.
     """
 
-    verb: str
+    command: str
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    options: Any = None
     profile: LauncherProfile | None = None
-    verb_values: dict[str, Any] = field(default_factory=dict)
+    launch: LaunchOptions | None = None
+    dry_run: bool = False
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a setting or of the verb's own option, or ``default``."""
-        return self.verb_values.get(name, self.values.get(name, default))
+        """The value of a setting that was given, or of an own option, or ``default``."""
+        return self.values.get(name, getattr(self.options, name, default))
 
 
 def split_settings(values: Mapping[str, Any], *classes: type) -> tuple[dict[str, Any], ...]:

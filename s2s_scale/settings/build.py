@@ -1,4 +1,4 @@
-"""Settings of one run: flags over file over profile over defaults, each with its origin."""
+"""Settings of one command: flags over file over profile over defaults, each with its origin."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 from s2s_scale.config import DataArguments
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.settings import Settings
-from s2s_scale.settings.command_line import parse_line, unknown_option
-from s2s_scale.settings.commands import Verb
+from s2s_scale.settings.command_line import find_option, parse_line
+from s2s_scale.settings.commands import Command, LaunchOptions
 from s2s_scale.settings.deepspeed_config import contradictions, read_config
-from s2s_scale.settings.parsing import expected, from_node, read_entries
+from s2s_scale.settings.options import options_of
+from s2s_scale.settings.parsing import COMMAND_LINE, convert_entries, expected, read_entries
 from s2s_scale.settings.profiles import (
     LauncherProfile,
     deepspeed_config_path,
@@ -21,93 +22,73 @@ from s2s_scale.settings.profiles import (
     resolve,
 )
 
-COMMAND_LINE = "command line"
 
-
-def build_settings(verb: Verb, words: Sequence[str]) -> Settings:
-    """Parse the words after the verb, read the file and profile that they name, and check all.
+def build_settings(command: Command, argv: Sequence[str]) -> Settings:
+    """Parse what follows the command's name, read the file and profile it names, and check all.
 
     Raises:
         UserError: with every problem of the command line, the file and the profile.
     """
-    line = parse_line(verb, words)
+    line = parse_line(command, argv)
     problems = list(line.problems)
-    from_file: dict[str, tuple[Any, str]] = {}
-    if verb.positional == "FILE" and line.positional is not None:
-        from_file = _read_file(verb, Path(line.positional), problems)
-    merged = from_file | {name: (value, COMMAND_LINE) for name, value in line.values.items()}
-    profile = _profile(verb, merged, problems)
+    merged: dict[str, tuple[Any, str]] = {}
+    if command.positional == "FILE" and line.positional is not None:
+        try:
+            entries, repeated = read_entries(Path(line.positional))
+            merged, wrong = convert_entries(entries, lambda entry: find_option(command, entry))
+            problems += repeated + wrong
+        except UserError as error:
+            problems += error.problems
+    merged |= {name: (value, COMMAND_LINE) for name, value in line.values.items()}
+    profile = _find_profile(command, merged, problems) if command.launched else None
     if profile is not None:
-        known = {entry.name for entry in verb.options()}
-        defaults = {k: v for k, v in profile.arguments.items() if k in known}
-        merged = {k: (v, f"profile {profile.name}") for k, v in defaults.items()} | merged
-        problems += _of_deepspeed(profile, {name: value for name, (value, _) in merged.items()})
-    problems += _problems_of(verb, {name: value for name, (value, _) in merged.items()}, problems)
+        known = {option.name for option in command.options()}
+        origin = f"profile {profile.name}"
+        merged = {k: (v, origin) for k, v in profile.arguments.items() if k in known} | merged
+        problems += _check_deepspeed(profile, {name: value for name, (value, _) in merged.items()})
+    given = {name: value for name, (value, _) in merged.items()}
+    problems += _check_values(command, given, problems)
     raise_problems(list(dict.fromkeys(problems)))
-    return _settings(verb, merged, profile)
 
+    def build(cls: type | None) -> Any:
+        """The dataclass of options with the values given; they leave ``given``."""
+        names = [option.name for option in options_of(cls)] if cls is not None else []
+        own = {name: given.pop(name) for name in names if name in given}
+        return None if cls is None else cls(**own)
 
-def _settings(
-    verb: Verb, merged: Mapping[str, tuple[Any, str]], profile: LauncherProfile | None
-) -> Settings:
-    own = {entry.name: entry.default for entry in verb.own if entry.name != "profile"}
+    given.pop("profile", None)
     return Settings(
-        verb=verb.name,
-        values={k: v for k, (v, _) in merged.items() if k not in own and k != "profile"},
-        origins={k: origin for k, (_, origin) in merged.items() if k != "profile"},
+        command=command.name,
+        options=build(command.own),
+        launch=build(LaunchOptions if command.launched else None),
+        dry_run=given.pop("dry_run", False),
+        values=given,
+        origins={name: origin for name, (_, origin) in merged.items() if name != "profile"},
         profile=profile,
-        verb_values=own | {k: v for k, (v, _) in merged.items() if k in own},
     )
 
 
-def _read_file(verb: Verb, path: Path, problems: list[str]) -> dict[str, tuple[Any, str]]:
-    """Typed values and places of a settings file; what is wrong with it goes into ``problems``."""
-    try:
-        entries, found = read_entries(path)
-    except UserError as error:
-        problems.extend(error.problems)
-        return {}
-    problems.extend(found)
-    options = {name: entry for entry in verb.options() for name in (entry.name, *entry.aliases)}
-    result: dict[str, tuple[Any, str]] = {}
-    for key, node, place in entries:
-        option = options.get(key)
-        if option is None:
-            problems.append(f"{place}: {unknown_option(key, verb=verb, written=key)}")
-            continue
-        if option.name in result:
-            problems.append(f"{place}: '{option.name}' is given twice; keep one")
-            continue
-        try:
-            result[option.name] = (from_node(option, node), place)
-        except UserError as error:
-            problems.append(f"{place}: {key}: {error}")
-    return result
-
-
-def _profile(
-    verb: Verb, merged: Mapping[str, tuple[Any, str]], problems: list[str]
+def _find_profile(
+    command: Command, merged: Mapping[str, tuple[Any, str]], problems: list[str]
 ) -> LauncherProfile | None:
-    """The profile that is named or, for a verb that starts something, this machine's default."""
-    if not any(entry.name == "profile" for entry in verb.own):
-        return None
-    name, origin = merged.get("profile", (None, ""))
+    """The profile that is named or this machine's default; its problems go to ``problems``."""
+    name, origin = merged.get("profile", (None, COMMAND_LINE))
     if name is None:
         use_cpu = merged.get("use_cpu", (False, ""))[0]
         name = "cpu" if use_cpu else default_profile_name()
     try:
         profile = resolve(name)
     except UserError as error:
-        where = f"{origin}: " if origin not in ("", COMMAND_LINE) else ""
+        where = "" if origin == COMMAND_LINE else f"{origin}: "
         problems.extend(f"{where}{problem}" for problem in error.problems)
         return None
     # doctor shows them in its table, with whatever else there is.
-    if not merged.get("dry_run", (False, ""))[0] and verb.name != "doctor":
+    if not merged.get("dry_run", (False, ""))[0] and command.name != "doctor":
         problems.extend(profile.unusable())
     return profile
 
 
-def _of_deepspeed(profile: LauncherProfile, given: Mapping[str, Any]) -> list[str]:
+def _check_deepspeed(profile: LauncherProfile, given: Mapping[str, Any]) -> list[str]:
     """Problems of the DeepSpeed configuration that the profile or ``--deepspeed`` names."""
     flag = given.get("deepspeed")
     if profile.backend != "deepspeed":
@@ -115,10 +96,10 @@ def _of_deepspeed(profile: LauncherProfile, given: Mapping[str, Any]) -> list[st
             return []
         return [
             f"--deepspeed {flag}: has no effect with profile '{profile.name}' (backend "
-            f"{profile.backend}); take a profile for DeepSpeed, such as cpu-zero2 or gpu-zero2"
+            f"{profile.backend}); use a profile for DeepSpeed, such as cpu-zero2 or gpu-zero2"
         ]
     if not flag and not profile.deepspeed_config:
-        return [f"profile '{profile.name}': no deepspeed_config; name one there or by --deepspeed"]
+        return [f"profile '{profile.name}': no deepspeed_config; set it there or by --deepspeed"]
     try:
         if flag:
             path = deepspeed_config_path(flag)
@@ -129,20 +110,30 @@ def _of_deepspeed(profile: LauncherProfile, given: Mapping[str, Any]) -> list[st
         return list(error.problems)
 
 
-def _problems_of(verb: Verb, given: Mapping[str, Any], so_far: Sequence[str]) -> list[str]:
+def _check_values(command: Command, given: Mapping[str, Any], so_far: Sequence[str]) -> list[str]:
     """Missing options, values out of range, and combinations that cannot be.
 
     An option that was written with a wrong value is in ``so_far`` already and not missing.
     """
-    with_defaults = {entry.name: entry.default for entry in verb.own} | dict(given)
+    own = command.own_options()
+    with_defaults = {option.name: option.default for option in own} | dict(given)
     problems = [
-        f"--{entry.name}: missing; expected {expected(entry)}. {entry.help}"
-        for entry in verb.options()
-        if entry.required and with_defaults.get(entry.name) is None
-        if not any(f"{entry.name}: " in problem for problem in so_far)
+        f"--{option.name}: missing; expected {expected(option)}. {option.help}"
+        for option in command.options()
+        if option.required and not with_defaults.get(option.name)
+        if not any(f"{option.name}: " in problem for problem in so_far)
     ]
-    if verb.check is not None:
-        problems += verb.check(with_defaults)
+    if command.check is not None:
+        problems += command.check(with_defaults)
+    problems += [
+        f"--{option.name}: expected a whole number of at least {option.least}, got {value}"
+        for option in own
+        if option.least is not None
+        if (value := given.get(option.name)) is not None and value < option.least
+    ]
+    port = given.get("master_port")
+    if port is not None and not 1 <= port <= 65535:
+        problems.append(f"--master_port: expected a port from 1 to 65535, got {port}")
     data_names = {entry.name for entry in dataclasses.fields(DataArguments)}
     try:
         DataArguments(**{k: v for k, v in given.items() if k in data_names}).validate()

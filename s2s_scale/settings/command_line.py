@@ -1,4 +1,4 @@
-"""The words of one verb's command line into typed values. Every problem is collected.
+"""The arguments of one command into typed values. Every problem is collected.
 
 ``argparse`` is not used: it stops at the first mistake, accepts abbreviations in places, and does
 not name the nearest option.
@@ -8,138 +8,101 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from s2s_scale.errors import UserError, did_you_mean
-from s2s_scale.settings.commands import Verb, verbs
+from s2s_scale.settings.commands import Command, all_commands
 from s2s_scale.settings.options import Option
-from s2s_scale.settings.parsing import FALSE_WORDS, NONE_WORDS, TRUE_WORDS, expected, from_words
+from s2s_scale.settings.parsing import (
+    ALONE,
+    BOOLS,
+    COMMAND_LINE,
+    NONE_WORDS,
+    Entry,
+    convert_entries,
+)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ParsedLine:
-    """What a command line gave: typed values by option name, what stood alone, the problems."""
+    """What a command line gave: typed values by option name, the positional, the problems."""
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any]
+    positional: str | None
+    problems: list[str]
+
+
+def parse_line(command: Command, argv: Sequence[str]) -> ParsedLine:
+    """Parse what follows the command's name. Flags may be written with dashes or underscores."""
+    options = command.options_by_name()
+    entries: list[Entry] = []
+    problems: list[str] = []
     positional: str | None = None
-    problems: list[str] = field(default_factory=list)
-
-
-def parse_line(verb: Verb, words: Sequence[str]) -> ParsedLine:
-    """Parse the words that follow the verb. Flags may be written with dashes or underscores."""
-    return _Parser(verb).parse(words)
-
-
-def unknown_option(name: str, *, verb: Verb, written: str) -> str:
-    """The problem for an option that the verb lacks; ``written`` is how the user wrote it."""
-    known = {entry.name for entry in verb.options()}
-    near = did_you_mean(written, [("--" if written[:2] == "--" else "") + k for k in sorted(known)])
-    owners = [
-        other.name
-        for other in verbs().values()
-        if any(name in (entry.name, *entry.aliases) for entry in other.options())
-    ]
-    what = "option" if written.startswith("--") else "setting"
-    if owners:
-        return f"'{written}' is no {what} of {verb.name}, but of {', '.join(owners)}{near}"
-    return f"unknown {what} '{written}'{near or f'; s2s-scale {verb.name} --help lists them'}"
-
-
-class _Parser:
-    """State of one parse: the verb's flags by name and the words that are still to come."""
-
-    def __init__(self, verb: Verb) -> None:
-        self.verb = verb
-        self.flags = {
-            name: entry for entry in verb.options() for name in (entry.name, *entry.aliases)
-        }
-        self.rest: list[str] = []
-        self.line = ParsedLine()
-        self.written: dict[str, str] = {}
-
-    def parse(self, words: Sequence[str]) -> ParsedLine:
-        self.rest = list(words)
-        while self.rest:
-            word = self.rest.pop(0)
-            if _is_flag(word):
-                self._flag(word)
+    rest = list(argv)
+    while rest:
+        label, equals, text = (word := rest.pop(0)).partition("=")
+        following = next((i for i, word in enumerate(rest) if _is_flag(word)), len(rest))
+        name = label[2:].replace("-", "_")
+        option = options.get(name)
+        if not _is_flag(word):
+            if command.positional is None:
+                problems.append(f"unexpected '{word}': expected a flag such as --output_dir")
+            elif positional is None:
+                positional = word
             else:
-                self._alone(word)
-        return self.line
-
-    def _alone(self, word: str) -> None:
-        """A word that belongs to no flag: the settings file or name, or a mistake."""
-        takes = self.verb.positional
-        if takes and self.line.positional is None:
-            self.line.positional = word
-        elif takes:
-            self.line.problems.append(
-                f"unexpected '{word}': {self.verb.name} takes one {takes}, and that is "
-                f"'{self.line.positional}'"
-            )
+                problems.append(
+                    f"unexpected '{word}': {command.name} takes one {command.positional}, and "
+                    f"that is '{positional}'"
+                )
+            continue
+        negated = options.get(name[3:]) if name.startswith("no_") and not equals else None
+        if option is None and negated is not None and negated.is_bool:
+            entries.append(Entry(negated.name, label, "false", COMMAND_LINE))
+            continue
+        if equals:
+            values = [text]
         else:
-            self.line.problems.append(f"unexpected '{word}': expected a flag such as --output_dir")
+            takes_all = option is None or option.is_list
+            values = rest[: following if takes_all else min(following, 1)]
+            # A flag that may stand alone before the settings file leaves that to be the positional.
+            if option is not None and option.const is not None and values:
+                is_value = option.is_bool and values[0].lower() in (*BOOLS, *NONE_WORDS)
+                path = Path(values[0])
+                is_file = path.suffix in (".yaml", ".yml") or path.is_file()
+                if command.positional and positional is None and is_file and not is_value:
+                    values = []
+            del rest[: len(values)]
+        written = ALONE if not values else values[0] if len(values) == 1 else values
+        entries.append(Entry(name, label, written, COMMAND_LINE))
 
-    def _flag(self, word: str) -> None:
-        """A flag with its values, however it is written."""
-        written, equals, value = word.partition("=")
-        name = written[2:].replace("-", "_")
-        entry = self.flags.get(name)
-        if entry is None and name.startswith("no_") and not equals:
-            entry = self.flags.get(name[3:])
-            if entry is not None and entry.is_bool:
-                return self._store(entry, written, False)
-            entry = None
-        if entry is None:
-            self._take_words()
-            self.line.problems.append(unknown_option(name, verb=self.verb, written=written))
-            return None
-        words = [value] if equals else self._values_of(entry)
-        if not words and entry.bare is not None and not equals:
-            return self._store(entry, written, entry.bare)
-        if not words:
-            self.line.problems.append(f"{written}: expected {expected(entry)}, got nothing")
-            return None
-        try:
-            return self._store(entry, written, from_words(entry, words))
-        except UserError as error:
-            self.line.problems.append(f"{written}: {error}")
-        return None
+    found, wrong = convert_entries(entries, lambda entry: find_option(command, entry))
+    return ParsedLine({k: value for k, (value, _) in found.items()}, positional, problems + wrong)
 
-    def _store(self, entry: Option, written: str, value: Any) -> None:
-        if entry.name in self.line.values and self.line.values[entry.name] != value:
-            self.line.problems.append(
-                f"{written}: given twice, as {self.line.values[entry.name]!r} "
-                f"({self.written[entry.name]}) and {value!r}; keep one"
-            )
-            return
-        self.line.values[entry.name] = value
-        self.written[entry.name] = written
 
-    def _values_of(self, entry: Option) -> list[str]:
-        """Take the words that belong to ``entry`` from those to come."""
-        if entry.is_list:
-            return self._take_words()
-        if not self.rest or _is_flag(self.rest[0]):
-            return []
-        if entry.bare is not None and self._stands_alone(entry, self.rest[0]):
-            return []
-        return [self.rest.pop(0)]
+def find_option(command: Command, entry: Entry) -> Option:
+    """The option of the command that an entry names.
 
-    def _stands_alone(self, entry: Option, word: str) -> bool:
-        """Whether ``word`` after a flag that may stand alone is the settings file, not a value."""
-        if entry.is_bool and word.lower() in (*TRUE_WORDS, *FALSE_WORDS, *NONE_WORDS):
-            return False
-        free = self.verb.positional is not None and self.line.positional is None
-        return free and (Path(word).suffix in (".yaml", ".yml") or Path(word).is_file())
-
-    def _take_words(self) -> list[str]:
-        """Take all words up to the next flag."""
-        count = next((i for i, w in enumerate(self.rest) if _is_flag(w)), len(self.rest))
-        taken, self.rest = self.rest[:count], self.rest[count:]
-        return taken
+    Raises:
+        UserError: it has none of that name; says which commands have, and which name is near.
+    """
+    options = command.options_by_name()
+    if entry.name in options:
+        return options[entry.name]
+    is_flag = entry.label.startswith("--")
+    what, dashes = ("option", "--") if is_flag else ("setting", "")
+    names = sorted({option.name for option in options.values()})
+    near = did_you_mean(entry.label, [dashes + name for name in names])
+    table = all_commands().values()
+    owners = [other.name for other in table if entry.name in other.options_by_name()]
+    if owners:
+        raise UserError(
+            f"'{entry.label}' is not a{'n' * is_flag} {what} of {command.name}, but of "
+            f"{', '.join(owners)}{near}"
+        )
+    hint = near or f"; s2s-scale {command.name} --help lists them"
+    raise UserError(f"unknown {what} '{entry.label}'{hint}")
 
 
 def _is_flag(word: str) -> bool:

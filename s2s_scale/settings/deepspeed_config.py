@@ -1,4 +1,4 @@
-"""What a DeepSpeed configuration says, and where it contradicts the training flags.
+"""Reads DeepSpeed configurations, and finds where they contradict the training flags.
 
 Imports no DeepSpeed: the launcher checks a configuration before anything is started.
 """
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from s2s_scale.config import SCHEDULES
 from s2s_scale.errors import UserError
 
 AUTO = "auto"
@@ -46,24 +47,23 @@ DEFAULTS: dict[str, Any] = {
     "optim": "adamw_torch_fused",
     "lr_scheduler_type": "linear",
 }
-OLD_NAMES = {"lr_scheduler": "lr_scheduler_type"}
-# Type of DeepSpeed's schedule -> ours that is the same.
-SCHEDULES = {"WarmupDecayLR": "linear", "WarmupLR": "constant_with_warmup"}
+# Type of DeepSpeed's schedule -> the same one in transformers.
+SAME_SCHEDULES = {"WarmupDecayLR": "linear", "WarmupLR": "constant_with_warmup"}
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration in a JSON file.
 
     Raises:
-        UserError: unreadable; not valid JSON, with line and column; a ZeRO stage that is none.
+        UserError: unreadable; not valid JSON, with line and column; an invalid ZeRO stage.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a DeepSpeed configuration") from error
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}; mend it there"
+            f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}; correct it there"
         ) from error
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
@@ -77,7 +77,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
@@ -92,15 +92,15 @@ def zero_stage(config: Mapping[str, Any]) -> int:
 
 
 def offloads_optimizer(config: Mapping[str, Any]) -> bool:
-    """Whether optimizer state lies in host memory."""
+    """Whether optimizer state is kept in host memory."""
     zero = config.get("zero_optimization") or {}
     return dict(zero.get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def update_can_wait(config: Mapping[str, Any]) -> bool:
-    """Whether the update is that of plain ZeRO, which can be put off until it is looked at.
+    """Whether the update is that of plain ZeRO, which can wait until the gradients are checked.
 
-    Others make it in pieces while the backward pass runs, or by an optimizer of their own.
+    Others update in pieces during the backward pass, or by an optimizer of their own.
     """
     zero, stage = dict(config.get("zero_optimization") or {}), zero_stage(config)
     offload, data_types = zero.get("offload_optimizer") or {}, config.get("data_types") or {}
@@ -110,9 +110,9 @@ def update_can_wait(config: Mapping[str, Any]) -> bool:
 
 
 def without_sections_of_flags(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without ``optimizer`` and ``scheduler``: the flags make those.
+    """The configuration without ``optimizer`` and ``scheduler``, which are built from the flags.
 
-    ``contradictions`` has made sure that they say the same.
+    ``contradictions`` has made sure that both agree.
     """
     kept = {name: copy.deepcopy(value) for name, value in config.items()}
     kept.pop("optimizer", None)
@@ -131,76 +131,55 @@ def contradictions(
         values: training arguments that were given; others have their defaults.
         world_size: number of processes, if it is known; ``train_batch_size`` depends on it.
     """
-    flags = {**DEFAULTS, **{old: values[old] for old in values if values[old] is not None}}
-    for old, modern in OLD_NAMES.items():
-        flags[modern] = flags.get(old, flags[modern])
-    pairs = [
+    flags = {**DEFAULTS, **{name: value for name, value in values.items() if value is not None}}
+    schedule = _plain(flags.get("lr_scheduler", flags["lr_scheduler_type"]))
+    schedule = SCHEDULES.get(schedule, schedule)
+    optim, stage = _plain(flags["optim"]), zero_stage(config)
+    if stage and (flags.get("adafactor") or optim == "adafactor"):
+        return [
+            f"--adafactor (--optim adafactor): ZeRO {stage} keeps flat pieces of the parameters, "
+            "but Adafactor needs whole matrices, so its results would differ; use --optim "
+            "adamw_torch, or a profile such as cpu-oss or gpu-oss"
+        ]
+    # (key in the configuration, its value, flags, their value)
+    pairs: list[tuple[str, Any, str, Any]] = [
         (key, _lookup(config, key), f"--{name}", flags[name]) for key, name in SAME_AS_FLAG.items()
     ]
-    pairs += _of_optimizer(config, flags) + _of_schedule(config, flags)
-    uses_adafactor = flags.get("adafactor") or _plain(flags["optim"]) == "adafactor"
-    if uses_adafactor and zero_stage(config):
-        return [
-            f"--adafactor (--optim adafactor): ZeRO {zero_stage(config)} keeps flat pieces of the "
-            "parameters, and Adafactor needs whole matrices: its numbers would be others; use "
-            "--optim adamw_torch, or a profile such as cpu-oss or gpu-oss"
+    kind = _lookup(config, "optimizer.type")
+    if kind is not None:
+        same = str(kind).lower() in ("adam", "adamw") and optim.startswith("adamw")
+        betas = _lookup(config, "optimizer.params.betas")
+        flag_betas = [flags["adam_beta1"], flags["adam_beta2"]]
+        pairs += [
+            ("optimizer.type", None if same else kind, "--optim", optim),
+            ("optimizer.params.betas", betas, "--adam_beta1 and --adam_beta2", flag_betas),
+        ]
+    kind = _lookup(config, "scheduler.type")
+    if kind is not None:
+        # DeepSpeed's warm-up is logarithmic unless the type says otherwise; ours is linear.
+        linear = _lookup(config, "scheduler.params.warmup_type") == "linear"
+        same = SAME_SCHEDULES.get(str(kind)) == schedule
+        same = same and (linear or not float(flags["warmup_steps"]))
+        shown = kind if linear else f"{kind} with a logarithmic warm-up"
+        start = _lookup(config, "scheduler.params.warmup_min_lr")
+        pairs += [
+            ("scheduler.type", None if same else shown, "--lr_scheduler", schedule),
+            ("scheduler.params.warmup_min_lr", start, "the start of every schedule's warm-up", 0),
         ]
     if world_size is not None:
-        pairs.append(_of_batch_size(config, flags, world_size))
+        rows = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"]
+        given = "--per_device_train_batch_size x --gradient_accumulation_steps x processes"
+        pairs.append(("train_batch_size", config.get("train_batch_size"), given, rows * world_size))
     return [
-        f'{key} is {value}, but {flag} is {other}; write "auto" there or leave it '
-        "out, or change the flag"
+        f'{key} is {value}, but {flag} is {other}; write "auto" there or leave it out, or change '
+        "the flag"
         for key, value, flag, other in pairs
         if value not in (None, AUTO) and not _same(value, other)
     ]
 
 
-Pair = tuple[str, Any, str, Any]
-"""Key and value in the configuration, flag and value among the training arguments."""
-
-
-def _of_optimizer(config: Mapping[str, Any], flags: Mapping[str, Any]) -> list[Pair]:
-    kind = _lookup(config, "optimizer.type")
-    if kind is None:
-        return []
-    same = str(kind).lower() in ("adam", "adamw") and _plain(flags["optim"]).startswith("adamw")
-    betas = [flags["adam_beta1"], flags["adam_beta2"]]
-    return [
-        ("optimizer.type", None if same else kind, "--optim", _plain(flags["optim"])),
-        (
-            "optimizer.params.betas",
-            _lookup(config, "optimizer.params.betas"),
-            "--adam_beta1 and --adam_beta2",
-            betas,
-        ),
-    ]
-
-
-def _of_schedule(config: Mapping[str, Any], flags: Mapping[str, Any]) -> list[Pair]:
-    kind = _lookup(config, "scheduler.type")
-    if kind is None:
-        return []
-    ours = _plain(flags["lr_scheduler_type"])
-    # DeepSpeed warms up along a logarithm unless it is told otherwise; ours is a straight line.
-    straight = _lookup(config, "scheduler.params.warmup_type") == "linear"
-    steps = float(flags["warmup_steps"])
-    same = SCHEDULES.get(str(kind)) == ours and (straight or not steps)
-    shown = kind if straight else f"{kind} with a logarithmic warm-up"
-    lowest = _lookup(config, "scheduler.params.warmup_min_lr")
-    return [
-        ("scheduler.type", None if same else shown, "--lr_scheduler", ours),
-        ("scheduler.params.warmup_min_lr", lowest, "the start of every schedule's warm-up", 0),
-    ]
-
-
-def _of_batch_size(config: Mapping[str, Any], flags: Mapping[str, Any], world_size: int) -> Pair:
-    rows = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"] * world_size
-    given = "--per_device_train_batch_size x --gradient_accumulation_steps x processes"
-    return "train_batch_size", config.get("train_batch_size"), given, rows
-
-
 def _plain(choice: Any) -> str:
-    """A choice as it is written; transformers keeps its own as enum members."""
+    """A choice as text; transformers keeps its own as enum members."""
     return str(getattr(choice, "value", choice))
 
 

@@ -1,47 +1,60 @@
-"""Every option by name, type, default and help. Imports neither torch nor transformers.
+"""Every option with its name, type, default and help. Imports neither torch nor transformers.
 
-Options of transformers come from the *source* of the installed version, read with ``ast``:
-importing it takes seconds, which is too long for ``--help`` and for finding a mistyped flag. The
-section comments of that source (``# --- Optimizer ---``) give the groups in ``--help``.
+Options of ours are the fields of dataclasses made with ``config.setting``. Those of transformers
+come from a table per version of it (``transformers-VERSION.json`` beside this file, written by
+``transformers_options``): importing transformers takes seconds, which is too long for ``--help``
+and for finding a mistyped flag.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
+import enum
 import functools
-import importlib.machinery
-import re
+import json
+import os
+import sys
+import types
+import typing
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from s2s_scale.config import SCHEDULES, DataArguments, ModelArguments, TrainingExtras
+from s2s_scale.config import SCHEDULES, Help, TrainingExtras
 from s2s_scale.errors import UserError
 
-SCALAR_KINDS = ("int", "float", "bool", "str")
-
-# Settings of transformers that only exist as Python objects, so they have no written form.
-PYTHON_ONLY = ("parallelism_config",)
-
-LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
-
-# Sections of transformers' source that belong with a group of ours.
-SECTION_GROUPS = {
-    "Output": "output",
-    "Training Duration and Batch Size": "training",
-    "Learning Rate & Scheduler": "learning rate",
-    "Optimizer": "optimizer",
-    "External Script Flags": "what runs",
+GROUPS = {
+    "output": "output_dir",
+    "training": "per_device_train_batch_size num_train_epochs max_steps "
+    "gradient_accumulation_steps",
+    "learning rate": "learning_rate lr_* warmup_*",
+    "optimizer": "optim optim_* weight_decay adam_*",
+    "regularization and stability": "average_tokens_across_devices max_grad_norm",
+    "loss": "label_smoothing_factor",
+    "mixed precision": "bf16* fp16* tf32",
+    "activation checkpointing": "activation_checkpointing* gradient_checkpointing*",
+    "compilation and kernels": "torch_compile* *liger_kernel*",
+    "memory and noise": "use_cache neftune_noise_alpha torch_empty_cache_steps "
+    "auto_find_batch_size",
+    "batching": "sortish_sampler train_sampling_strategy length_column_name dataloader_drop_last",
+    "generation": "predict_with_generate generation_*",
+    "what runs": "do_* resume_from_checkpoint local_rank",
+    "evaluation": "eval_* per_device_eval_batch_size prediction_loss_only",
+    "metrics": "include_for_metrics batch_eval_metrics",
+    "checkpoints": "save_* enable_jit_checkpoint load_best_model_at_end metric_for_best_model "
+    "greater_is_better ignore_data_skip restore_callback_states_from_checkpoint",
+    "logging": "log_* logging_* include_num_input_tokens_seen disable_tqdm",
+    "experiment tracking": "report_to run_name project trackio_*",
+    "hub integration": "push_to_hub hub_*",
+    "reproducibility": "full_determinism seed data_seed",
+    "data loader": "dataloader_* remove_unused_columns label_names",
+    "devices and processes": "use_cpu accelerator_config ddp_* fsdp* deepspeed",
+    "debugging": "debug skip_memory_metrics",
 }
-GROUP_OVERRIDES = {
-    "sortish_sampler": "batching",
-    "train_sampling_strategy": "batching",
-    "length_column_name": "batching",
-    "dataloader_drop_last": "batching",
-    "gradient_accumulation_steps": "training",
-    "label_smoothing_factor": "loss",
-}
+"""Group in ``--help`` -> names of transformers' settings in it, or patterns of names. The first
+that matches counts; names that none matches are in the group ``other``."""
+
 # Where our own use of an option says more than transformers' text.
 HELP_OVERRIDES = {
     "output_dir": "Folder for checkpoints, the trained model, results and the report.",
@@ -49,16 +62,14 @@ HELP_OVERRIDES = {
     "do_eval": "After training, evaluate on the validation split (val_results.json).",
     "do_predict": "After training, evaluate on the test split (test_results.json).",
     "resume_from_checkpoint": (
-        "Go on from this checkpoint folder; 'latest': the newest one; 'auto': likewise, or from "
-        "the beginning where there is none."
+        "Resume from this checkpoint folder; 'latest': from the newest one; 'auto': likewise, or "
+        "start from the beginning if there is none."
     ),
     "sortish_sampler": "Old name of --batching sortish.",
-    "deepspeed": "DeepSpeed configuration in place of the profile's: a name in ds_configs/, such "
-    "as zero2, or the path of a JSON file.",
-    "predict_with_generate": "Generate text in evaluation and compute --metrics from it.",
+    "deepspeed": "DeepSpeed configuration to use instead of the profile's: a name in ds_configs/, "
+    "such as zero2, or the path of a JSON file.",
+    "predict_with_generate": "Generate text during evaluation and compute --metrics from it.",
 }
-# A configuration is named, so that every message about it can say where it stands.
-TYPE_OVERRIDES = {"deepspeed": "str"}
 
 
 @dataclass(frozen=True)
@@ -66,8 +77,9 @@ class Option:
     """One setting that the command line and a YAML file accept.
 
     ``type`` is one of int, float, bool, str, dict, list[int|float|str], or several of them
-    joined by ``|``. ``bare`` is the value of the flag given alone, None if it needs a value.
-    ``values`` holds what may be written; ``choices`` None means anything of the type.
+    joined by ``|``. ``const`` is the value of the flag without a value, None if it needs one.
+    ``choices`` are the texts that may be given, None if any value of the type may. ``least`` is
+    the smallest number that may be given.
     """
 
     name: str
@@ -77,9 +89,10 @@ class Option:
     group: str
     choices: tuple[str, ...] | None = None
     optional: bool = False
-    bare: Any = None
+    const: Any = None
     aliases: tuple[str, ...] = ()
     required: bool = False
+    least: int | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -102,212 +115,126 @@ class Option:
         return next(kind[5:-1] for kind in self.kinds if kind.startswith("list["))
 
 
-def option(name: str, type: str, default: Any, group: str, help: str, **more: Any) -> Option:
-    """An option of a verb itself; ``bare`` is True for booleans."""
-    kinds = type.split("|")
-    more.setdefault("bare", True if "bool" in kinds else None)
-    more.setdefault("optional", default is None)
-    return Option(name=name, type=type, default=default, group=group, help=help, **more)
+def describe_field(entry: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    """Name, type, default, choices, optional and const of a dataclass field, as for ``Option``.
 
-
-def transformers_folder() -> Path:
-    """Folder of the installed transformers, found without importing it.
-
-    Raises:
-        UserError: transformers is not installed.
+    ``hint`` is the field's evaluated annotation. Enums, paths and configuration objects are
+    written as text; the values of an enum are the choices.
     """
-    spec = importlib.machinery.PathFinder.find_spec("transformers")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("transformers is not installed here; install it: pip install transformers")
-    return Path(next(iter(spec.submodule_search_locations)))
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds: list[str] = []
+    choices = entry.metadata.get("choices")
+    for part in typing.get_args(hint) if union else (hint,):
+        origin = typing.get_origin(part) or part
+        if part is type(None):
+            continue
+        if origin is list:
+            (item,) = typing.get_args(part)
+            kinds.append(f"list[{item.__name__ if item in (int, float, bool) else 'str'}]")
+        elif origin in (int, float, bool, dict):
+            kinds.append(origin.__name__)
+        elif origin is typing.Literal:
+            kinds += [type(value).__name__ for value in typing.get_args(part)]
+        else:
+            kinds.append("str")
+            if choices is None and isinstance(part, type) and issubclass(part, enum.Enum):
+                choices = [member.value for member in part]
+    default = entry.default
+    if default is dataclasses.MISSING:
+        factory = entry.default_factory
+        default = None if factory is dataclasses.MISSING else factory()
+    return {
+        "name": entry.name,
+        "type": "|".join(dict.fromkeys(kinds)),
+        "default": default.value if isinstance(default, enum.Enum) else default,
+        "choices": None if choices is None else tuple(choices),
+        "optional": default is None or type(None) in typing.get_args(hint),
+        "const": True if "bool" in kinds else entry.metadata.get("const"),
+    }
+
+
+@functools.cache
+def options_of(cls: type) -> list[Option]:
+    """The options that a dataclass of ours describes: its fields made by ``config.setting``."""
+    hints = typing.get_type_hints(cls)
+    return [
+        Option(
+            **describe_field(entry, hints[entry.name]),
+            help=text,
+            group=text.group,
+            aliases=text.aliases,
+            required=text.required,
+            least=text.least,
+        )
+        for entry in dataclasses.fields(cls)
+        if isinstance(text := entry.metadata.get("help"), Help)
+    ]
 
 
 @functools.cache
 def training_options() -> list[Option]:
     """All training options: transformers' own, seq2seq's, and those of ``TrainingExtras``.
 
-    A name that occurs in several of them keeps one entry, that of the last.
+    A name that occurs in both keeps one entry, ours.
+
+    Raises:
+        UserError: transformers is not installed, or its settings cannot be read.
     """
-    folder = transformers_folder()
-    base = (folder / "training_args.py").read_text(encoding="utf-8")
-    seq2seq = (folder / "training_args_seq2seq.py").read_text(encoding="utf-8")
-    enums = _enum_values(base) | _enum_values(
-        (folder / "trainer_utils.py").read_text(encoding="utf-8")
-    )
-    found = _source_options(base, "TrainingArguments", enums=enums, first_group="output")
-    found += _source_options(
-        seq2seq, "Seq2SeqTrainingArguments", enums=enums, first_group="generation"
-    )
-    by_name = {entry.name: entry for entry in found + _class_options(TrainingExtras)}
+    from s2s_scale.utils import package_version  # importlib.metadata would slow down every start
+
+    by_name: dict[str, Option] = {}
+    for fields in transformers_table(package_version("transformers")):
+        name = fields["name"]
+        choices = fields["choices"] and tuple(fields["choices"])
+        if name == "lr_scheduler_type":
+            choices = tuple(dict.fromkeys((*SCHEDULES, *choices)))
+        elif name == "deepspeed":  # the file is named, so that messages about it can say where
+            fields = {**fields, "type": "str"}
+        groups = (
+            group
+            for group, patterns in GROUPS.items()
+            if any(fnmatchcase(name, pattern) for pattern in patterns.split())
+        )
+        by_name[name] = Option(
+            **{
+                **fields,
+                "choices": choices,
+                "help": HELP_OVERRIDES.get(name, fields["help"]),
+                "group": next(groups, "other"),
+            }
+        )
+    by_name |= {entry.name: entry for entry in options_of(TrainingExtras)}
     return list(by_name.values())
 
 
-@functools.cache
-def model_options() -> list[Option]:
-    """The options of ``ModelArguments``; ``--model`` is a short name of the model's path."""
-    return [
-        dataclasses.replace(entry, aliases=("model",))
-        if entry.name == "model_name_or_path"
-        else entry
-        for entry in _class_options(ModelArguments)
-    ]
+def transformers_table(version: str | None) -> list[dict[str, Any]]:
+    """The settings of transformers' seq2seq training arguments, one dict per field.
 
+    Read from the table of this version. Where the package has none, a child process imports
+    transformers, because here the import would come before the profile's environment is set.
 
-@functools.cache
-def data_options() -> list[Option]:
-    """The options of ``DataArguments``."""
-    return _class_options(DataArguments)
+    Raises:
+        UserError: transformers is not installed, or cannot be imported.
+    """
+    if version is None:
+        raise UserError("transformers is not installed here; install it: pip install transformers")
+    table = Path(__file__).with_name(f"transformers-{version}.json")
+    if table.is_file():
+        text = table.read_text(encoding="utf-8")
+    else:
+        import subprocess
 
-
-def _class_options(cls: type) -> list[Option]:
-    """Options of a dataclass of ours, whose annotations are text and metadata complete."""
-    result = []
-    for entry in dataclasses.fields(cls):
-        default = (
-            entry.default
-            if entry.default_factory is dataclasses.MISSING
-            else entry.default_factory()
+        quiet = {"USE_TORCH_XLA": "0", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        here = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, "-m", "s2s_scale.settings.transformers_options"],
+            env={**os.environ, **quiet, "PYTHONPATH": here.rstrip(os.pathsep)},
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        kinds, optional, _ = _read_annotation(str(entry.type), {})
-        result.append(
-            Option(
-                name=entry.name,
-                type="|".join(kinds),
-                default=default,
-                help=entry.metadata["help"],
-                group=entry.metadata["help"].group,
-                choices=entry.metadata.get("choices"),
-                optional=optional,
-                bare=True if "bool" in kinds else None,
-            )
-        )
-    return result
-
-
-def _source_options(
-    source: str, class_name: str, *, enums: dict[str, tuple[str, ...]], first_group: str
-) -> list[Option]:
-    """The fields of a dataclass in ``source``, grouped by its section comments."""
-    body = next(
-        node.body
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name == class_name
-    )
-    sections = [
-        (number, match.group(1))
-        for number, line in enumerate(source.splitlines(), start=1)
-        if (match := re.match(r"    # -+ (\w.*?) -+$", line))
-    ]
-    result = []
-    for node in body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        if not isinstance(node.value, ast.Call) or node.target.id in PYTHON_ONLY:
-            continue
-        section = next((text for line, text in reversed(sections) if line < node.lineno), None)
-        group = SECTION_GROUPS.get(section, section.lower()) if section else first_group
-        result.append(_source_option(node, body, enums=enums, group=group))
-    return result
-
-
-def _source_option(
-    node: ast.AnnAssign, body: list[ast.stmt], *, enums: dict[str, tuple[str, ...]], group: str
-) -> Option:
-    """One field ``name: annotation = field(default=…, metadata={…})``."""
-    assert isinstance(node.target, ast.Name)
-    assert isinstance(node.value, ast.Call)
-    name = node.target.id
-    keywords = {keyword.arg: keyword.value for keyword in node.value.keywords}
-    metadata = _literal_dict(keywords.get("metadata"))
-    kinds, optional, choices = _read_annotation(ast.unparse(node.annotation), enums)
-    if "choices" in metadata:
-        choices = tuple(metadata["choices"])
-    elif name.startswith("log_level"):
-        choices = LOG_LEVELS  # written there as the keys of a dict made at run time
-    elif name == "lr_scheduler_type":
-        choices = tuple(dict.fromkeys(SCHEDULES + (choices or ())))
-    default = _default(keywords, body)
-    return Option(
-        name=name,
-        type=TYPE_OVERRIDES.get(name, "|".join(kinds)),
-        default=default,
-        help=HELP_OVERRIDES.get(name, str(metadata.get("help", "")).replace("%%", "%")),
-        group=GROUP_OVERRIDES.get(name, group),
-        choices=choices,
-        optional=optional or default is None,
-        bare=True if "bool" in kinds else metadata.get("const"),
-    )
-
-
-def _default(keywords: dict[str | None, ast.expr], body: list[ast.stmt]) -> Any:
-    """A field's default. A name (``default_optim``) stands for the last text given to it."""
-    if "default" not in keywords:
-        factory = keywords.get("default_factory")
-        return [] if isinstance(factory, ast.Name) and factory.id == "list" else None
-    value = keywords["default"]
-    if not isinstance(value, ast.Name):
-        return ast.literal_eval(value)
-    given = [
-        node.value
-        for statement in body
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Assign)
-        and any(isinstance(target, ast.Name) and target.id == value.id for target in node.targets)
-    ]
-    return ast.literal_eval(given[-1])
-
-
-def _literal_dict(node: ast.expr | None) -> dict[str, Any]:
-    """The entries of a dict literal whose values are literals; others are left out."""
-    if not isinstance(node, ast.Dict):
-        return {}
-    result = {}
-    for key, value in zip(node.keys, node.values, strict=True):
-        try:
-            result[ast.literal_eval(key)] = ast.literal_eval(value)  # type: ignore[arg-type]
-        except ValueError:
-            continue  # an expression such as trainer_log_levels.keys()
-    return result
-
-
-def _read_annotation(
-    text: str, enums: dict[str, tuple[str, ...]]
-) -> tuple[list[str], bool, tuple[str, ...] | None]:
-    """``"SchedulerType | str | None"`` -> (kinds, whether None is allowed, values of the enum)."""
-    optional_of = re.fullmatch(r"Optional\[(.*)\]", text)
-    parts = [part.strip() for part in (optional_of.group(1) if optional_of else text).split("|")]
-    kinds: list[str] = []
-    choices = None
-    for part in parts:
-        if part == "None":
-            continue
-        kind = _kind_of(part)
-        choices = enums.get(part, choices)
-        if kind not in kinds:
-            kinds.append(kind)
-    return kinds, optional_of is not None or "None" in parts, choices
-
-
-def _kind_of(annotation: str) -> str:
-    """The kind of one alternative; enums, paths and config objects are written as text."""
-    if annotation in SCALAR_KINDS:
-        return annotation
-    if annotation.startswith("dict"):
-        return "dict"
-    if annotation == "Literal[False]":
-        return "bool"
-    items = re.fullmatch(r"list\[(.*)\]", annotation)
-    if items:
-        return f"list[{items.group(1) if items.group(1) in SCALAR_KINDS else 'str'}]"
-    return "str"
-
-
-def _enum_values(source: str) -> dict[str, tuple[str, ...]]:
-    """The values of each ``class X(ExplicitEnum)`` in ``source``."""
-    classes = re.findall(
-        r"^class (\w+)\(ExplicitEnum\):\n((?:[ \t]+.*\n|\n)+)", source, flags=re.MULTILINE
-    )
-    return {
-        name: tuple(re.findall(r'^    [A-Z0-9_]+ = "([^"]*)"', body, flags=re.MULTILINE))
-        for name, body in classes
-    }
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"transformers {version}: cannot be imported: {reason}; reinstall it")
+        text = done.stdout
+    return list(json.loads(text))

@@ -1,28 +1,31 @@
-"""Written values into typed ones: words of a command line and nodes of a YAML file.
+"""What was written, on the command line and in YAML files, into typed values.
 
-YAML nodes are converted by the option's type and not by YAML's own rules, because those read
-``3e-4`` as text and ``no``, a value of several options, as false.
-
-YAML files as entries that remember their lines, so that errors can name them.
+There is one conversion for both: an ``Entry`` holds a name and its text, and ``convert_entries``
+makes typed values of all entries and collects every problem. YAML scalars are converted by the
+option's type and not by YAML's own rules, because those read ``3e-4`` as text and ``no``, a value
+of several options, as false.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from s2s_scale.errors import UserError, did_you_mean
+from s2s_scale.errors import UserError, did_you_mean, raise_problems
 from s2s_scale.settings.options import Option
 
 if TYPE_CHECKING:
     import yaml
 
-
-TRUE_WORDS = ("true", "yes", "on", "1")
-FALSE_WORDS = ("false", "no", "off", "0")
+COMMAND_LINE = "command line"
+ALONE = object()
+"""What is written for a flag without a value."""
+BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(
+    ("false", "no", "off", "0"), False
+)
 NONE_WORDS = ("none", "null")
 EXPECTED = {
     "int": "a whole number",
@@ -33,72 +36,149 @@ EXPECTED = {
 }
 
 
+class Entry(NamedTuple):
+    """A name with what was written for it.
+
+    ``name`` has underscores; ``label`` is the name as it was written, such as ``--max-steps``.
+    ``written`` is a text, a list of texts, a YAML mapping, None (YAML's null) or ``ALONE``.
+    ``place`` is ``file:line``, or ``COMMAND_LINE``.
+    """
+
+    name: str
+    label: str
+    written: Any
+    place: str
+
+
+def convert_entries(
+    entries: Iterable[Entry], find: Callable[[Entry], Option], *, within: str = ""
+) -> tuple[dict[str, tuple[Any, str]], list[str]]:
+    """Option's name -> (typed value, place), and the problems of all entries.
+
+    ``find`` gives the option of an entry, or raises ``UserError`` if its name is unknown.
+    ``within`` follows the place in problems, such as ``arguments: ``.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    labels: dict[str, str] = {}
+    problems: list[str] = []
+    for entry in entries:
+        where = ("" if entry.place == COMMAND_LINE else f"{entry.place}: ") + within
+        try:
+            name = (option := find(entry)).name
+            where += f"{entry.label}: "
+            value = convert(option, entry.written)
+        except UserError as error:
+            problems += [where + problem for problem in error.problems]
+            continue
+        if name in found and found[name][0] != value:
+            problems.append(
+                f"{where}given twice, as {found[name][0]!r} ({labels[name]}) and {value!r}; "
+                "keep one"
+            )
+        else:
+            found[name] = (value, entry.place)
+            labels[name] = entry.label
+    return found, problems
+
+
+def convert(option: Option, written: Any) -> Any:
+    """The typed value of what was written for an option, as in ``Entry``.
+
+    Raises:
+        UserError: "expected …, got '…'", one problem for each item of a list, without the
+            option's name, which the caller puts first.
+    """
+    if written is ALONE and option.const is not None:
+        return option.const
+    if written is None and option.optional:
+        return None
+    if written is None or written is ALONE:
+        raise UserError(f"expected {expected(option)}, got nothing")
+    if isinstance(written, list):
+        if not option.is_list:
+            raise UserError(f"expected {expected(option)}, got a list")
+        values: list[Any] = []
+        problems: list[str] = []
+        for item in written:
+            try:
+                if not isinstance(item, str):
+                    raise UserError(f"expected {expected(option)}, got a list within a list")
+                values.append(_convert_text(option, (option.item_kind,), item))
+            except UserError as error:
+                problems += error.problems
+        raise_problems(problems)
+        return values
+    if not isinstance(written, str):
+        if "dict" not in option.kinds:
+            raise UserError(f"expected {expected(option)}, got a mapping of names to values")
+        return plain(written)
+    if option.is_list and "str" not in option.kinds:
+        return [_convert_text(option, (option.item_kind,), written)]
+    # 'none' is a text like any other where text is allowed, such as for --report_to.
+    if option.optional and "str" not in option.kinds and written.lower() in NONE_WORDS:
+        return None
+    return _convert_text(option, option.kinds, written)
+
+
 def expected(option: Option) -> str:
     """What an option takes, in words, such as ``a whole number``."""
     if option.choices:
         return f"one of: {', '.join(option.choices)}"
     # Text is the way in which a dict is written, so 'dict|str' is a dict to the reader.
     kinds = [kind for kind in option.kinds if not (kind == "str" and "dict" in option.kinds)]
-    words = [
+    return " or ".join(
         f"a list of {kind[5:-1]} values" if kind.startswith("list[") else EXPECTED[kind]
         for kind in kinds
-    ]
-    return " or ".join(words)
+    )
 
 
-def from_words(option: Option, words: Sequence[str]) -> Any:
-    """The typed value of a flag followed by ``words`` (more than one for lists only).
-
-    Raises:
-        UserError: "expected …, got '…'", without the option's name, which the caller puts first.
-    """
-    if option.is_list and not (len(words) == 1 and "str" in option.kinds):
-        return [_checked(option, _scalar(option, option.item_kind, word)) for word in words]
-    (word,) = words
-    # 'none' is a text like any other where text is allowed, such as for --report_to.
-    if option.optional and "str" not in option.kinds and word.lower() in NONE_WORDS:
-        return None
-    for kind in ("bool", "dict", "int", "float", "str"):
-        if kind in option.kinds:
-            try:
-                return _checked(option, _scalar(option, kind, word))
-            except _NotOfKind:
-                continue
-    raise _mismatch(option, word)
+def _convert_text(option: Option, kinds: tuple[str, ...], text: str) -> Any:
+    """``text`` as the first of ``kinds`` that it can be read as, if that is among the choices."""
+    value: Any = None
+    if "bool" in kinds:
+        value = BOOLS.get(text.lower())
+    if value is None and "dict" in kinds:
+        value = _read_json(text)
+    if value is None and "int" in kinds and re.fullmatch(r"[+-]?[0-9]+", text):
+        value = int(text)
+    if value is None and "float" in kinds and is_float(text):
+        value = float(text.lower().replace(".inf", "inf"))
+    if value is None and "str" in kinds:
+        value = text
+    if value is None or (option.choices and isinstance(value, str) and value not in option.choices):
+        near = did_you_mean(text, option.choices) if option.choices else ""
+        raise UserError(f"expected {expected(option)}, got '{text}'{near}")
+    return value
 
 
-def from_node(option: Option, node: yaml.Node) -> Any:
-    """The typed value of a YAML node. Raises ``UserError`` as ``from_words`` does."""
-    import yaml
-
-    if isinstance(node, yaml.SequenceNode):
-        if not option.is_list:
-            raise UserError(f"expected {expected(option)}, got a list")
-        return [
-            _checked(option, _scalar(option, option.item_kind, _text(option, item)))
-            for item in node.value
-        ]
-    if isinstance(node, yaml.MappingNode):
-        if "dict" not in option.kinds:
-            raise UserError(f"expected {expected(option)}, got a mapping of names to values")
-        return plain(node)
-    if is_null(node):
-        if not option.optional:
-            raise UserError(f"expected {expected(option)}, got nothing")
-        return None
-    return from_words(option, [node.value])
+def is_float(text: str) -> bool:
+    """Whether ``text`` is a number as people write them; 'nan' is none, 'inf' is."""
+    number = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+    return bool(re.fullmatch(rf"{number}|[+-]?\.?inf(inity)?", text, flags=re.IGNORECASE))
 
 
-def is_null(node: yaml.Node) -> bool:
-    """Whether a YAML node is an unquoted null, ``~`` or nothing at all."""
-    return bool(node.tag == "tag:yaml.org,2002:null")
+def _read_json(text: str) -> dict[str, Any]:
+    """A JSON object, written out or as the path of a file that holds one."""
+    path = None if text.lstrip().startswith("{") else Path(text)
+    if path is not None:
+        if not path.is_file():
+            raise UserError(f"expected {EXPECTED['dict']}, got '{text}', which is neither")
+        text = path.read_text(encoding="utf-8")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{error.lineno}" if path else f"column {error.colno}"
+        raise UserError(f"{where}: not valid JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"expected a JSON object, got {type(value).__name__} in '{path}'")
+    return value
 
 
 def plain(node: yaml.Node) -> Any:
     """A YAML node as plain Python values, with ``3e-4`` as a number.
 
     Raises:
-        UserError: a key stands twice in one mapping.
+        UserError: a key occurs twice in one mapping.
     """
     import yaml
 
@@ -111,104 +191,11 @@ def plain(node: yaml.Node) -> Any:
         return result
     if isinstance(node, yaml.SequenceNode):
         return [plain(item) for item in node.value]
-    unquoted = isinstance(node, yaml.ScalarNode) and node.style is None
-    if unquoted and node.tag == "tag:yaml.org,2002:str":
-        return float(node.value) if _is_float(node.value) else node.value
+    assert isinstance(node, yaml.ScalarNode)
+    is_text = node.tag == "tag:yaml.org,2002:str" and node.style is None  # not in quotes
+    if is_text and re.match(r"[+-]?\.?[0-9]", node.value) and is_float(node.value):
+        return float(node.value)
     return yaml.safe_load(yaml.serialize(node))
-
-
-class _NotOfKind(Exception):
-    """A word that cannot be read as one of an option's kinds; another kind may take it."""
-
-
-def _scalar(option: Option, kind: str, word: str) -> Any:
-    """``word`` as one kind. Raises ``_NotOfKind``, or ``UserError`` for a list's item."""
-    converters: dict[str, Callable[[str], Any]] = {
-        "int": _int,
-        "float": _float,
-        "bool": _bool,
-        "dict": _dict,
-        "str": str,
-    }
-    try:
-        return converters[kind](word)
-    except _NotOfKind:
-        if len(option.kinds) == 1:
-            raise _mismatch(option, word) from None
-        raise
-
-
-def _checked(option: Option, value: Any) -> Any:
-    """``value`` if it is among the choices. Raises ``UserError`` with the nearest one."""
-    if option.choices and isinstance(value, str) and value not in option.choices:
-        raise _mismatch(option, value)
-    return value
-
-
-def _mismatch(option: Option, word: str) -> UserError:
-    near = did_you_mean(word, option.choices) if option.choices else ""
-    return UserError(f"expected {expected(option)}, got '{word}'{near}")
-
-
-def _text(option: Option, node: yaml.Node) -> str:
-    """The text of a list's item. Raises ``UserError`` for a nested list or mapping."""
-    if not isinstance(node.value, str):
-        raise UserError(f"expected {expected(option)}, got a list that holds another collection")
-    return node.value
-
-
-def _int(word: str) -> int:
-    if not re.fullmatch(r"[+-]?[0-9]+", word):
-        raise _NotOfKind
-    return int(word)
-
-
-def _is_float(word: str) -> bool:
-    return bool(re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", word))
-
-
-def _float(word: str) -> float:
-    if not _is_float(word) and not re.fullmatch(r"[+-]?\.?inf(inity)?", word.lower()):
-        raise _NotOfKind
-    return float(word.lower().replace(".inf", "inf"))
-
-
-def _bool(word: str) -> bool:
-    if word.lower() in TRUE_WORDS:
-        return True
-    if word.lower() in FALSE_WORDS:
-        return False
-    raise _NotOfKind
-
-
-def _dict(word: str) -> dict[str, Any]:
-    """A JSON object, written out or as the path of a file that holds one."""
-    if word.lstrip().startswith("{"):
-        return _json_object(word, place="")
-    path = Path(word)
-    if not path.is_file():
-        raise UserError(f"expected {EXPECTED['dict']}, got '{word}', which is neither")
-    return _json_object(path.read_text(encoding="utf-8"), place=f"{path}:")
-
-
-def _json_object(text: str, *, place: str) -> dict[str, Any]:
-    """The object that ``text`` holds; ``place`` is the file's name in errors."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{place}{error.lineno}: " if place else f"column {error.colno}: "
-        raise UserError(f"{where}not valid JSON: {error.msg}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"expected a JSON object, got {type(value).__name__} in '{place or text}'")
-    return value
-
-
-class Entry(NamedTuple):
-    """One ``key: value`` of a YAML mapping. ``place`` is ``file:line`` of the key."""
-
-    key: str
-    node: yaml.Node
-    place: str
 
 
 def read_entries(path: Path) -> tuple[list[Entry], list[str]]:
@@ -245,6 +232,8 @@ def read_entries(path: Path) -> tuple[list[Entry], list[str]]:
 
 def mapping_entries(node: yaml.MappingNode, *, path: Path) -> tuple[list[Entry], list[str]]:
     """The entries of one mapping of the file at ``path``, and a problem for each repeated key."""
+    import yaml
+
     entries: dict[str, Entry] = {}
     problems = []
     for key, value in node.value:
@@ -257,5 +246,10 @@ def mapping_entries(node: yaml.MappingNode, *, path: Path) -> tuple[list[Entry],
             first = entries[name].place.rpartition(":")[2]
             problems.append(f"{place}: '{name}' is given twice (first in line {first}); keep one")
             continue
-        entries[name] = Entry(name, value, place)
+        written: Any = value
+        if isinstance(value, yaml.SequenceNode):
+            written = [item.value for item in value.value]
+        elif isinstance(value, yaml.ScalarNode):
+            written = None if value.tag == "tag:yaml.org,2002:null" else value.value
+        entries[name] = Entry(name, key.value, written, place)
     return list(entries.values()), problems

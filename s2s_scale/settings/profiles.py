@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from s2s_scale.config import DataArguments, ModelArguments, setting
 from s2s_scale.errors import UserError, did_you_mean, raise_problems, unknown_name
-from s2s_scale.settings.options import Option, data_options, model_options, training_options
+from s2s_scale.settings.options import Option, options_of, training_options
 from s2s_scale.settings.parsing import (
     Entry,
-    from_node,
-    is_null,
+    convert_entries,
     mapping_entries,
-    plain,
     read_entries,
 )
 
@@ -34,7 +33,7 @@ NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 # The first up to TPU v4, the second from v5 on.
 TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 
-# Backend or launcher -> package that it needs, and the extra that brings it.
+# Backend or launcher -> package that it needs, and the extra that installs it.
 PACKAGES = {
     "fairscale_oss": ("fairscale", "oss"),
     "deepspeed": ("deepspeed", "deepspeed"),
@@ -43,29 +42,6 @@ PACKAGES = {
 OWN_TORCH = "it is built for one exact torch (2.9.1), so in an environment of its own: "
 AUTO = "auto"
 PRECISIONS = (AUTO, "fp32")
-# Values that are merged with the parent's name by name; all others replace the parent's.
-MAPPINGS = ("mesh", "environment", "arguments")
-FIELDS = {
-    entry.name: entry
-    for entry in (
-        Option("description", "str", "", "What the profile is for.", "profile"),
-        Option("extends", "str", None, "The profile it builds on.", "profile"),
-        Option("backend", "str", "local", "Backend adapter.", "profile", choices=BACKENDS),
-        Option("launcher", "str", "none", "What starts it.", "profile", choices=LAUNCHERS),
-        Option("device", "str", "cpu", "Kind of device.", "profile", choices=DEVICES),
-        Option("processes", "str", AUTO, "Processes per node, or auto.", "profile"),
-        Option(
-            "precision",
-            "str",
-            "fp32",
-            "Of training where no flag says: auto is bf16 where the device has it.",
-            "profile",
-            choices=PRECISIONS,
-        ),
-        Option("deepspeed_config", "str", None, "Name or path.", "profile", optional=True),
-        *(Option(name, "dict", {}, "Names and values.", "profile") for name in MAPPINGS),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -78,20 +54,25 @@ class LauncherProfile:
 
     name: str
     path: Path
-    description: str = ""
-    backend: str = "local"
-    launcher: str = "none"
-    device: str = "cpu"
-    processes: int | str = AUTO
-    precision: str = "fp32"
-    deepspeed_config: str | None = None
-    mesh: dict[str, int] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
-    arguments: dict[str, Any] = field(default_factory=dict)
+    description: str = setting("", "profile", "What the profile is for.")
+    backend: str = setting("local", "profile", "Backend adapter.", choices=BACKENDS)
+    launcher: str = setting("none", "profile", "What starts the ranks.", choices=LAUNCHERS)
+    device: str = setting("cpu", "profile", "Kind of device.", choices=DEVICES)
+    processes: int | str = setting(AUTO, "profile", "Processes per node, or auto.")
+    precision: str = setting(
+        "fp32",
+        "profile",
+        "Precision of training unless a flag sets it: auto is bf16 if the device supports it.",
+        choices=PRECISIONS,
+    )
+    deepspeed_config: str | None = setting(None, "profile", "Name or path.")
+    mesh: dict[str, int] = setting({}, "profile", "Axis and number of devices.")
+    environment: dict[str, str] = setting({}, "profile", "Variable and text.")
+    arguments: dict[str, Any] = setting({}, "profile", "Training setting and default.")
     origins: dict[str, str] = field(default_factory=dict)
 
     def unusable(self) -> list[str]:
-        """Why the profile cannot run on this machine, one problem each; empty where it can."""
+        """Why the profile cannot run on this machine, one problem each; empty if it can."""
         problems = [
             f"profile '{self.name}': the package {package} is not installed; "
             + (OWN_TORCH if package == "torch-xla" else "")
@@ -101,12 +82,12 @@ class LauncherProfile:
         if self.device == "cuda" and not cuda_is_here():
             problems.append(
                 f"profile '{self.name}': is for device cuda, and no usable CUDA device is here; "
-                "take a cpu profile, such as --profile cpu, or install torch with CUDA"
+                "use a cpu profile, such as --profile cpu, or install torch with CUDA"
             )
         if self.device == "tpu" and not tpu_chips():
             problems.append(
                 f"profile '{self.name}': is for device tpu, and no TPU is here "
-                f"({' or '.join(TPU_DEVICES)}); run it on a TPU VM, or take --profile cpu-xla"
+                f"({' or '.join(TPU_DEVICES)}); run it on a TPU VM, or use --profile cpu-xla"
             )
         return problems
 
@@ -118,12 +99,12 @@ def tpu_chips() -> list[Path]:
 
 
 def needed_packages(profile: LauncherProfile) -> dict[str, str]:
-    """Package that the profile needs -> our extra that brings it."""
+    """Package that the profile needs -> our extra that installs it."""
     return dict(PACKAGES[name] for name in (profile.backend, profile.launcher) if name in PACKAGES)
 
 
 def missing_packages(profile: LauncherProfile) -> list[tuple[str, str]]:
-    """(package, our extra that brings it) for what the profile needs and is not installed."""
+    """(package, our extra that installs it) for what the profile needs and is missing."""
     return sorted(
         (package, extra)
         for package, extra in needed_packages(profile).items()
@@ -155,7 +136,7 @@ def cuda_devices(environ: Mapping[str, str]) -> list[str]:
 
 
 def default_profile_name() -> str:
-    """The profile of a run that names none: ``gpu`` where a CUDA device is usable, or ``cpu``."""
+    """The profile of a run that names none: ``gpu`` if a CUDA device is usable, else ``cpu``."""
     return "gpu" if cuda_is_here() else "cpu"
 
 
@@ -169,7 +150,7 @@ def shipped_folder(kind: str) -> Path:
 
 
 def search_path() -> list[Path]:
-    """Folders in which a profile's name is looked up, first found first taken."""
+    """Folders in which a profile is looked up by name; the first match is used."""
     config_home = os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser()
     folders = (
         Path("launchers", "profiles"),
@@ -180,12 +161,18 @@ def search_path() -> list[Path]:
 
 
 def available() -> dict[str, Path]:
-    """All profiles by name with the file that the name stands for, sorted by name."""
+    """The file of each profile by name, sorted by name."""
     found: dict[str, Path] = {}
     for folder in search_path():
         for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
             found.setdefault(path.stem, path)
     return dict(sorted(found.items()))
+
+
+EXTENDS = Option("extends", "str", None, "The profile it builds on.", "profile", optional=True)
+FIELDS = {"extends": EXTENDS} | {entry.name: entry for entry in options_of(LauncherProfile)}
+# Merged with the parent's value, name by name; all other values replace the parent's.
+MAPPINGS = ("mesh", "environment", "arguments")
 
 
 def resolve(name_or_path: str) -> LauncherProfile:
@@ -196,22 +183,13 @@ def resolve(name_or_path: str) -> LauncherProfile:
             parent's, each with file and line.
     """
     path = _find(name_or_path, skip=(), where="")
-    chain = _chain(path)
-    problems: list[str] = []
+    chain, problems = _read_chain(path)
     values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
+    origins = {name: "default" for name in FIELDS if name != "extends"}
     for entries in reversed(chain):
-        for entry in entries:
-            problems += _merge(entry, values, origins)
+        problems += _merge(entries, values, origins)
     raise_problems(problems)
-    values.pop("extends", None)
-    profile = LauncherProfile(
-        name=path.stem,
-        path=path,
-        **values,
-        origins={name: origins.get(name, "default") for name in FIELDS if name != "extends"}
-        | origins,
-    )
+    profile = LauncherProfile(path.stem, path, **values, origins=origins)
     raise_problems(list(_impossible(profile)))
     return profile
 
@@ -234,125 +212,113 @@ def _find(name: str, *, skip: tuple[Path, ...], where: str) -> Path:
     )
 
 
-def _chain(path: Path) -> list[list[Entry]]:
-    """The entries of the file at ``path`` and of each file that it extends, child first."""
-    chain: list[list[Entry]] = []
-    seen: list[Path] = []
-    while True:
-        entries, problems = read_entries(path)
-        raise_problems(problems)
-        chain.append(entries)
-        seen.append(path.resolve())
-        parent = next((entry for entry in entries if entry.key == "extends"), None)
-        if parent is None or is_null(parent.node):
-            return chain
-        if not isinstance(parent.node.value, str):
-            raise UserError(f"{parent.place}: extends: expected the name of one profile")
-        path = _parent(parent, path)
-        if path.resolve() in seen:
-            names = " -> ".join(file.stem for file in (*seen, path))
-            raise UserError(f"{parent.place}: extends: profiles extend each other: {names}")
+def _read_chain(path: Path) -> tuple[list[list[Entry]], list[str]]:
+    """The entries of the file at ``path`` and of each file that it extends, child first.
 
-
-def _parent(entry: Entry, child: Path) -> Path:
-    """The file that ``extends`` names: a path from the child's folder, or a profile's name.
-
-    A profile may extend one of its own name from further along the search path, so that
+    ``extends`` is a path relative to the child's folder, or the name of a profile. A profile may
+    extend one of its own name from later in the search path, so that
     ``./launchers/profiles/gpu.yaml`` can change a few values of the shipped one.
     """
-    name = entry.node.value
-    if Path(name).suffix in (".yaml", ".yml") or os.sep in name:
-        return _find(str(child.parent / name), skip=(), where=f"{entry.place}: extends: ")
-    skip = (child.resolve(),) if name == child.stem else ()
-    return _find(name, skip=skip, where=f"{entry.place}: extends: ")
+    chain: list[list[Entry]] = []
+    problems: list[str] = []
+    seen: list[Path] = []
+    while True:
+        entries, repeated = read_entries(path)
+        problems += repeated
+        chain.append(entries)
+        seen.append(path.resolve())
+        parent = next((entry for entry in entries if entry.name == "extends"), None)
+        if parent is None or parent.written is None:
+            return chain, problems
+        where, name = f"{parent.place}: extends: ", parent.written
+        if not isinstance(name, str):
+            raise UserError(*problems, f"{where}expected the name of one profile")
+        if Path(name).suffix in (".yaml", ".yml") or os.sep in name:
+            path = _find(str(path.parent / name), skip=(), where=where)
+        else:
+            skip = (path.resolve(),) if name == path.stem else ()
+            path = _find(name, skip=skip, where=where)
+        if path.resolve() in seen:
+            names = " -> ".join(file.stem for file in (*seen, path))
+            raise UserError(*problems, f"{where}profiles extend each other: {names}")
 
 
-def _merge(entry: Entry, values: dict[str, Any], origins: dict[str, str]) -> list[str]:
-    """Put one entry over what the parents gave; returns its problems."""
-    option = FIELDS.get(entry.key)
-    if option is None:
-        near = did_you_mean(entry.key, FIELDS)
-        return [
-            f"{entry.place}: unknown key '{entry.key}'{near}; expected one of: {', '.join(FIELDS)}"
-        ]
-    if entry.key in MAPPINGS and not is_null(entry.node):
-        return _merge_mapping(entry, values, origins)
-    try:
-        value: Any = {} if entry.key in MAPPINGS else from_node(option, entry.node)
-        values[entry.key] = _processes(value) if entry.key == "processes" else value
-    except UserError as error:
-        return [f"{entry.place}: {entry.key}: {error}"]
-    origins[entry.key] = entry.place
-    return []
+def _merge(entries: list[Entry], values: dict[str, Any], origins: dict[str, str]) -> list[str]:
+    """Put the entries of one file over what its parents gave; returns its problems."""
 
+    def find_field(entry: Entry) -> Option:
+        if entry.name in FIELDS:
+            return FIELDS[entry.name]
+        near = did_you_mean(entry.label, FIELDS)
+        raise UserError(f"unknown key '{entry.label}'{near}; expected one of: {', '.join(FIELDS)}")
 
-def _merge_mapping(entry: Entry, values: dict[str, Any], origins: dict[str, str]) -> list[str]:
-    """Merge ``arguments``, ``environment`` or ``mesh`` name by name."""
-    import yaml
-
-    if not isinstance(entry.node, yaml.MappingNode):
-        return [f"{entry.place}: {entry.key}: expected names and values, got '{entry.node.value}'"]
-    file = Path(entry.place.rpartition(":")[0])
-    entries, problems = mapping_entries(entry.node, path=file)
-    merged = values.setdefault(entry.key, {})
-    origins[entry.key] = entry.place
-    for item in entries:
-        try:
-            merged[item.key] = _READERS[entry.key](item)
-        except UserError as error:
-            problems.append(f"{item.place}: {entry.key}: {error}")
+    mappings = [entry for entry in entries if entry.name in MAPPINGS]
+    found, problems = convert_entries(
+        [entry for entry in entries if entry.name not in MAPPINGS], find_field
+    )
+    found.pop("extends", None)
+    count, place = found.get("processes", (AUTO, ""))
+    if count != AUTO and (isinstance(count, str) or count < 1):
+        problems.append(
+            f"{place}: processes: expected a whole number of at least 1 or auto, got '{count}'"
+        )
+    for name, (value, place) in found.items():
+        values[name], origins[name] = value, place
+    for entry in mappings:
+        origins[entry.name] = entry.place
+        if entry.written is None:
+            values[entry.name] = {}
             continue
-        origins[f"{entry.key}.{item.key}"] = item.place
+        if isinstance(entry.written, (str, list)):
+            problems.append(
+                f"{entry.place}: {entry.name}: expected names and values, got '{entry.written}'"
+            )
+            continue
+        file = Path(entry.place.rpartition(":")[0])
+        inner, repeated = mapping_entries(entry.written, path=file)
+        items, wrong = convert_entries(inner, _ITEMS[entry.name], within=f"{entry.name}: ")
+        problems += repeated + wrong
+        merged = values.setdefault(entry.name, {})
+        for name, (value, place) in items.items():
+            if entry.name == "mesh" and value < 1 and value != -1:
+                problems.append(
+                    f"{place}: mesh: {name}: expected a number of devices or -1 (all), got {value}"
+                )
+            merged[name], origins[f"{entry.name}.{name}"] = value, place
     return problems
 
 
-def _argument(item: Entry) -> Any:
-    """The typed value of a training flag's default."""
-    options = [*model_options(), *data_options(), *training_options()]
-    option = next((entry for entry in options if entry.name == item.key), None)
-    if option is None:
-        near = did_you_mean(item.key, [entry.name for entry in options])
-        raise UserError(f"unknown setting '{item.key}'{near}; 's2s-scale train --help' lists them")
-    try:
-        return from_node(option, item.node)
-    except UserError as error:
-        raise UserError(f"{item.key}: {error}") from None
+def _find_argument(entry: Entry) -> Option:
+    options = (*options_of(ModelArguments), *options_of(DataArguments), *training_options())
+    by_name = {option.name: option for option in options}
+    if entry.name not in by_name:
+        near = did_you_mean(entry.label, by_name)
+        raise UserError(
+            f"unknown setting '{entry.label}'{near}; 's2s-scale train --help' lists them"
+        )
+    return by_name[entry.name]
 
 
-def _variable(item: Entry) -> str:
-    """The text of an environment variable, as it is written."""
-    if not isinstance(item.node.value, str) or not re.fullmatch(r"[A-Za-z_]\w*", item.key):
-        raise UserError(f"{item.key}: expected NAME: text for an environment variable")
-    return item.node.value
+def _find_variable(entry: Entry) -> Option:
+    if not re.fullmatch(r"[A-Za-z_]\w*", entry.label):
+        raise UserError(f"{entry.label}: expected the name of an environment variable")
+    return Option(entry.label, "str", "", "Its text.", "profile")
 
 
-def _axis(item: Entry) -> int:
-    """The length of a mesh axis; -1: all devices that are left."""
-    value = plain(item.node)
-    if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
-        raise UserError(f"{item.key}: expected a number of devices or -1 (all), got '{value}'")
-    return value
+def _find_axis(entry: Entry) -> Option:
+    return Option(entry.name, "int", -1, "Its length; -1: all devices that are left.", "profile")
 
 
-_READERS = {"arguments": _argument, "environment": _variable, "mesh": _axis}
-
-
-def _processes(value: str) -> int | str:
-    """A number of processes per node, or "auto"."""
-    if value == AUTO:
-        return AUTO
-    if not re.fullmatch(r"[1-9][0-9]*", value):
-        raise UserError(f"expected a whole number of at least 1 or auto, got '{value}'")
-    return int(value)
+_ITEMS = {"arguments": _find_argument, "environment": _find_variable, "mesh": _find_axis}
 
 
 def _impossible(profile: LauncherProfile) -> Iterator[str]:
-    """Pairs of values that cannot be together, each with the line that set it."""
+    """Values that contradict each other, each with the line that set it."""
     at = profile.origins
     if profile.launcher == "deepspeed" and profile.backend == "fairscale_oss":
         yield (
             f"{at['launcher']}: launcher: deepspeed starts ranks for backend deepspeed or local, "
-            "not fairscale_oss; take torchrun"
+            "not fairscale_oss; use torchrun"
         )
     if profile.deepspeed_config is not None and profile.backend != "deepspeed":
         yield (
@@ -375,7 +341,7 @@ def _impossible(profile: LauncherProfile) -> Iterator[str]:
 
 
 def _impossible_on_xla(profile: LauncherProfile) -> Iterator[str]:
-    """As ``_impossible``, where backend xla or device tpu is concerned."""
+    """As ``_impossible``, for backend xla and device tpu."""
     at = profile.origins
     if profile.device == "tpu" and profile.backend != "xla":
         yield (
@@ -389,7 +355,7 @@ def _impossible_on_xla(profile: LauncherProfile) -> Iterator[str]:
     if profile.launcher != "none":
         yield (
             f"{at['launcher']}: launcher: with backend xla one process drives all devices of a "
-            f"host, so {profile.launcher} has nothing to start; take none"
+            f"host, so {profile.launcher} has nothing to start; use none"
         )
     unknown = sorted(set(profile.mesh) - {"data", "fsdp"})
     if unknown:
@@ -404,7 +370,8 @@ def _impossible_on_xla(profile: LauncherProfile) -> Iterator[str]:
 def deepspeed_config_path(value: str, profile: LauncherProfile | None = None) -> Path:
     """The file of a DeepSpeed configuration: one of ``ds_configs/`` by name, or a path.
 
-    A path in a profile counts from the profile's file, one on the command line from here.
+    A path in a profile is relative to the profile's file, one on the command line to the working
+    directory.
 
     Raises:
         UserError: no such file; names the shipped ones.
@@ -434,12 +401,8 @@ def as_yaml(profile: LauncherProfile) -> str:
             lines.append(f"{name}:")
             for key, entry in value.items():
                 text = yaml.safe_dump({key: entry}).strip().replace("\n", "\n  ")
-                lines.append(_commented(f"  {text}", profile.origins[f"{name}.{key}"]))
+                lines.append(f"{'  ' + text:<44}  # {profile.origins[f'{name}.{key}']}")
         else:
             text = yaml.safe_dump({name: value}, width=1000, allow_unicode=True).strip()
-            lines.append(_commented(text, profile.origins[name]))
+            lines.append(f"{text:<44}  # {profile.origins[name]}")
     return "\n".join(lines) + "\n"
-
-
-def _commented(text: str, origin: str) -> str:
-    return f"{text:<44}  # {origin}"

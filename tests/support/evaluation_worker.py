@@ -22,7 +22,7 @@ from s2s_scale.runner.build import (
 )
 from s2s_scale.settings import Settings
 from s2s_scale.settings.build import build_settings
-from s2s_scale.settings.commands import verbs
+from s2s_scale.settings.commands import all_commands
 from tests.support.shares_worker import held_parameters
 
 
@@ -52,5 +52,5 @@ def main(beams: list[int], settings: Settings) -> None:
 if __name__ == "__main__":
     main(
         [int(number) for number in sys.argv[1].split(",")],
-        build_settings(verbs()["train"], sys.argv[2:]),
+        build_settings(all_commands()["train"], sys.argv[2:]),
     )

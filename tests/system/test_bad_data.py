@@ -242,7 +242,7 @@ def test_token_ids_beyond_the_vocabulary_are_found_before_training(training, dat
     assert "'loss'" not in outcome.out
 
 
-# ---- The other verbs that read data ----
+# ---- The other commands that read data ----
 
 
 def test_new_model_on_bad_data_writes_nothing(here, own_data, tmp_path):

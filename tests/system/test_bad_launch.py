@@ -103,7 +103,7 @@ def test_an_impossible_pair_in_a_profile(training, tmp_path):
             '{"zero_optimization": {"stage": 4}}',
             ["config.json: zero_optimization.stage", "expected 0, 1, 2 or 3, got 4"],
         ),
-        ('{"a": 1,\n "b": }', ["config.json:2:7: not valid JSON", "mend it there"]),
+        ('{"a": 1,\n "b": }', ["config.json:2:7: not valid JSON", "correct it there"]),
         ('{"a": 1, "a": 2}', ["'a' is given twice"]),
         ("[1]", ["expected a JSON object"]),
         (

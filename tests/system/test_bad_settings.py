@@ -80,7 +80,7 @@ def test_as_a_user_types_it(training):
     [
         (("--max_source_lenght", 9), ("'--max_source_lenght'", "'--max_source_length'?")),
         (("--qqq", 9), ("unknown option '--qqq'", "s2s-scale train --help")),
-        (("--vocab_size", 9), ("'--vocab_size' is no option of train, but of new-model",)),
+        (("--vocab_size", 9), ("'--vocab_size' is not an option of train, but of new-model",)),
         (("--learning_rate", "fast"), ("--learning_rate: expected a number, got 'fast'",)),
         (("--num_train_epochs", "x"), ("--num_train_epochs: expected a number, got 'x'",)),
         (("--max_steps", "1.5"), ("--max_steps: expected a whole number, got '1.5'",)),
@@ -176,8 +176,8 @@ def test_new_model_into_a_folder_with_files(here, data, earlier_run):
     assert snapshot(earlier_run) == before
 
 
-def test_unknown_verb_split_and_profile_name(here):
-    refused(here("trian"), "unknown verb 'trian'", "did you mean 'train'?", "expected one of")
+def test_unknown_command_split_and_profile_name(here):
+    refused(here("trian"), "unknown command 'trian'", "did you mean 'train'?", "expected one of")
     refused(here("profiles", "cpuu"), "unknown profile 'cpuu'", "did you mean 'cpu'?")
     words = ("evaluate", "--model_name_or_path", "x", "--data_dir", "x", "--split", "vall")
     refused(here(*words), "--split: expected one of: val, test", "'vall'", "did you mean 'val'?")

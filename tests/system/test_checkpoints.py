@@ -1,4 +1,4 @@
-"""Checkpoints through the command: the verb, changed settings, damage, two runs in one folder."""
+"""Checkpoints through the command line: changed settings, damage, two runs in one folder."""
 
 from __future__ import annotations
 
@@ -81,9 +81,10 @@ def test_damage_is_named_with_what_was_expected_and_found(here, own_run):
         ((), ("checkpoint: no action is given", "list, verify, show, convert")),
         (("verfy", "x"), ("unknown action 'verfy' (did you mean 'verify'?)",)),
         (("verify",), ("no FOLDER is given",)),
-        (("verify", "/nowhere"), ("/nowhere: is no folder",)),
-        (("verify", "x", "--to", "native"), ("--to: has no effect on 'verify'",)),
-        (("convert", "x"), ("--to: missing; expected portable or native",)),
+        (("verify", "/nowhere"), ("/nowhere: not a folder",)),
+        (("verify", "x", "--to", "portable"), ("--to: has no effect on 'verify'",)),
+        (("convert", "x"), ("--output_dir: missing; expected a new folder",)),
+        (("convert", "x", "--to", "native"), ("--to: expected one of: portable",)),
     ],
 )
 def test_wrong_words(here, words, parts):
@@ -91,21 +92,13 @@ def test_wrong_words(here, words, parts):
 
 
 def test_a_folder_without_checkpoints(here, data):
-    refused(here("checkpoint", "list", data), f"{data}: not a checkpoint and none in it")
+    refused(here("checkpoint", "list", data), f"{data}: neither a checkpoint nor a folder with one")
 
 
-def test_convert_and_go_on_from_it(here, model, data, own_run, tmp_path):
-    source, new = own_run / "checkpoint-1", tmp_path / "native"
-    done = here("checkpoint", "convert", source, "--to", "native", "--output_dir", new)
-    assert done.code == 0, done.err
-    assert (new / "optimizer.pt").is_file()
-    outcome = resume(here, model, data, tmp_path / "again", value=new)
-    assert outcome.code == 0, outcome.err
-    found, expected = (
-        [e["loss"] for e in json.loads((f / "trainer_state.json").read_text())["log_history"]
-         if "loss" in e] for f in (tmp_path / "again", own_run)
-    )  # fmt: skip
-    assert found == expected and len(found) == 2
+def test_converting_what_is_portable_already(here, own_run, tmp_path):
+    words = (own_run / "checkpoint-1", "--to", "portable", "--output_dir", tmp_path / "new")
+    refused(here("checkpoint", "convert", *words), "checkpoint-1: is portable already")
+    assert not (tmp_path / "new").exists()
 
 
 def test_latest_uses_the_next_older_one_and_says_why(here, model, data, own_run):

@@ -1,4 +1,4 @@
-"""Options of the verbs do what their help says, through the command line."""
+"""Options of the commands do what their help says, through the command line."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_wheel_holds_the_package_and_the_shipped_files_and_no_others(wheel):
     expected = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "s2s_scale").rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in (".py", ".json") or path.name == "py.typed"
     }
     shipped = {
         f"s2s_scale/_shipped/{path.relative_to(ROOT).as_posix()}"

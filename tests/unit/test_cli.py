@@ -14,20 +14,8 @@ import s2s_scale
 from s2s_scale import cli
 from s2s_scale.config import DataArguments, ModelArguments
 from s2s_scale.errors import UserError
-from s2s_scale.launch.spec import LaunchOptions
 from s2s_scale.settings import profiles, split_settings
-from s2s_scale.settings.commands import (
-    DATA_READING,
-    EVALUATE_TEXTS,
-    EVALUATION_NAMES,
-    GENERATE_DATA_NAMES,
-    GENERATE_TEXTS,
-    GENERATE_TRAINING_NAMES,
-    PLAN_DATA_NAMES,
-    PLAN_NAMES,
-    PLAN_TEXTS,
-    verbs,
-)
+from s2s_scale.settings.commands import GenerateOptions, LaunchOptions, all_commands
 
 ROOT = Path(__file__).parents[2]
 RUN = ["--model", "m", "--data_dir", "d", "--output_dir", "o"]
@@ -108,7 +96,7 @@ def conf(text, name="conf.yaml"):
 
 def test_train_gets_typed_values_and_origins(train):
     settings = train("--learning_rate", "3e-4", "--max-steps=7", "--metrics", "bleu", "chrf")
-    assert settings.verb == "train"
+    assert settings.command == "train"
     assert settings.values == {
         "model_name_or_path": "m",
         "data_dir": "d",
@@ -121,7 +109,7 @@ def test_train_gets_typed_values_and_origins(train):
     assert settings.origins["max_steps"] == "command line"
     assert settings.origins["use_cpu"] == "profile cpu"
     assert settings.profile.name == "cpu"
-    assert settings.verb_values == {"dry_run": False} | vars(LaunchOptions())
+    assert settings.launch == LaunchOptions() and settings.dry_run is False
     assert settings.get("max_steps") == 7
     assert settings.get("no_such", 3) == 3
 
@@ -256,14 +244,17 @@ def test_an_empty_file_is_no_settings(train):
             "seed: 1\nseed: 2\n",
             "conf.yaml:2: 'seed' is given twice (first in line 1); keep one",
         ),
-        ("model: a\nmodel_name_or_path: b\n", "conf.yaml:2: 'model_name_or_path' is given twice"),
+        (
+            "model: a\nmodel_name_or_path: b\n",
+            "conf.yaml:2: model_name_or_path: given twice, as 'a' (model) and 'b'; keep one",
+        ),
         ("seed: 1\nmax_steps: [\n", "conf.yaml:3: not valid YAML"),
         ("seed: 1\n\tmax_steps: 2\n", "conf.yaml:2: not valid YAML"),
         ("seed: \x00\n", "conf.yaml: not valid YAML"),
         ("- seed\n", "conf.yaml:1: expected 'name: value' lines"),
         ("[a, b]: 1\n", "conf.yaml:1: expected a name before the colon"),
         ("lr_scheduler_kwargs: {a: 1, a: 2}\n", "conf.yaml:1: lr_scheduler_kwargs: 'a' is given"),
-        ("num_beams: 4\n", "conf.yaml:1: 'num_beams' is no setting of train, but of generate"),
+        ("num_beams: 4\n", "conf.yaml:1: 'num_beams' is not a setting of train, but of generate"),
         ("profile: gpuu\n", "conf.yaml:1: unknown profile 'gpuu' (did you mean 'gpu'?)"),
         ("max_target_length: 0\n", "max_target_length=0: expected a whole number of at least 1"),
     ],
@@ -314,7 +305,7 @@ def test_files_that_cannot_be_read(fails):
         (["--max_target_length", "0"], "max_target_length=0: expected a whole number"),
         (["--lr_scheduler_kwargs", "x.json"], "expected a JSON object or the path of a JSON file"),
         (["--lr_scheduler_kwargs", '{"a"'], "column 5: not valid JSON"),
-        (["--num_beams", "4"], "'--num_beams' is no option of train, but of generate"),
+        (["--num_beams", "4"], "'--num_beams' is not an option of train, but of generate"),
         (["--parallelism_config", "x"], "unknown option '--parallelism_config'"),
         (["--"], "unknown option '--'"),
     ],
@@ -368,15 +359,15 @@ def test_a_required_option_with_a_wrong_value_is_not_missing_too(fails):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["trian"], "unknown verb 'trian' (did you mean 'train'?); expected one of: train, "),
-        (["--model", "m", "train"], "'--model' stands before the verb; expected one of: train"),
+        (["trian"], "unknown command 'trian' (did you mean 'train'?); expected one of: train, "),
+        (["--model", "m", "train"], "'--model' comes before the command; expected one of: train"),
         (["demo", "x"], "unexpected 'x': expected a flag such as --output_dir"),
         (["demo", "--epochs", "2"], "unknown option '--epochs'"),
         (["profiles", "a", "b"], "unexpected 'b': profiles takes one NAME, and that is 'a'"),
         (["evaluate", "--model", "m", "--data_dir", "d", "--split", "dev"], "one of: val, test"),
         (
             ["evaluate", "--model", "m", "--data_dir", "d", "--train_file", "f"],
-            "'--train_file' is no option of evaluate, but of train",
+            "'--train_file' is not an option of evaluate, but of train",
         ),
         (["evaluate", "--model", "m"], "no data: expected --data_dir or --test_file or "),
         (["evaluate", "--model", "m", "--split", "val"], "--data_dir or --validation_file or "),
@@ -399,7 +390,7 @@ def test_a_required_option_with_a_wrong_value_is_not_missing_too(fails):
         (["plan", "--model", "m", "--data_dir", "d", "--world_size", "0"], "--world_size: exp"),
     ],
 )
-def test_mistakes_of_other_verbs(fails, words, expected):
+def test_mistakes_of_other_commands(fails, words, expected):
     (line,) = fails(*words)
     assert expected in line
 
@@ -410,10 +401,10 @@ def test_an_output_file_is_not_replaced_unasked(fails, calls):
     assert fails(*words) == ["--output: 'out.txt' exists; give another name or --overwrite"]
     assert cli.main([*words, "--overwrite"]) == 0
     assert Path("out.txt").read_text() == "kept"
-    assert calls[0][1].verb_values["overwrite"] is True
+    assert calls[0][1].options.overwrite is True
 
 
-# --- verbs ---
+# --- commands ---
 
 
 @pytest.mark.parametrize(
@@ -435,12 +426,12 @@ def test_an_output_file_is_not_replaced_unasked(fails, calls):
         (["demo"], "run", {"output_dir": "runs/demo", "overwrite": False}),
     ],
 )
-def test_each_verb_calls_its_function(calls, words, function, own):
+def test_each_command_calls_its_function(calls, words, function, own):
     assert cli.main(words) == 0
     ((name, settings),) = calls
     assert name == function
-    assert own.items() <= settings.verb_values.items()
-    assert not set(settings.verb_values) & set(settings.values)
+    assert own.items() <= vars(settings.options).items()
+    assert not set(vars(settings.options)) & set(settings.values)
 
 
 def test_generate_has_profile_and_settings_of_dataclasses(calls):
@@ -449,11 +440,11 @@ def test_generate_has_profile_and_settings_of_dataclasses(calls):
     settings = calls[0][1]
     expected = {"model_name_or_path": "m", "src_lang": "en", "seed": 3, "use_cpu": True}
     assert settings.values == expected
-    assert settings.verb_values["input"] == settings.verb_values["output"] == "-"
+    assert settings.options == GenerateOptions(do_sample=True)
     assert settings.profile.name == "cpu"
 
 
-def test_a_profiles_arguments_that_a_verb_lacks_are_left_out(calls):
+def test_a_profiles_arguments_that_a_command_lacks_are_left_out(calls):
     Path("p.yaml").write_text("extends: cpu\narguments: {learning_rate: 1, bf16: true}\n")
     words = ["evaluate", "--model", "m", "--data_dir", "d", "--profile", "./p.yaml"]
     assert cli.main(words) == 0
@@ -495,28 +486,20 @@ def test_dry_run_starts_nothing(calls, capsys, flag):
     assert "cuda:0" in out
 
 
-def test_names_picked_from_the_training_options_exist():
-    for verb, names in (
-        ("evaluate", EVALUATION_NAMES),
-        ("evaluate", EVALUATE_TEXTS),
-        ("generate", GENERATE_TEXTS),
-        ("generate", GENERATE_DATA_NAMES),
-        ("plan", PLAN_TEXTS),
-        ("plan", PLAN_DATA_NAMES),
-        ("new-model", DATA_READING),
-        ("generate", GENERATE_TRAINING_NAMES),
-        ("plan", PLAN_NAMES),
-    ):
-        known = {entry.name for entry in verbs()[verb].options()}
-        assert names
-        assert set(names) <= known
+def test_names_picked_from_the_shared_options_exist():
+    picking = [command for command in all_commands().values() if command.shared]
+    assert {command.name for command in picking} == {"evaluate", "generate", "new-model", "plan"}
+    for command in all_commands().values():
+        known = {entry.name for entry in command.options()}
+        assert set(command.shared or ()) <= known
+        assert set(command.changes) <= known
 
 
-def test_no_verb_has_a_name_twice_and_own_options_are_among_all():
-    for verb in verbs().values():
-        names = [n for entry in verb.options() for n in (entry.name, *entry.aliases)]
-        assert len(names) == len(set(names)), verb.name
-        assert {entry.name for entry in verb.own} <= set(names)
+def test_no_command_has_a_name_twice_and_own_options_are_among_all():
+    for command in all_commands().values():
+        names = [n for entry in command.options() for n in (entry.name, *entry.aliases)]
+        assert len(names) == len(set(names)), command.name
+        assert {entry.name for entry in command.own_options()} <= set(names)
 
 
 def test_split_settings():
@@ -566,10 +549,10 @@ def test_the_runners_exit_code_is_the_commands(calls, monkeypatch):
 
 def test_no_words_show_the_help_and_fail(capsys):
     assert cli.main([]) == 2
-    assert "usage: s2s-scale VERB" in capsys.readouterr().err
+    assert "usage: s2s-scale COMMAND" in capsys.readouterr().err
 
 
-def test_overview_is_one_screen_with_every_verb(capsys):
+def test_overview_is_one_screen_with_every_command(capsys):
     assert cli.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24
@@ -578,13 +561,13 @@ def test_overview_is_one_screen_with_every_verb(capsys):
         assert sum(line.startswith(f"  {name} ") for line in lines) == 1
 
 
-@pytest.mark.parametrize("name", list(verbs()))
-def test_help_of_each_verb_lists_each_option_once(name, capsys, monkeypatch):
+@pytest.mark.parametrize("name", list(all_commands()))
+def test_help_of_each_command_lists_each_option_once(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert all(len(line) <= 80 or line.startswith("  s2s-scale ") for line in text.splitlines())
-    for entry in verbs()[name].options():
+    for entry in all_commands()[name].options():
         starts = (f"  --{entry.name} ", f"  --{entry.name},", f"  --{entry.name}\n")
         assert sum(text.count(f"\n{start}") for start in starts) == 1, entry.name
     assert "%%" not in text
@@ -602,9 +585,9 @@ def test_help_of_train_begins_with_our_groups(capsys):
 
 def test_help_speaks_of_profiles_only_where_there_are_any(capsys):
     said = {}
-    for verb in ("train", "plan"):
-        assert cli.main([verb, "--help"]) == 0
-        said[verb] = " ".join(capsys.readouterr().out.split())
+    for command in ("train", "plan"):
+        assert cli.main([command, "--help"]) == 0
+        said[command] = " ".join(capsys.readouterr().out.split())
     assert "the file over the profile, the profile over defaults" in said["train"]
     assert "the file over defaults" in said["plan"]
 
@@ -643,7 +626,7 @@ def python(code, **options):
     [
         ["--help"],
         ["--version"],
-        *([name, "--help"] for name in verbs()),
+        *([name, "--help"] for name in all_commands()),
         ["profiles"],
         ["train", "--lerning_rate", "1"],
         ["train", *RUN, "--dry_run"],
@@ -667,7 +650,7 @@ def test_module_is_the_console_script():
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: unknown verb 'trian' (did you mean 'train'?)")
+    assert done.stderr.startswith("error: unknown command 'trian' (did you mean 'train'?)")
 
 
 def test_a_reader_that_goes_away_is_no_error():

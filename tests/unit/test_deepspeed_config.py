@@ -37,6 +37,13 @@ def test_auto_and_equal_values_contradict_nothing():
     assert contradictions(config, values, world_size=2) == []
 
 
+@pytest.mark.parametrize("name", ["lr_scheduler", "lr_scheduler_type"])
+def test_a_schedule_is_the_same_by_either_name(name):
+    config = {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "linear"}}}
+    schedule = "constant_w_warmup" if name == "lr_scheduler" else "constant_with_warmup"
+    assert contradictions(config, {name: schedule, "warmup_steps": 5}) == []
+
+
 @pytest.mark.parametrize(
     ("config", "values", "words"),
     [

@@ -12,6 +12,7 @@ import yaml
 from s2s_scale import demo
 from s2s_scale.errors import UserError
 from s2s_scale.settings import Settings
+from s2s_scale.settings.commands import DemoOptions
 
 SIZES = {"train": 900, "val": 20, "test": 20}
 
@@ -51,7 +52,7 @@ def runner(monkeypatch):
 
 
 def settings_of(folder, **more):
-    return Settings("demo", verb_values={"output_dir": str(folder), "overwrite": False, **more})
+    return Settings("demo", options=DemoOptions(output_dir=str(folder), **more))
 
 
 def everything(folder):
@@ -72,7 +73,7 @@ def test_first_run_trains_from_a_settings_file_and_says_how_to_go_on(runner, tmp
     folder = tmp_path / "demo"
     assert demo.run(settings_of(folder)) == 0
     (given,) = runner.calls
-    assert given.verb == "train"
+    assert given.command == "train"
     assert given.profile.name == "cpu"
     assert given.values["overwrite_output_dir"] is True
     for name, value in demo.TRAINING.items():
@@ -97,7 +98,7 @@ def test_settings_file_is_one_that_train_accepts_with_changes(runner, tmp_path):
     values = yaml.safe_load((folder / "demo.yaml").read_text(encoding="utf-8"))
     assert values["output_dir"] == str(folder)
     words = [str(folder / "demo.yaml"), "--output_dir", str(tmp_path / "mine"), "--dropout", "0.1"]
-    changed = demo.build_settings(demo.verbs()["train"], words)
+    changed = demo.build_settings(demo.all_commands()["train"], words)
     assert changed.values["output_dir"] == str(tmp_path / "mine")
     assert changed.values["dropout"] == 0.1
 

@@ -73,7 +73,7 @@ def test_the_home_folder_is_searched_without_xdg(folder, tmp_path, monkeypatch):
 def test_a_wheel_carries_them_inside_the_package(tmp_path, monkeypatch):
     package = tmp_path / "site" / "s2s_scale"
     (package / "_shipped" / "launchers").mkdir(parents=True)
-    monkeypatch.setattr(profiles, "__file__", str(package / "profiles.py"))
+    monkeypatch.setattr(profiles, "__file__", str(package / "settings" / "profiles.py"))
     assert profiles.shipped_folder("launchers") == package / "_shipped" / "launchers"
     assert profiles.shipped_folder("ds_configs") == tmp_path / "site" / "ds_configs"
 
@@ -165,14 +165,15 @@ def test_missing_parent(folder):
         ("processes: 0\n", "1: processes: expected a whole number of at least 1 or auto"),
         ("extends: [a, b]\n", "1: extends: expected the name of one profile"),
         ("environment: 3\n", "1: environment: expected names and values, got '3'"),
-        ("environment: {A: [1]}\n", "1: environment: A: expected NAME: text"),
+        ("environment: {A: [1]}\n", "1: environment: A: expected text, got a list"),
         ("arguments:\n  bf17: true\n", "2: arguments: unknown setting 'bf17' (did you mean 'bf16'"),
         ("arguments:\n  bf16: ten\n", "2: arguments: bf16: expected true or false, got 'ten'"),
         ("arguments: {bf16: true, bf16: true}\n", "1: 'bf16' is given twice (first in line 1)"),
         ("device: cpu\ndevice: cpu\n", "2: 'device' is given twice (first in line 1)"),
         ("device: {\n", "2: not valid YAML"),
         ("- device\n", "1: expected 'name: value' lines"),
-        ("mesh: {data: many}\n", "1: mesh: data: expected a number of devices or -1 (all)"),
+        ("mesh: {data: many}\n", "1: mesh: data: expected a whole number, got 'many'"),
+        ("mesh: {data: 0}\n", "1: mesh: data: expected a number of devices or -1 (all), got 0"),
         ("mesh: {data: -1}\n", "1: mesh: has no effect with backend local"),
         ("backend: xla\n", "1: backend: xla needs a mesh; give mesh: {data: -1}"),
         ("backend: xla\nmesh: {rows: -1}\n", "2: mesh: unknown axis 'rows'"),
@@ -197,6 +198,19 @@ def test_bad_profiles_name_file_and_line(folder, text, expected):
 def test_all_problems_of_a_file_come_together(folder):
     write(folder, "bad", "backend: no\ndevice: tin\nwhat: 1\n")
     assert len(problems("bad")) == 3
+
+
+def test_problems_of_the_parent_come_with_those_of_the_child(folder):
+    write(folder, "parent", "backend: no\ndevice: cpu\ndevice: cpu\n")
+    write(folder, "child", "extends: parent\nprocesses: 0\nmesh: {data: 0}\narguments: {bf17: 1}\n")
+    found = problems("child")
+    assert [problem.rpartition("/")[2].partition(": ")[0] for problem in found] == [
+        "parent.yaml:3",
+        "parent.yaml:1",
+        "child.yaml:2",
+        "child.yaml:3",
+        "child.yaml:4",
+    ]
 
 
 def test_null_clears_a_mapping_of_the_parent(folder):

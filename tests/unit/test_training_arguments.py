@@ -87,7 +87,7 @@ def test_contradicting_twins_are_an_error_that_names_both(tmp_path, values, name
                 "lr_num_cycles": 2,
                 "lr_scheduler_kwargs": {"num_cycles": 1},
             },
-            "give one of the two",
+            "give only one of the two",
         ),
         ({"lr_scheduler": "constant", "warmup_steps": 5}, "constant_w_warmup"),
         ({"average_tokens_across_devices": False}, "has no effect"),
