@@ -12,14 +12,10 @@ from typing import TYPE_CHECKING
 
 from s2s_scale import __version__
 from s2s_scale.config import DEFAULT_FAULT_SECONDS, DEFAULT_GRACE_SECONDS
-from s2s_scale.errors import UserError, did_you_mean
+from s2s_scale.errors import EXIT_RESUME, EXIT_USER_ERROR, UserError, did_you_mean
 from s2s_scale.launch.spec import reporting_rank, set_rank_env
-from s2s_scale.resilience.preemption import (
-    EXIT_RESUME,
-    MaintenanceWatcher,
-    Stopped,
-    handle_preemption,
-)
+from s2s_scale.resilience.gcp_maintenance import MaintenanceWatcher
+from s2s_scale.resilience.preemption import Stopped, handle_preemption
 from s2s_scale.settings import Settings
 from s2s_scale.settings.commands import Verb, verbs
 from s2s_scale.settings.parsing import TRUE_WORDS
@@ -28,7 +24,6 @@ if TYPE_CHECKING:
     from s2s_scale.launch.spec import Launch, LaunchOptions
     from s2s_scale.resilience.supervisor import Command, Ended
 
-EXIT_USER_ERROR = 2
 HELP_WORDS = ("-h", "--help")
 VERSIONS_SHOWN = ("torch", "transformers", "datasets")
 

@@ -117,25 +117,29 @@ def answer(token: str) -> str:
     )
 
 
-def answering(hosts: Sequence[str]) -> list[str]:
+def reachable_hosts(hosts: Sequence[str]) -> list[str]:
     """The hosts that answer over ssh now."""
+
+    def answers(host: str) -> bool:
+        try:
+            return _ssh(host, "true").returncode == 0
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+
     with ThreadPoolExecutor(max_workers=min(32, len(hosts))) as pool:
-        answers = list(pool.map(_answers, hosts))
-    return [host for host, answer in zip(hosts, answers, strict=True) if answer]
+        reached = list(pool.map(answers, hosts))
+    return [host for host, reachable in zip(hosts, reached, strict=True) if reachable]
 
 
-def _answers(host: str) -> bool:
-    try:
-        done = subprocess.run(
-            [*SSH, host, "true"],
-            capture_output=True,
-            timeout=ANSWER_SECONDS,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
+def _ssh(host: str, command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*SSH, host, command],
+        capture_output=True,
+        text=True,
+        timeout=ANSWER_SECONDS,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
 
 
 def _ask(host: str, token: Path | None) -> Found | str:
@@ -143,14 +147,7 @@ def _ask(host: str, token: Path | None) -> Found | str:
     call = f"from s2s_scale.launch.hosts import answer; print(answer({str(token or '')!r}))"
     there = f"cd {shlex.quote(os.getcwd())} && {shlex.quote(sys.executable)} -c {shlex.quote(call)}"
     try:
-        done = subprocess.run(
-            [*SSH, host, there],
-            capture_output=True,
-            text=True,
-            timeout=ANSWER_SECONDS,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
+        done = _ssh(host, there)
     except FileNotFoundError:
         return "no 'ssh' on PATH; install an ssh client (Debian: openssh-client)"
     except subprocess.TimeoutExpired:
