@@ -78,12 +78,12 @@ class MessageServer:
     def send(self, number: int, message: Message) -> None:
         """Send to one peer, if it is still connected. Only to be called from a hook."""
         peer = self._peers.get(number)
-        if peer is None or not peer.authenticated:
+        if peer is None or not peer.authenticated or peer.dropped:
             return
         try:
             peer.connection.send_bytes(json.dumps(message).encode())
         except OSError:
-            peer.stop_receiving()
+            peer.drop()
 
     def close(self) -> None:
         """Handle what has already arrived, then disconnect all peers. Not to be called in a hook.
@@ -93,7 +93,7 @@ class MessageServer:
         self._closing.set()
         self._acceptor.join(AUTHENTICATION_SECONDS)
         for peer in list(self._peers.values()):
-            peer.stop_receiving()
+            peer.shut_down(socket.SHUT_RD)
         self._dispatcher.join(AUTHENTICATION_SECONDS)
 
     def _accept(self) -> None:
@@ -122,7 +122,7 @@ class MessageServer:
                     late = now - peer.connected_at > AUTHENTICATION_SECONDS
                     if late or len(self._strangers) > self._most_strangers:
                         self._strangers.pop(stranger, None)
-                        peer.stop_receiving()
+                        peer.drop()
 
     def _receive(self, number: int, peer: _Peer) -> None:
         """The thread of one peer: authenticates it, then passes on what it sends."""
@@ -174,11 +174,17 @@ class _Peer:
         self.connection = Connection(connected.fileno())
         self.connected_at = time.monotonic()
         self.authenticated = False
+        self.dropped = False
 
-    def stop_receiving(self) -> None:
-        """Make its thread end once it has read what has arrived. From any thread."""
+    def drop(self) -> None:
+        """Disconnect it: its thread ends, and then its connection is closed. From any thread."""
+        self.dropped = True
+        self.shut_down(socket.SHUT_RDWR)
+
+    def shut_down(self, how: int) -> None:
+        """As ``socket.shutdown``; what has already arrived can still be read."""
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RD)
+            self._socket.shutdown(how)
 
     def close(self) -> None:
         self._socket.detach()

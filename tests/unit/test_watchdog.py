@@ -9,6 +9,7 @@ import pytest
 
 from s2s_scale.resilience import health, hub, watchdog
 from s2s_scale.resilience.health import HealthMonitor
+from s2s_scale.resilience.hub import Hub
 from s2s_scale.resilience.watchdog import Watchdog
 
 
@@ -123,8 +124,24 @@ def quick(monkeypatch):
         monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.3)
 
 
-def start(ranks, *, hang_seconds=0.0, silence_seconds=20.0):
-    """Watchwatchdogs of ``ranks`` in this one process, and the faults that each is told."""
+class Starters(threading.local):
+    """Where each rank, here a thread, was told that its hub is."""
+
+    location = None
+
+
+@pytest.fixture(autouse=True)
+def starters(monkeypatch):
+    made = Starters()
+    monkeypatch.setattr(watchdog, "hub_address", lambda: made.location)
+    return made
+
+
+def start(ranks, *, hang_seconds=0.0, silence_seconds=20.0, starters=None, locations=()):
+    """Watchdogs of ``ranks`` in this one process, and the faults that each is told.
+
+    ``locations``: of the hub that each rank's starter has; by default there is none.
+    """
     faults = [[] for _ in range(ranks)]
     watchdogs = [
         Watchdog(
@@ -139,22 +156,19 @@ def start(ranks, *, hang_seconds=0.0, silence_seconds=20.0):
     ]
     barrier, values = threading.Barrier(ranks), [None] * ranks
 
-    def gather(rank):
-        def gathered(value):
+    def begin(rank):
+        def gather(value):
             values[rank] = value
             barrier.wait(10)
             everyone = list(values)
             barrier.wait(10)
             return everyone
 
-        return gathered
+        if locations:
+            starters.location = locations[rank]
+        watchdogs[rank].start(gather, address="127.0.0.1")
 
-    threads = [
-        threading.Thread(
-            target=watchdog_.start, args=(gather(watchdog_.rank),), kwargs={"address": "127.0.0.1"}
-        )
-        for watchdog_ in watchdogs
-    ]
+    threads = [threading.Thread(target=begin, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -172,14 +186,14 @@ def until(condition, seconds=10.0):
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
 def test_a_clean_end_is_no_fault_whoever_ends_first(quick, order):
     watchdogs, faults = start(3)
-    for watchdog_ in watchdogs:
-        watchdog_.at("training step", step=1)
+    for each in watchdogs:
+        each.at("training step", step=1)
     time.sleep(0.7)
     for rank in order:
         watchdogs[rank].stop()
         time.sleep(0.4)
     assert faults == [[], [], []]
-    assert not any(watchdog_._thread.is_alive() for watchdog_ in watchdogs)
+    assert not any(each._thread.is_alive() for each in watchdogs)
 
 
 def test_every_rank_hears_of_an_error(quick):
@@ -188,8 +202,8 @@ def test_every_rank_hears_of_an_error(quick):
     assert until(lambda: all(faults))
     assert {str(fault) for told in faults for fault in told} == {"rank 2 on host-2: ValueError: x"}
     assert watchdogs[0].wait_for_fault().orderly
-    for watchdog_ in watchdogs:
-        watchdog_.stop()
+    for each in watchdogs:
+        each.stop()
 
 
 def test_a_dead_rank_is_named_on_the_others(quick):
@@ -200,8 +214,8 @@ def test_a_dead_rank_is_named_on_the_others(quick):
     watchdogs[1].stop()
     assert until(lambda: faults[0] and faults[2])
     assert str(faults[2][0]).startswith("rank 1 on host-1: ended without reporting an error")
-    for watchdog_ in watchdogs:
-        watchdog_.stop()
+    for each in watchdogs:
+        each.stop()
 
 
 def test_a_dead_rank_0_is_named_by_the_others(quick):
@@ -209,21 +223,73 @@ def test_a_dead_rank_0_is_named_by_the_others(quick):
     watchdogs[0]._hub.__exit__(None, None, None)
     assert until(lambda: faults[1])
     assert faults[1][0].rank == 0
-    for watchdog_ in watchdogs:
-        watchdog_.stop()
+    for each in watchdogs:
+        each.stop()
+
+
+def test_the_process_that_started_the_run_has_the_hub(quick, starters):
+    with Hub() as opened:
+        watchdogs, faults = start(3, starters=starters, locations=[opened.location] * 3)
+        assert not any(each._hub for each in watchdogs)
+        watchdogs[0].stop()  # the others are watched on
+        time.sleep(0.7)
+        assert faults == [[], [], []] and opened.first_failure() is None
+        watchdogs[1]._stopping.set()
+        watchdogs[1]._send = lambda *_, **__: None
+        watchdogs[1].stop()
+        assert until(lambda: faults[2])
+        cause = "ended without reporting an error (killed, or crashed)"
+        assert str(faults[2][0]) == f"rank 1 on host-1: {cause}"
+        failure = opened.first_failure()
+        assert failure.lines == [str(faults[2][0])] and failure.code == 75
+        watchdogs[2].stop()
+
+
+def test_an_error_that_a_rank_reports_itself_is_no_failure_of_the_hubs_own(quick, starters):
+    with Hub() as opened:
+        watchdogs, faults = start(2, starters=starters, locations=[opened.location] * 2)
+        watchdogs[1].failed("stopped by SIGTERM", 85)
+        assert until(lambda: all(faults)) and faults[0][0].code == 85
+        assert opened.first_failure() is None
+        for each in watchdogs:
+            each.stop()
+
+
+def test_ranks_end_when_the_process_that_started_the_run_is_gone(quick, starters):
+    with Hub() as opened:
+        watchdogs, faults = start(2, starters=starters, locations=[opened.location] * 2)
+        time.sleep(0.5)
+    assert until(lambda: all(faults))
+    assert str(faults[1][0]).startswith("rank 1 on host-1: lost contact with the process that")
+    for each in watchdogs:
+        each.stop()
+
+
+@pytest.mark.parametrize("second", ["another", "unreachable", "none"])
+def test_rank_0_has_the_hub_where_not_all_ranks_reach_the_same_one(quick, starters, second):
+    with Hub() as opened, Hub() as other:
+        found = {"another": other.location, "unreachable": ("127.0.0.1", 9, "x"), "none": None}
+        locations = [opened.location, found[second]]
+        watchdogs, faults = start(2, starters=starters, locations=locations)
+        assert watchdogs[0]._hub is not None
+        watchdogs[1].failed("ValueError: x")
+        assert until(lambda: all(faults))
+        for each in watchdogs:
+            each.stop()
+        assert opened.first_failure() is None and other.first_failure() is None
 
 
 def test_a_hang_is_noticed_and_a_pause_is_not_one(quick):
     watchdogs, faults = start(2, hang_seconds=1.0)
-    for watchdog_ in watchdogs:
-        watchdog_.at("training step", step=3)
+    for each in watchdogs:
+        each.at("training step", step=3)
     with watchdogs[1].pause("the report"):
         time.sleep(2)
         assert faults == [[], []]
     assert until(lambda: all(faults))
     assert "at training step (step 3), in " in faults[0][0].cause
-    for watchdog_ in watchdogs:
-        watchdog_.stop()
+    for each in watchdogs:
+        each.stop()
 
 
 def test_marks_without_a_watchdog_do_nothing():
