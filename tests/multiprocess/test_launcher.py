@@ -101,7 +101,7 @@ def test_a_fault_ends_the_run_and_names_the_rank(model, data, tmp_path, monkeypa
     assert seconds < 60
     assert words_of_fault in line
     if fault == "hanging":
-        assert "it stands at " in line and "(step " in line and ", in hang, " in line
+        assert "it is at " in line and "(step " in line and ", in hang, " in line
 
 
 def test_generate_refuses_several_ranks(model):

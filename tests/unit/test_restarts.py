@@ -160,7 +160,7 @@ def test_a_run_of_one_process_that_is_killed_starts_again(tmp_path, capfd):
     assert one == other, "both belong to the same command"
     error = capfd.readouterr().err
     assert "ended with exit code 137; started again from the newest checkpoint (1 of" in error
-    assert "never said" not in error
+    assert "without saying" not in error
 
 
 def test_a_process_that_may_be_started_again_is_not_this_one():
