@@ -56,8 +56,15 @@ class Hub:
         self._fault: Fault | None = None
         self._next_heartbeat = 0.0
 
-    def __enter__(self) -> Hub:
+    def start(self) -> None:
         self._server.start()
+
+    def close(self) -> None:
+        """Handle what has already arrived, then disconnect all ranks."""
+        self._server.close()
+
+    def __enter__(self) -> Hub:
+        self.start()
         return self
 
     def __exit__(
@@ -66,7 +73,7 @@ class Hub:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._server.close()
+        self.close()
 
     @property
     def location(self) -> tuple[str, int, str]:
@@ -125,7 +132,10 @@ class Hub:
                     silence_seconds=float(message["silence_seconds"]),
                     now=self._clock(),
                 )
-            self._rank_of[peer] = int(message["rank"])
+            rank = int(message["rank"])
+            if not 0 <= rank < len(self._monitor.ranks):
+                raise ValueError(f"rank {rank} of {len(self._monitor.ranks)}")
+            self._rank_of[peer] = rank
         elif self._monitor is not None:
             self._watch(self._monitor, self._rank_of[peer], message)
 

@@ -103,13 +103,13 @@ class MessageServer:
                 if self._closing.is_set():
                     return
                 try:
-                    connected, _ = self._listener.accept()
+                    peer = _Peer(self._listener.accept()[0])
                 except TimeoutError:
                     pass
                 except OSError:  # such as too many open files, of which some may be closed soon
                     self._closing.wait(IDLE_SECONDS)
                 else:
-                    peer = self._peers[number] = self._strangers[number] = _Peer(connected)
+                    self._peers[number] = self._strangers[number] = peer
                     receiver = threading.Thread(
                         target=self._receive, args=(number, peer), name="hub peer", daemon=True
                     )
@@ -118,11 +118,11 @@ class MessageServer:
                     except RuntimeError:  # no more threads
                         self._forget(number)
                 now = time.monotonic()
-                for stranger, peer in list(self._strangers.items()):  # the oldest first
-                    late = now - peer.connected_at > AUTHENTICATION_SECONDS
+                for oldest, stranger in list(self._strangers.items()):
+                    late = now - stranger.connected_at > AUTHENTICATION_SECONDS
                     if late or len(self._strangers) > self._most_strangers:
-                        self._strangers.pop(stranger, None)
-                        peer.drop()
+                        self._strangers.pop(oldest, None)
+                        stranger.drop()
 
     def _receive(self, number: int, peer: _Peer) -> None:
         """The thread of one peer: authenticates it, then passes on what it sends."""
@@ -146,7 +146,7 @@ class MessageServer:
     def _dispatch(self) -> None:
         """The thread of the hooks. It alone sends and closes connections."""
         next_idle = 0.0
-        while self._peers or not self._closing.is_set():
+        while self._peers or self._acceptor.is_alive() or not self._closing.is_set():
             try:
                 number, message = self._inbox.get(timeout=IDLE_SECONDS)
             except queue.Empty:

@@ -126,7 +126,7 @@ class Watchdog:
             address = address or os.environ.get("MASTER_ADDR", "127.0.0.1")
             if self.rank == 0:
                 self._hub = Hub(address, ranks=self.world_size, clock=self._clock)
-                self._hub.__enter__()
+                self._hub.start()
             self._starter_has_hub = False
             location = gather_objects(None if self._hub is None else self._hub.location)[0]
             self._client = MessageClient(*location)
@@ -178,7 +178,7 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join(2 * HEARTBEAT_SECONDS)
         if self._hub is not None:
-            self._hub.__exit__(None, None, None)
+            self._hub.close()
         if self._client is not None:
             self._client.close()
 

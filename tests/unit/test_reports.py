@@ -76,6 +76,7 @@ MALFORMED = (
     {"kind": "failure", "rank": 1, "host": "a", "problems": [], "code": 1, "source": 99},
     {"kind": "heartbeat", "progress": 1},
     {"kind": "join", "rank": 0, "hosts": 3},
+    {"kind": "join", "rank": 2, "hosts": ["a", "b"], "hang_seconds": 0, "silence_seconds": 9},
     {"kind": ["join"]},
 )
 

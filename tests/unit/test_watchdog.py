@@ -220,7 +220,7 @@ def test_a_dead_rank_is_named_on_the_others(quick):
 
 def test_a_dead_rank_0_is_named_by_the_others(quick):
     watchdogs, faults = start(2)
-    watchdogs[0]._hub.__exit__(None, None, None)
+    watchdogs[0]._hub.close()
     assert until(lambda: faults[1])
     assert faults[1][0].rank == 0
     for each in watchdogs:
