@@ -13,11 +13,10 @@ import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from s2s_scale.errors import UserError, did_you_mean, raise_problems
-from s2s_scale.utils import remove_if_empty
+from s2s_scale.utils import package_versions, remove_if_empty
 
 Slots = dict[str, list[int]]
 """Host -> the slots (device numbers) on it that get one process each, in the file's order."""
@@ -251,13 +250,8 @@ def answer(token: str) -> str:
 
 def versions() -> dict[str, str]:
     """Package -> version on this host; "not installed" where it is missing."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python, **package_versions(PACKAGES)}
 
 
 def code_hash() -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from s2s_scale.errors import UserError
 from s2s_scale.settings.profiles import AUTO, LauncherProfile, cuda_devices
+from s2s_scale.utils import free_port
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,7 @@ def rendezvous_port(options: LaunchOptions) -> tuple[int, tuple[str, ...]]:
             except OSError:
                 if options.master_addr:
                     return wanted, ()
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        free = int(probe.getsockname()[1])
+    free = free_port()
     if wanted is None:
         return free, ()
     return free, (f"--master_port {wanted}: is in use; port {free} is used instead",)

@@ -1,4 +1,4 @@
-"""torchrun leaves requests to stop to its ranks, and ends with the code of the first that failed."""
+"""torchrun leaves requests to stop to its ranks, and has the exit code of the first that failed."""
 
 from __future__ import annotations
 
