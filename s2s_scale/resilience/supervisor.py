@@ -166,7 +166,7 @@ def _wait(process: subprocess.Popen[bytes], hub: Hub, stopping: _StopRequest) ->
         except subprocess.TimeoutExpired:
             code = None
         if code is not None:
-            if not stopping.reason or not _group_exists(process.pid):
+            if not stopping.reason or not _signal_group(process.pid, 0):
                 return code
             time.sleep(0.2)  # a signal to the whole group ended it; its ranks are still saving
         now = time.monotonic()
@@ -181,14 +181,6 @@ def _wait(process: subprocess.Popen[bytes], hub: Hub, stopping: _StopRequest) ->
             _kill(process.pid)
 
 
-def _group_exists(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def _kill(pid: int) -> None:
     """SIGKILL to the launcher's group, and to the ranks that it put into sessions of their own."""
     below: list[psutil.Process] = []
@@ -200,9 +192,15 @@ def _kill(pid: int) -> None:
             process.kill()
 
 
-def _signal_group(group: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+def _signal_group(group: int, number: int) -> bool:
+    """Send a signal (0: none) to a process group. Returns whether it still has a process."""
+    try:
         os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def start(
