@@ -1,9 +1,16 @@
-"""Errors that the user can mend, and the wording they share. Imports nothing heavy."""
+"""Errors that the user can mend, the wording they share, and exit codes. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+
+EXIT_USER_ERROR = 2
+"""Exit code of a ``UserError``."""
+EXIT_FAULT = 75
+"""Exit code where a rank was lost or hung (sysexits' EX_TEMPFAIL: trying again may help)."""
+EXIT_RESUME = 85
+"""Exit code of a run that was asked to stop: start it again (HTCondor's code for a checkpoint)."""
 
 
 class UserError(ValueError):

@@ -8,12 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from s2s_scale import __version__
-from s2s_scale.errors import UserError, did_you_mean
+from s2s_scale.errors import EXIT_RESUME, EXIT_USER_ERROR, UserError, did_you_mean
 from s2s_scale.launch.spec import reporting_rank, set_rank_env
-from s2s_scale.resilience.preemption import EXIT_RESUME, Stopped
+from s2s_scale.resilience.preemption import Stopped
 from s2s_scale.settings.commands import all_commands
 
-EXIT_USER_ERROR = 2
 HELP_FLAGS = ("-h", "--help")
 VERSIONS_SHOWN = ("torch", "transformers", "datasets")
 

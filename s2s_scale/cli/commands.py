@@ -40,7 +40,8 @@ def _launch(command: Command, argv: list[str]) -> int:
     from s2s_scale.launch.hosts import check_hosts
     from s2s_scale.launch.launchers import plan_launch
     from s2s_scale.launch.spec import describe
-    from s2s_scale.resilience.preemption import MaintenanceWatcher, handle_preemption
+    from s2s_scale.resilience.gcp_maintenance import MaintenanceWatcher
+    from s2s_scale.resilience.preemption import handle_preemption
 
     settings = build_settings(command, argv[1:])
     profile, options = settings.profile, settings.launch

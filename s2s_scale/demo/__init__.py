@@ -20,9 +20,9 @@ import yaml
 from s2s_scale.checkpoint import check_writable, checkpoints, earlier_run
 from s2s_scale.config import DEFAULT_GRACE_SECONDS
 from s2s_scale.demo.data import SPLIT_SIZES, write_demo_data
-from s2s_scale.errors import UserError
+from s2s_scale.errors import EXIT_RESUME, UserError
 from s2s_scale.launch.launchers import plan_launch
-from s2s_scale.resilience.preemption import EXIT_RESUME, Stopped, handle_preemption
+from s2s_scale.resilience.preemption import Stopped, handle_preemption
 from s2s_scale.settings import Settings
 from s2s_scale.settings.build import build_settings
 from s2s_scale.settings.commands import all_commands

@@ -1,10 +1,6 @@
-"""A profile and a command line become the command and environment that start a run.
+"""Turns a profile and a command line into the command, environment and ranks that start a run.
 
-Launch flags that a profile's launcher has no use for are errors.
-
-A launch without a launcher: one process, or one rank of a launcher that runs already.
-
-The words for torchrun, which is started on each host by itself.
+One function per launcher; ``plan_launch`` chooses. DeepSpeed's launcher is in ``deepspeed``.
 """
 
 from __future__ import annotations
@@ -31,13 +27,50 @@ from s2s_scale.launch.spec import (
 )
 from s2s_scale.settings.profiles import LauncherProfile
 
+TORCHRUN_PORT = 29500
+USED_OPTIONS = {
+    "none": {"num_processes"},
+    "torchrun": {
+        *("num_processes", "num_nodes", "node_rank", "master_addr", "master_port"),
+        *("max_restarts", "min_processes"),
+    },
+    "deepspeed": {*vars(LaunchOptions())},
+}
+"""Launcher -> the launch options that have an effect with it."""
+NEEDS_HOSTFILE = ("num_nodes", "node_rank", "launcher_runner")
+RESTARTABLE = {"train", "evaluate"}
+"""Commands whose only process may be restarted; on TPUs it may be one of several hosts'."""
 
-def worker(profile: LauncherProfile, words: tuple[str, ...], environ: Mapping[str, str]) -> Launch:
-    """One rank of a launcher: it has set the rank's variables, so only the profile's are added."""
+
+def plan_launch(
+    profile: LauncherProfile,
+    argv: Sequence[str],
+    *,
+    environ: Mapping[str, str],
+    options: LaunchOptions | None = None,
+) -> Launch:
+    """How ``s2s-scale ARGV…`` is started under ``profile``; ``argv`` begins with the command.
+
+    Inside a launcher (``RANK`` is set) this process is one of its ranks and runs here. Contacts no
+    other host.
+
+    Raises:
+        UserError: more processes than devices, unknown hosts, or an option that has no effect with
+            this profile's launcher.
+    """
+    if environ.get("RANK"):
+        return worker(profile, tuple(argv), environ)
+    options = options or LaunchOptions()
+    check_unused_options(profile, options, tuple(argv))
+    return LAUNCHERS[profile.launcher](profile, tuple(argv), environ, options)
+
+
+def worker(profile: LauncherProfile, argv: tuple[str, ...], environ: Mapping[str, str]) -> Launch:
+    """One rank of a launcher, which has set the rank's variables: only the profile's are added."""
     local = environ.get("LOCAL_RANK", "0")
-    device = f"cuda:{local}" if profile.device == "cuda" else _devices_of_one(profile)
+    device = f"cuda:{local}" if profile.device == "cuda" else _single_process_device(profile)
     return Launch(
-        command=(sys.executable, "-m", "s2s_scale", *words),
+        command=(sys.executable, "-m", "s2s_scale", *argv),
         environment=dict(profile.environment),
         ranks=(Rank(rank=int(environ["RANK"]), host=socket.gethostname(), device=device),),
         in_process=True,
@@ -46,32 +79,32 @@ def worker(profile: LauncherProfile, words: tuple[str, ...], environ: Mapping[st
 
 def none(
     profile: LauncherProfile,
-    words: tuple[str, ...],
+    argv: tuple[str, ...],
     environ: Mapping[str, str],
     options: LaunchOptions,
 ) -> Launch:
-    """No launcher: one process, which is this one unless it may be started again.
+    """No launcher: one process, which is this one unless it may be restarted.
 
-    It sees one CUDA device only, the first of those it may use: given several, transformers would
-    wrap the model in ``DataParallel``.
+    Only one CUDA device is visible to it, the first of those that are visible here: with several,
+    transformers would wrap the model in ``DataParallel``.
     """
     environment = dict(profile.environment)
-    device = _devices_of_one(profile)
+    device = _single_process_device(profile)
     if profile.device == "cuda":
-        allowed = {**environ, **environment}.get("CUDA_VISIBLE_DEVICES", "0")
-        first = allowed.split(",")[0].strip()
+        visible = {**environ, **environment}.get("CUDA_VISIBLE_DEVICES", "0")
+        first = visible.split(",")[0].strip()
         environment["CUDA_VISIBLE_DEVICES"] = first
         device = f"cuda:{first}"
-    apart = bool(options.max_restarts) and ALONE not in environ
+    restartable = bool(options.max_restarts) and ALONE not in environ
     return Launch(
-        command=(sys.executable, "-m", "s2s_scale", *words),
-        environment={**environment, ALONE: "1"} if apart else environment,
+        command=(sys.executable, "-m", "s2s_scale", *argv),
+        environment={**environment, ALONE: "1"} if restartable else environment,
         ranks=(Rank(rank=0, host=socket.gethostname(), device=device),),
-        in_process=not apart,
+        in_process=not restartable,
     )
 
 
-def _devices_of_one(profile: LauncherProfile) -> str:
+def _single_process_device(profile: LauncherProfile) -> str:
     """What one process drives: the CPU, or all devices of its host in the profile's mesh."""
     if not profile.mesh:
         return profile.device
@@ -81,19 +114,17 @@ def _devices_of_one(profile: LauncherProfile) -> str:
     return f"{profile.environment.get('CPU_NUM_DEVICES', '1')} virtual XLA devices, mesh {axes}"
 
 
-TORCHRUN_PORT = 29500
-
-
 def torchrun(
     profile: LauncherProfile,
-    words: tuple[str, ...],
+    argv: tuple[str, ...],
     environ: Mapping[str, str],
     options: LaunchOptions,
 ) -> Launch:
-    """torchrun on this host; with ``--num_nodes`` as one of the hosts on which it is started."""
+    """torchrun on this host; with ``--num_nodes`` it is started on each of the hosts by itself."""
     nodes, node = options.num_nodes or 1, options.node_rank or 0
-    _check_node(options)
-    places = local_devices(profile, environ, options)
+    if nodes > 1:
+        _check_node(options, nodes)
+    devices = local_devices(profile, environ, options)
     notes: tuple[str, ...] = ()
     rendezvous = ["--standalone"]
     if nodes > 1 or options.master_port or options.master_addr:
@@ -104,57 +135,38 @@ def torchrun(
         rendezvous = [f"--nnodes={nodes}", f"--node-rank={node}"]
         rendezvous += [f"--master-addr={address}", f"--master-port={port}"]
     program = (sys.executable, "-m", "s2s_scale.resilience.torchrun")
-    flags = (*rendezvous, f"--nproc-per-node={len(places)}", "-m", "s2s_scale")
+    flags = (*rendezvous, f"--nproc-per-node={len(devices)}", "-m", "s2s_scale")
     host = socket.gethostname()
     return Launch(
-        command=(*program, *flags, *words),
-        environment=rank_environment(profile, environ, len(places)),
+        command=(*program, *flags, *argv),
+        environment=rank_environment(profile, environ, len(devices)),
         ranks=tuple(
-            Rank(rank=node * len(places) + number, host=host, device=device_of(profile, name))
-            for number, name in enumerate(places)
+            Rank(rank=node * len(devices) + number, host=host, device=device_of(profile, name))
+            for number, name in enumerate(devices)
         ),
         in_process=False,
         notes=notes,
     )
 
 
-def _check_node(options: LaunchOptions) -> None:
-    """``--num_nodes`` with torchrun needs to know which of them this is, and where the first is."""
-    if (options.num_nodes or 1) == 1:
-        return
+def _check_node(options: LaunchOptions, nodes: int) -> None:
     missing = [name for name in ("node_rank", "master_addr") if getattr(options, name) is None]
     if missing:
         raise UserError(
-            f"--num_nodes {options.num_nodes}: torchrun is started on each host and also needs "
+            f"--num_nodes {nodes}: torchrun is started on each host and also needs "
             + " and ".join(f"--{name}" for name in missing)
         )
-    if not 0 <= int(options.node_rank or 0) < int(options.num_nodes or 1):
-        raise UserError(
-            f"--node_rank {options.node_rank}: expected 0 to {int(options.num_nodes or 1) - 1}"
-        )
+    if not 0 <= int(options.node_rank or 0) < nodes:
+        raise UserError(f"--node_rank {options.node_rank}: expected 0 to {nodes - 1}")
 
 
-# Launcher -> the flags that it has a use for.
-USES = {
-    "none": {"num_processes"},
-    "torchrun": {
-        *("num_processes", "num_nodes", "node_rank", "master_addr", "master_port"),
-        *("max_restarts", "min_processes"),
-    },
-    "deepspeed": {*vars(LaunchOptions())},
-}
-RESTARTED = {"train", "evaluate"}
-"""Verbs whose only process may be started again; on TPUs it may be one of several hosts'."""
-ONLY_WITH_HOSTFILE = ("num_nodes", "node_rank", "launcher_runner")
-
-
-def refuse_without_effect(
-    profile: LauncherProfile, options: LaunchOptions, words: Sequence[str]
+def check_unused_options(
+    profile: LauncherProfile, options: LaunchOptions, argv: Sequence[str]
 ) -> None:
-    """A flag that would do nothing is an error.
+    """Check that every launch option that is given has an effect.
 
     Raises:
-        UserError: with every such flag.
+        UserError: with every option that has none.
     """
     if profile.launcher == "none" and options.num_processes not in (None, 1):
         raise UserError(
@@ -162,24 +174,26 @@ def refuse_without_effect(
             "process; choose a profile with a launcher, such as cpu-ddp or gpu-ddp"
         )
     if profile.launcher == "torchrun" and options.hostfile:
-        raise UserError(_on_each_host(profile, options, words))
-    uses = USES[profile.launcher]
-    if profile.launcher == "none" and profile.device != "tpu" and {*words[:1]} & RESTARTED:
-        uses = uses | {"max_restarts"}
-    useless = [name for name in options.given() if name not in uses]
+        raise UserError(_commands_per_host(profile, options, argv))
+    used = USED_OPTIONS[profile.launcher]
+    if profile.launcher == "none" and profile.device != "tpu" and {*argv[:1]} & RESTARTABLE:
+        used = used | {"max_restarts"}
+    unused = [name for name in options.given() if name not in used]
     if profile.launcher == "deepspeed" and not options.hostfile:
-        useless += [name for name in options.given() if name in ONLY_WITH_HOSTFILE]
+        unused += [name for name in options.given() if name in NEEDS_HOSTFILE]
         why = "without --hostfile"
     else:
         why = f"with profile '{profile.name}' (launcher {profile.launcher})"
-    problems = [f"--{name}: has no effect {why}; leave it out" for name in useless]
-    if options.min_processes and not options.max_restarts and "min_processes" not in useless:
+    problems = [f"--{name}: has no effect {why}; leave it out" for name in unused]
+    if options.min_processes and not options.max_restarts and "min_processes" not in unused:
         problems.append("--min_processes: has no effect without --max_restarts; add it")
     raise_problems(problems)
 
 
-def _on_each_host(profile: LauncherProfile, options: LaunchOptions, words: Sequence[str]) -> str:
-    """torchrun is started on each host by itself: the commands to type."""
+def _commands_per_host(
+    profile: LauncherProfile, options: LaunchOptions, argv: Sequence[str]
+) -> str:
+    """The error for a host file with torchrun: it lists the commands to type on each host."""
     hosts = choose(
         read_hostfile(Path(str(options.hostfile))),
         num_nodes=options.num_nodes,
@@ -189,7 +203,8 @@ def _on_each_host(profile: LauncherProfile, options: LaunchOptions, words: Seque
     )
     first = options.master_addr or next(iter(hosts))
     port = options.master_port or TORCHRUN_PORT
-    kept = shlex.join(without_flags(words, {"hostfile", "include", "exclude", *USES["torchrun"]}))
+    replaced = {"hostfile", "include", "exclude", *USED_OPTIONS["torchrun"]}
+    kept = shlex.join(without_flags(argv, replaced))
     commands = [
         f"on {host}: s2s-scale {kept} --num_nodes {len(hosts)} --node_rank {number} "
         f"--num_processes {len(slots)} --master_addr {first} --master_port {port}"
@@ -197,34 +212,11 @@ def _on_each_host(profile: LauncherProfile, options: LaunchOptions, words: Seque
     ]
     return (
         f"--hostfile: profile '{profile.name}' is started by torchrun, which is started on each "
-        f"host by itself; take a profile with launcher deepspeed, or type {'; '.join(commands)}"
+        f"host by itself; use a profile with launcher deepspeed, or type {'; '.join(commands)}"
     )
 
 
 Planner = Callable[[LauncherProfile, tuple[str, ...], Mapping[str, str], LaunchOptions], Launch]
 
-# One entry per launcher that a profile may name: what it makes of a profile and a command line.
 LAUNCHERS: dict[str, Planner] = {"none": none, "torchrun": torchrun, "deepspeed": deepspeed}
-
-
-def plan_launch(
-    profile: LauncherProfile,
-    words: Sequence[str],
-    *,
-    environ: Mapping[str, str],
-    options: LaunchOptions | None = None,
-) -> Launch:
-    """How ``s2s-scale WORDS…`` is started under ``profile``; ``words`` begin with the verb.
-
-    Inside a launcher (``RANK`` set) this process is one of its ranks and runs here. Touches no
-    other host.
-
-    Raises:
-        UserError: more processes than devices, hosts that are not there, or a flag that this
-            profile's launcher has no use for.
-    """
-    if environ.get("RANK"):
-        return worker(profile, tuple(words), environ)
-    options = options or LaunchOptions()
-    refuse_without_effect(profile, options, tuple(words))
-    return LAUNCHERS[profile.launcher](profile, tuple(words), environ, options)
+"""One entry per launcher that a profile may name."""

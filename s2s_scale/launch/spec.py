@@ -1,10 +1,7 @@
-"""How a run is started, in data and in words: the command, its environment, each rank's place.
+"""A launch as data: the launch options, the command, its environment, and each rank's device.
 
-What the command line says of hosts and processes.
-
-What this host gives to a launch: its devices, a share of its cores, a port.
-
-The variables by which a rank knows itself, whichever program has started it.
+Also what every launcher needs to know of this host (its devices, its share of the cores, a free
+port), and the environment variables that give a process its rank, whichever program started it.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from dataclasses import dataclass
 from s2s_scale.errors import UserError
 from s2s_scale.settings.commands import LaunchOptions as LaunchOptions
 from s2s_scale.settings.profiles import AUTO, LauncherProfile, cuda_devices
+from s2s_scale.utils import free_port
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,11 @@ class Rank:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a run is started. ``in_process``: here, and ``command`` is what would do the same.
+    """How a run is started.
 
-    ``environment`` is that of every rank, on every host. ``remote``: some ranks are on other hosts.
-    ``notes`` are lines for the user.
+    ``environment``: the variables to set for every rank, on every host. ``in_process``: the run
+    takes place in this process, and ``command`` is what would do the same. ``remote``: some ranks
+    are on other hosts. ``notes``: lines for the user.
     """
 
     command: tuple[str, ...]
@@ -50,7 +49,7 @@ class Launch:
 
     @property
     def hosts(self) -> list[str]:
-        """The hosts, each once, in the order of their ranks."""
+        """The hosts, each once, in rank order."""
         return list(dict.fromkeys(place.host for place in self.ranks))
 
 
@@ -69,48 +68,48 @@ def describe(launch: Launch, *, environ: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def without_flags(words: Sequence[str], names: set[str]) -> list[str]:
-    """The words without these flags and their values."""
+def without_flags(argv: Sequence[str], names: set[str]) -> list[str]:
+    """The arguments without these flags and their values; ``names`` have no leading dashes."""
     kept: list[str] = []
     skip = False
-    for word in words:
-        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+    for argument in argv:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if skip:
             skip = False
-        elif word.startswith("--") and name in names:
-            skip = "=" not in word
+        elif argument.startswith("--") and name in names:
+            skip = "=" not in argument
         else:
-            kept.append(word)
+            kept.append(argument)
     return kept
 
 
-PROCESSES_ON_A_CPU = 2
+DEFAULT_CPU_PROCESSES = 2
 
 
 def local_devices(
     profile: LauncherProfile, environ: Mapping[str, str], options: LaunchOptions
 ) -> list[str]:
-    """Names of the devices on this host that take a process each; "cpu" for each on a CPU."""
-    everything = all_local_devices(profile, environ, options)
+    """Names of the devices on this host that get one process each, as ``all_local_devices``."""
+    devices = all_local_devices(profile, environ, options)
     wanted = options.num_processes or profile.processes
-    return everything if wanted == AUTO else everything[: int(wanted)]
+    return devices if wanted == AUTO else devices[: int(wanted)]
 
 
 def all_local_devices(
     profile: LauncherProfile, environ: Mapping[str, str], options: LaunchOptions
 ) -> list[str]:
-    """Likewise, of which ``local_devices`` takes the first so many; on a CPU as many as wanted.
+    """Names of all devices on this host; on a CPU, "cpu" for each process that is wanted.
 
     Raises:
-        UserError: more processes than CUDA devices.
+        UserError: more processes are wanted than there are CUDA devices.
     """
     wanted = options.num_processes or profile.processes
     if profile.device == "cpu":
-        return ["cpu"] * (PROCESSES_ON_A_CPU if wanted == AUTO else int(wanted))
+        return ["cpu"] * (DEFAULT_CPU_PROCESSES if wanted == AUTO else int(wanted))
     devices = cuda_devices({**environ, **profile.environment})
     if wanted != AUTO and int(wanted) > len(devices):
         raise UserError(
-            f"{wanted} processes, but {len(devices)} CUDA device(s) may be used; give "
+            f"{wanted} processes, but {len(devices)} CUDA device(s) are visible; use "
             f"--num_processes {max(1, len(devices))} or fewer"
         )
     return devices
@@ -124,9 +123,10 @@ def device_of(profile: LauncherProfile, name: str) -> str:
 def rank_environment(
     profile: LauncherProfile, environ: Mapping[str, str], per_host: int
 ) -> dict[str, str]:
-    """The profile's variables; the cores are divided among a host's ranks unless something says so.
+    """The profile's variables, and OMP_NUM_THREADS unless the profile or the shell sets it.
 
-    torch would take all of them in every rank, and torchrun alone gives each rank one.
+    It divides this host's cores among the ranks of a host: torch would use all cores in every rank,
+    and torchrun by itself gives each rank one.
     """
     environment = dict(profile.environment)
     if "OMP_NUM_THREADS" not in {**environ, **environment}:
@@ -135,46 +135,44 @@ def rank_environment(
 
 
 def rendezvous_port(options: LaunchOptions) -> tuple[int, tuple[str, ...]]:
-    """The port on which the ranks find each other, and what there is to say of it."""
+    """The port of the ranks' rendezvous, and notes for the user.
+
+    ``--master_port`` if it is free here, or on another host (``--master_addr``); else a free one.
+    """
     wanted = options.master_port
-    if wanted is not None and (_is_free(wanted) or options.master_addr):
-        return wanted, ()
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        free = int(probe.getsockname()[1])
+    if wanted is not None:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", wanted))
+                return wanted, ()
+            except OSError:
+                if options.master_addr:
+                    return wanted, ()
+    free = free_port()
     if wanted is None:
         return free, ()
-    return free, (f"--master_port {wanted}: is in use; port {free} is taken instead",)
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
+    return free, (f"--master_port {wanted}: is in use; port {free} is used instead",)
 
 
 STARTED_BY = "S2S_SCALE_STARTED_BY"
-"""Environment variable: the runner whose variables name the rank. Without it they are left alone:
-a batch script under Slurm is no rank, but has SLURM_PROCID."""
+"""Environment variable: the runner whose variables give the rank. Without it they are ignored: a
+batch script under Slurm is not a rank, but has SLURM_PROCID."""
 
 ALONE = "S2S_SCALE_ALONE"
-"""Environment variable: this is a run's only process, which another one starts again if it dies."""
+"""Environment variable: this is a run's only process, which its starter restarts if it dies."""
 
-# Runner -> what it calls RANK, LOCAL_RANK and WORLD_SIZE.
-NAMES = {
+RANK_VARIABLES = {
     "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     "mvapich": ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
 }
+"""Runner -> its own names for RANK, LOCAL_RANK and WORLD_SIZE."""
 
 
 def set_rank_env(environ: MutableMapping[str, str]) -> None:
-    """Set RANK, LOCAL_RANK and WORLD_SIZE from the runner's own names, where it did not."""
-    names = NAMES.get(environ.get(STARTED_BY, ""))
+    """Set RANK, LOCAL_RANK and WORLD_SIZE from the runner's own variables, if RANK is not set."""
+    names = RANK_VARIABLES.get(environ.get(STARTED_BY, ""))
     if names is None or "RANK" in environ or names[0] not in environ:
         return
     for ours, theirs in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), names, strict=True):
@@ -183,6 +181,6 @@ def set_rank_env(environ: MutableMapping[str, str]) -> None:
 
 
 def reporting_rank(environ: Mapping[str, str]) -> int | None:
-    """As which rank this process says that it is done; None where nobody waits for that."""
+    """The rank as which this process reports that it is done; None if nobody waits for that."""
     rank = environ.get("RANK") or ("0" if ALONE in environ else "")
     return int(rank) if rank.isdigit() else None

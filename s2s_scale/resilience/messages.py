@@ -1,190 +1,273 @@
-"""JSON lines over TCP between the processes of one run, for failure reports and the watchdog.
+"""JSON messages between the processes of one run, over ``multiprocessing.connection``.
 
-A connection begins with the run's token: whatever else finds the port is dropped unread.
+Its framing and its HMAC challenge are used: both ends prove that they know the run's key before
+either reads a message. Messages travel as bytes of JSON, so nothing from the network is unpickled.
+``Listener`` and ``Client`` themselves do not fit: ``Listener.accept`` authenticates in the thread
+that accepts, where one silent stranger would keep every rank waiting, and ``Client`` supports
+neither IPv6 nor a connection timeout.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import queue
 import secrets
-import selectors
 import socket
+import struct
 import threading
+import time
 from collections.abc import Callable
+from multiprocessing import ProcessError
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
 
 Message = dict[str, Any]
 
 IDLE_SECONDS = 0.25
-LONGEST_LINE = 1 << 20
+LONGEST_MESSAGE = 1 << 20
+"""Bytes; a peer that announces a longer message is disconnected."""
+STRANGERS = 32
+"""How many peers, beyond one per rank, may be connected without having authenticated yet."""
+AUTHENTICATION_SECONDS = 5.0
+SEND_SECONDS = 1.0
+"""How long the server waits for a peer whose receive buffer is full; then it is disconnected."""
 CONNECT_SECONDS = 5.0
+ATTEMPTS = 3
+
+# What a failed handshake raises: some Python versions check the challenge with ``assert``.
+_REFUSED = (EOFError, ProcessError, AssertionError, ValueError)
 
 
 class MessageServer:
-    """Takes lines from any number of peers, in a thread of its own that also calls the hooks.
+    """Receives messages from any number of authenticated peers and calls hooks with them.
 
-    ``on_line(peer, message)``, ``on_close(peer)`` and ``on_idle()`` (about four times a second) all
-    run in that thread, so that what they share needs no lock.
+    ``on_message(peer, message)``, ``on_close(peer)`` and ``on_idle()`` (about four times a second)
+    all run in one thread, so what they share needs no lock. A message for which ``on_message``
+    raises ``LookupError``, ``TypeError``, ``ValueError`` or ``ArithmeticError`` is malformed and
+    skipped. ``key`` is what peers must know; ``ranks`` is how many of them may connect at once.
     """
 
     def __init__(
         self,
         *,
         host: str,
-        on_line: Callable[[int, Message], None],
+        on_message: Callable[[int, Message], None],
         on_close: Callable[[int], None] = lambda peer: None,
         on_idle: Callable[[], None] = lambda: None,
+        ranks: int = 0,
     ) -> None:
-        self.token = secrets.token_hex(16)
-        self._on_line, self._on_close, self._on_idle = on_line, on_close, on_idle
+        self.key = secrets.token_hex(32)
+        self._on_message, self._on_close, self._on_idle = on_message, on_close, on_idle
         self._listener = _listen(host)
+        self._listener.settimeout(IDLE_SECONDS)
         self.port = int(self._listener.getsockname()[1])
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._most_strangers = STRANGERS + ranks
         self._peers: dict[int, _Peer] = {}
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="s2s-scale lines", daemon=True)
+        self._strangers: dict[int, _Peer] = {}
+        self._inbox: queue.Queue[tuple[int, Message | None]] = queue.Queue(1000)
+        self._closing = threading.Event()
+        self._acceptor = threading.Thread(target=self._accept, name="hub accept", daemon=True)
+        self._dispatcher = threading.Thread(target=self._dispatch, name="hub", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        self._acceptor.start()
+        self._dispatcher.start()
 
-    def broadcast(self, message: Message) -> None:
-        """Send to every peer that has shown the token; one that takes nothing is passed over."""
-        for peer in list(self._peers.values()):
-            if peer.trusted:
-                _send_at_once(peer.connection, message)
-
-    def answer(self, peer: int, message: Message) -> None:
-        """Send to one peer."""
-        if peer in self._peers:
-            _send_at_once(self._peers[peer].connection, message)
+    def send(self, number: int, message: Message) -> None:
+        """Send to one peer, if it is still connected. Only to be called from a hook."""
+        peer = self._peers.get(number)
+        if peer is None or not peer.authenticated or peer.dropped:
+            return
+        try:
+            peer.connection.send_bytes(json.dumps(message).encode())
+        except OSError:
+            peer.drop()
 
     def close(self) -> None:
-        """Read what has arrived, then drop all connections. Not to be called from a hook."""
-        self._ending.set()
-        self._thread.join(5)
+        """Handle what has already arrived, then disconnect all peers. Not to be called in a hook.
 
-    def _run(self) -> None:
-        try:
-            while not self._ending.is_set():
-                self._serve(IDLE_SECONDS)
-                self._on_idle()
-            self._serve(0)
-        finally:
-            for peer in self._peers.values():
-                peer.connection.close()
-            self._listener.close()
-            self._selector.close()
-
-    def _serve(self, seconds: float) -> None:
-        for key, _ in self._selector.select(seconds):
-            if key.fileobj is self._listener:
-                self._accept()
-            else:
-                self._read(key.fd)
+        ``on_close`` is not called for the peers that are disconnected here.
+        """
+        self._closing.set()
+        self._acceptor.join(AUTHENTICATION_SECONDS)
+        for peer in list(self._peers.values()):
+            peer.shut_down(socket.SHUT_RD)
+        self._dispatcher.join(AUTHENTICATION_SECONDS)
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            connection, _ = self._listener.accept()
-            connection.setblocking(False)
-            self._peers[connection.fileno()] = _Peer(connection)
-            self._selector.register(connection, selectors.EVENT_READ)
+        """The accepting thread: one thread per peer, and a bound on peers that are strangers."""
+        with self._listener:
+            for number in itertools.count():
+                if self._closing.is_set():
+                    return
+                try:
+                    peer = _Peer(self._listener.accept()[0])
+                except TimeoutError:
+                    pass
+                except OSError:  # such as too many open files, of which some may be closed soon
+                    self._closing.wait(IDLE_SECONDS)
+                else:
+                    self._peers[number] = self._strangers[number] = peer
+                    receiver = threading.Thread(
+                        target=self._receive, args=(number, peer), name="hub peer", daemon=True
+                    )
+                    try:
+                        receiver.start()
+                    except RuntimeError:  # no more threads
+                        self._forget(number)
+                now = time.monotonic()
+                for oldest, stranger in list(self._strangers.items()):
+                    late = now - stranger.connected_at > AUTHENTICATION_SECONDS
+                    if late or len(self._strangers) > self._most_strangers:
+                        self._strangers.pop(oldest, None)
+                        stranger.drop()
 
-    def _read(self, number: int) -> None:
-        peer = self._peers[number]
+    def _receive(self, number: int, peer: _Peer) -> None:
+        """The thread of one peer: authenticates it, then passes on what it sends."""
         try:
-            data = peer.connection.recv(65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        peer.buffer += data
-        *whole, peer.buffer = peer.buffer.split(b"\n")
-        for line in whole:
-            if not peer.trusted:
-                peer.trusted = secrets.compare_digest(line, self.token.encode())
-                data = data if peer.trusted else b""
-            if not peer.trusted:
-                break
-            message = _parsed(line)
-            if message is not None:
-                self._on_line(number, message)
-        if not data or len(peer.buffer) > LONGEST_LINE:
-            self._drop(number)
+            with contextlib.suppress(OSError, *_REFUSED):
+                deliver_challenge(peer.connection, self.key.encode())
+                answer_challenge(peer.connection, self.key.encode())
+                peer.authenticated = True
+                self._strangers.pop(number, None)
+                while True:
+                    message = _parse(peer.connection.recv_bytes(LONGEST_MESSAGE))
+                    if message is not None:
+                        self._inbox.put((number, message))
+        finally:
+            self._forget(number)
 
-    def _drop(self, number: int) -> None:
-        peer = self._peers.pop(number)
-        self._selector.unregister(peer.connection)
-        peer.connection.close()
-        if peer.trusted:
-            self._on_close(number)
+    def _forget(self, number: int) -> None:
+        self._strangers.pop(number, None)
+        self._inbox.put((number, None))
+
+    def _dispatch(self) -> None:
+        """The thread of the hooks. It alone sends and closes connections."""
+        next_idle = 0.0
+        while self._peers or self._acceptor.is_alive() or not self._closing.is_set():
+            try:
+                number, message = self._inbox.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                pass
+            else:
+                if message is None:
+                    peer = self._peers.pop(number)
+                    peer.close()
+                    if peer.authenticated and not self._closing.is_set():
+                        self._on_close(number)
+                else:
+                    with contextlib.suppress(LookupError, TypeError, ValueError, ArithmeticError):
+                        self._on_message(number, message)
+            if time.monotonic() >= next_idle:
+                next_idle = time.monotonic() + IDLE_SECONDS
+                self._on_idle()
 
 
 class _Peer:
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.buffer = b""
-        self.trusted = False
+    """One connection of the server. ``_socket`` shares its descriptor, for what needs a socket."""
 
+    def __init__(self, connected: socket.socket) -> None:
+        _limit(connected, socket.SO_SNDTIMEO, SEND_SECONDS)
+        self._socket = connected
+        self.connection = Connection(connected.fileno())
+        self.connected_at = time.monotonic()
+        self.authenticated = False
+        self.dropped = False
 
-class LineClient:
-    """One connection to a ``MessageServer``; ``connection`` is its socket.
+    def drop(self) -> None:
+        """Disconnect it: its thread ends, and then its connection is closed. From any thread."""
+        self.dropped = True
+        self.shut_down(socket.SHUT_RDWR)
 
-    Raises:
-        OSError: the server cannot be reached, from construction and ``send``.
-    """
-
-    def __init__(self, host: str, port: int, token: str) -> None:
-        self.connection = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
-        self.connection.sendall(token.encode() + b"\n")
-        self._buffer = b""
-
-    def send(self, message: Message) -> None:
-        self.connection.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self, seconds: float) -> list[Message]:
-        """The messages that arrive within ``seconds``; returns as soon as there is one.
-
-        Raises:
-            ConnectionError: the server has closed the connection.
-        """
-        self.connection.settimeout(max(seconds, 0.001))
-        try:
-            data = self.connection.recv(65536)
-        except TimeoutError:
-            return []
-        finally:
-            self.connection.settimeout(CONNECT_SECONDS)
-        if not data:
-            raise ConnectionResetError("closed by the other side")
-        self._buffer += data
-        *whole, self._buffer = self._buffer.split(b"\n")
-        return [message for line in whole if (message := _parsed(line)) is not None]
+    def shut_down(self, how: int) -> None:
+        """As ``socket.shutdown``; what has already arrived can still be read."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(how)
 
     def close(self) -> None:
+        self._socket.detach()
         self.connection.close()
 
 
-def _listen(host: str) -> socket.socket:
-    """A listening socket on a free port: the loopback interface where ``host`` is there, else all.
+class MessageClient:
+    """An authenticated connection to a ``MessageServer``.
 
-    The address family is that of ``host``, because the others will connect to that name.
+    Raises:
+        OSError: the server cannot be reached or has another key, from construction; the connection
+            is lost, from ``send`` and ``receive``.
+    """
+
+    def __init__(self, host: str, port: int, key: str) -> None:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                self._connection = _connect(host, port, key.encode())
+                return
+            except ConnectionError:
+                if attempt == ATTEMPTS:
+                    raise
+                time.sleep(0.5)
+
+    def fileno(self) -> int:
+        """The descriptor to wait on, as by ``selectors``."""
+        return self._connection.fileno()
+
+    def send(self, message: Message) -> None:
+        self._connection.send_bytes(json.dumps(message).encode())
+
+    def receive(self, seconds: float) -> Message | None:
+        """The next message; None if none arrives within ``seconds``."""
+        try:
+            if self._connection.poll(seconds):
+                return _parse(self._connection.recv_bytes(LONGEST_MESSAGE))
+        except EOFError as error:
+            raise ConnectionResetError("closed by the other side") from error
+        return None
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _connect(host: str, port: int, key: bytes) -> Connection[Any, Any]:
+    with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connected:
+        connected.settimeout(None)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            _limit(connected, option, CONNECT_SECONDS)
+        connection = Connection(connected.detach())
+    try:
+        answer_challenge(connection, key)
+        deliver_challenge(connection, key)
+    except _REFUSED as error:
+        connection.close()
+        raise ConnectionRefusedError("the other side has another key or is overloaded") from error
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def _limit(connected: socket.socket, option: int, seconds: float) -> None:
+    """Let the system's own reads or writes fail after ``seconds``: a connection knows no limit."""
+    whole = int(seconds)
+    timeval = struct.pack("ll", whole, int((seconds - whole) * 1e6))
+    connected.setsockopt(socket.SOL_SOCKET, option, timeval)
+
+
+def _listen(host: str) -> socket.socket:
+    """A listening socket on a free port: on the loopback interface if ``host`` is there, else all.
+
+    The address family is that of ``host``, because the others connect to that name.
     """
     family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     local = str(address[0]).startswith("127.") or address[0] == "::1"
     return socket.create_server((address[0] if local else "", 0), family=family, backlog=1024)
 
 
-def _send_at_once(connection: socket.socket, message: Message) -> None:
-    with contextlib.suppress(OSError):
-        connection.send(json.dumps(message).encode() + b"\n")
-
-
-def _parsed(line: bytes) -> Message | None:
-    """The message in a line; None for anything that is not one."""
+def _parse(data: bytes) -> Message | None:
+    """The JSON object in a message; None for anything else."""
     try:
-        message = json.loads(line)
-    except ValueError:
+        message = json.loads(data)
+    except (ValueError, RecursionError):
         return None
     return message if isinstance(message, dict) else None

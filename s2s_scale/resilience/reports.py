@@ -1,8 +1,8 @@
 """How a rank tells the process that started the run what went wrong, or that it is done.
 
-The process that starts a run opens ``Reports`` and gives every rank ``Reports.environment``; a rank
-calls ``report_failure`` and ``report_done``, which send one line each over TCP. A rank that stays
-connected (see ``preemption``) is told when the run is asked to stop.
+The process that starts a run opens a ``Hub`` (see ``hub``) and puts its address and key into every
+rank's environment. ``report_failure`` and ``report_done`` open a connection for one report, so they
+work in any process, at any moment of its life.
 """
 
 from __future__ import annotations
@@ -10,145 +10,52 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from types import TracebackType
 
-from s2s_scale.errors import UserError
-from s2s_scale.resilience.messages import LineClient, Message, MessageServer
+from s2s_scale.errors import EXIT_FAULT, EXIT_USER_ERROR, UserError
+from s2s_scale.resilience.messages import Message, MessageClient
 
-REPORT_TO = "S2S_SCALE_REPORT_TO"
+HUB_ADDRESS = "S2S_SCALE_HUB"
 """Environment variable: ``host:port`` of the process that started the run."""
-REPORT_TOKEN = "S2S_SCALE_REPORT_TOKEN"
-"""Environment variable: what a report must begin with."""
+HUB_KEY = "S2S_SCALE_HUB_KEY"
+"""Environment variable: the run's key, which only its ranks know. Never printed."""
 RUN_VARIABLE = "S2S_SCALE_RUN"
-"""Environment variable: what marks the checkpoints of one command, however often it restarts."""
+"""Environment variable: identifies the checkpoints of one command, however often it restarts."""
 
-EXIT_USER_ERROR = 2
-EXIT_FAULT = 75
-"""Exit code where a rank was lost (sysexits' EX_TEMPFAIL: trying again may help)."""
-ATTEMPTS = 3
 ANSWER_SECONDS = 5.0
 
 
 class FailureSource(IntEnum):
-    """How near a report is to the cause. The nearest is shown, and of equals the earliest.
+    """Where a report comes from, the nearest to the cause first.
 
-    When a rank dies, the others lose contact with it and fail too, often sooner than anybody has
-    seen why the first one died.
+    Of several failures the one with the lowest value is shown, and of equals the earliest: when a
+    rank dies, the others lose contact with it and fail too, often before anybody has seen why the
+    first one died.
     """
 
-    REPORTED = 0  # the rank's own words
-    SEEN = 1  # its launcher saw a signal end it
-    WATCHDOG = 2  # the other ranks' watchdogs
+    REPORTED = 0  # the rank itself
+    SIGNAL = 1  # its launcher saw a signal end it
+    WATCHDOG = 2  # its heartbeats stopped, or it made no progress
     SECONDARY = 3  # an error that says only that another rank went away
-    ENDED = 4  # its launcher saw it end with an exit code
+    EXIT_CODE = 4  # its launcher saw it end with an exit code
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What is wrong with ``rank``; ``code`` is the exit code that the run ends with."""
+    """What is wrong with ``rank``; ``code`` is the exit code of the run."""
 
     rank: int
     host: str
     problems: tuple[str, ...]
     code: int = 1
-    certainty: FailureSource = FailureSource.REPORTED
+    source: FailureSource = FailureSource.REPORTED
 
     @property
     def lines(self) -> list[str]:
         """One line per problem, with rank and host first."""
         return [f"rank {self.rank} on {self.host}: {problem}" for problem in self.problems]
-
-
-class Reports:
-    """Listens for the ranks' reports; a context that ends when the run has ended.
-
-    ``address`` is the name under which the ranks reach this host: ``127.0.0.1`` where all of them
-    are on it, and then nobody else can connect.
-    """
-
-    def __init__(self, address: str = "127.0.0.1") -> None:
-        self._address = address
-        self._server = MessageServer(host=address, on_line=self._take, on_idle=self._tell)
-        self._failures: list[Failure] = []
-        self._done: dict[int, int] = {}
-        self._stop: str | None = None
-        self._told: set[int] = set()
-        self._listening: set[int] = set()
-        self.failed_at: float | None = None
-        """When the first failure came, by ``time.monotonic``."""
-
-    def __enter__(self) -> Reports:
-        self._server.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._server.close()
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What every rank, on every host, must find in its environment."""
-        return {
-            REPORT_TO: f"{self._address}:{self._server.port}",
-            REPORT_TOKEN: self._server.token,
-        }
-
-    @property
-    def done_ranks(self) -> dict[int, int]:
-        """Rank -> exit code, of those that came to an orderly end."""
-        return dict(self._done)
-
-    def ask_to_stop(self, reason: str) -> None:
-        """Tell every rank that stays connected, now or later; ``reason`` is such as 'SIGTERM'.
-
-        Once more for each further reason: the ranks then end at once.
-        """
-        self._stop = reason
-        self._told = set()
-
-    def _tell(self) -> None:
-        if self._stop is not None:
-            for peer in self._listening - self._told:
-                self._told.add(peer)
-                self._server.answer(peer, {"stop": self._stop})
-
-    def first_failure(self) -> Failure | None:
-        """The failure nearest to the cause, or None where nothing has failed."""
-        return min(self._failures, key=lambda failure: failure.certainty, default=None)
-
-    def _take(self, peer: int, message: Message) -> None:
-        try:
-            if "listens" in message:
-                self._listening.add(peer)
-                self._told.discard(peer)
-                self._tell()
-                return
-            if "done" in message:
-                self._done[int(message["done"])] = int(message["code"])
-            else:
-                self._failures.append(_failure(message))
-                self.failed_at = self.failed_at or time.monotonic()
-        except (KeyError, TypeError, ValueError):
-            return
-        self._server.answer(peer, {"taken": True})
-
-
-def _failure(message: Message) -> Failure:
-    return Failure(
-        rank=int(message["rank"]),
-        host=str(message["host"]),
-        problems=tuple(map(str, message["problems"])),
-        code=int(message["code"]),
-        certainty=FailureSource(message["certainty"]),
-    )
 
 
 def report_failure(
@@ -157,31 +64,30 @@ def report_failure(
     rank: int,
     host: str | None = None,
     code: int = 1,
-    certainty: FailureSource = FailureSource.REPORTED,
+    source: FailureSource = FailureSource.REPORTED,
 ) -> bool:
-    """Tell the process that started the run what is wrong with ``rank``; False if nobody listens.
+    """Tell the process that started the run what is wrong with ``rank``.
 
-    ``host``: that of ``rank``, if it is not this one.
+    ``host``: that of ``rank``, if it is not this one. Returns whether the report was received.
     """
-    where = host or socket.gethostname()
-    failure = Failure(rank, where, tuple(problems), code, certainty)
-    return _sent(asdict(failure))
+    failure = Failure(rank, host or socket.gethostname(), tuple(problems), code, source)
+    return _send({"kind": "failure", **asdict(failure)})
 
 
 def report_error(error: BaseException, *, rank: int) -> bool:
-    """Tell the process that started the run of an exception; False if nobody listens."""
+    """Tell the process that started the run of an exception, as ``report_failure``."""
     lost = lost_contact(error)
     return report_failure(
         problems_of(error),
         rank=rank,
         code=EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAULT if lost else 1,
-        certainty=FailureSource.SECONDARY if lost else FailureSource.REPORTED,
+        source=FailureSource.SECONDARY if lost else FailureSource.REPORTED,
     )
 
 
 def report_done(*, rank: int, code: int = 0) -> bool:
-    """Tell the process that started the run that ``rank`` has come to an orderly end."""
-    return _sent({"done": rank, "code": code})
+    """Tell the process that started the run that ``rank`` has ended in an orderly way."""
+    return _send({"kind": "done", "rank": rank, "code": code})
 
 
 def problems_of(error: BaseException) -> tuple[str, ...]:
@@ -196,40 +102,39 @@ _LOST = ("closed by peer", "connection reset", "gloo/transport", "broken pipe", 
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether an exception says only that another rank does not answer any more."""
+    """Whether an exception says only that another rank no longer answers."""
     text = f"{type(error).__name__}: {error}".lower()
     known = isinstance(error, RuntimeError) and any(sign in text for sign in _LOST)
     return known or type(error).__name__ in ("DistBackendError", "DistNetworkError")
 
 
-def starter_address() -> tuple[str, int, str] | None:
-    """Host, port and token of the process that started the run; None where nobody listens."""
-    address, token = os.environ.get(REPORT_TO), os.environ.get(REPORT_TOKEN)
-    if not address or not token:
+def hub_address() -> tuple[str, int, str] | None:
+    """Host, port and key of the hub of the process that started the run; None without one."""
+    address, key = os.environ.get(HUB_ADDRESS), os.environ.get(HUB_KEY)
+    if not address or not key:
         return None
     host, _, port = address.rpartition(":")
-    return host, int(port), token
+    return host, int(port), key
 
 
-def _sent(message: Message) -> bool:
-    address = starter_address()
+def _send(message: Message) -> bool:
+    """Send one report and wait until it is received. Says on standard error if it cannot be."""
+    address = hub_address()
     if address is None:
         return False
-    for attempt in range(ATTEMPTS):
+    try:
+        client = MessageClient(*address)
         try:
-            client = LineClient(*address)
-            try:
-                client.send(message)
-                if client.receive(ANSWER_SECONDS):
-                    return True
-            finally:
-                client.close()
-        except OSError as error:
-            reason = str(error)
-        else:
-            reason = "no answer"
-        if attempt + 1 < ATTEMPTS:
-            time.sleep(0.5)
+            client.send(message)
+            if client.receive(ANSWER_SECONDS) is not None:
+                return True
+            reason = f"no answer within {ANSWER_SECONDS:g} s"
+        finally:
+            client.close()
+    except OSError as error:
+        reason = str(error)
     host, port, _ = address
-    print(f"{host}:{port}, where this run was started, is out of reach: {reason}", file=sys.stderr)
+    print(
+        f"{host}:{port}, where this run was started, cannot be reached: {reason}", file=sys.stderr
+    )
     return False

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from s2s_scale.checkpoint import newest_verified
-from s2s_scale.resilience.preemption import EXIT_RESUME
+from s2s_scale.errors import EXIT_RESUME
 from tests.faults.runs import BOUND, EVALUATED, EVALUATES, STEPS, deviation, history
 from tests.support.moments import MARK, MOMENT
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from s2s_scale.errors import EXIT_RESUME
 from s2s_scale.models.create import new_model
 from tests.support.command import finish, run_command, start_command
 from tests.support.copying import write_copy_task
@@ -101,7 +102,17 @@ def test_a_fault_ends_the_run_and_names_the_rank(model, data, tmp_path, monkeypa
     assert seconds < 60
     assert words_of_fault in line
     if fault == "hanging":
-        assert "it stands at " in line and "(step " in line and ", in hang, " in line
+        assert "it is at " in line and "(step " in line and ", in hang, " in line
+
+
+def test_a_request_to_stop_is_met_by_both_ranks(model, data, tmp_path):
+    process = start_command(*words(model, data, tmp_path / "run", *ENDLESS, "--profile", "cpu-ddp"))
+    rank_below(process.pid, "1", tmp_path / "run")
+    os.killpg(process.pid, signal.SIGTERM)  # as a batch system does
+    outcome = finish(process, limit_s=90)
+    assert outcome.code == EXIT_RESUME, outcome.err
+    assert "stopped by SIGTERM at step " in outcome.err and "Traceback" not in outcome.err
+    assert outcome.errors == []
 
 
 def test_generate_refuses_several_ranks(model):

@@ -249,7 +249,7 @@ def test_a_port_in_use_is_replaced_and_said(here, model, data, tmp_path, profile
         outcome = here("train", *files, *words)
     assert outcome.code == 0, outcome.err
     note = next(line for line in outcome.out.splitlines() if line.startswith("note: "))
-    assert f"--master_port {port}: is in use; port " in note and "taken instead" in note
+    assert f"--master_port {port}: is in use; port " in note and "used instead" in note
     chosen = note.split("port ")[-1].split()[0]
     before_our_words = outcome.out.splitlines()[1].partition(" train ")[0]
     assert chosen in before_our_words and str(port) not in before_our_words

@@ -74,7 +74,7 @@ def test_flags_choose(flags, expected):
         ({"include": "a:4"}, "host 'a' has no slot 4; expected 0 to 3"),
         ({"include": "a:x"}, "'x'; expected slots such as a:0,2"),
         ({"exclude": "a@b"}, "--exclude a@b: leaves no host"),
-        ({"include": "a", "exclude": "b"}, "only one of them can choose"),
+        ({"include": "a", "exclude": "b"}, "only one of them can be given"),
         ({"include": "a", "num_nodes": 1}, "--num_nodes: has no effect beside --include"),
     ],
 )

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
+from s2s_scale.errors import EXIT_RESUME
 from s2s_scale.resilience import preemption
-from s2s_scale.resilience.preemption import EXIT_RESUME, SIGNALS, Stopped, handle_preemption
+from s2s_scale.resilience.preemption import SIGNALS, Stopped, handle_preemption
 
 
 def wait_for_reason(guard):
@@ -97,7 +98,7 @@ with handle_preemption(1.0) as guard:
 def test_a_second_signal_ends_at_once():
     program = """
 import s2s_scale.resilience.preemption as preemption
-preemption.SAME_SECONDS = 0.2
+preemption.SAME_REQUEST_SECONDS = 0.2
 with handle_preemption(60) as guard:
     guard.at_boundaries = True
     os.kill(os.getpid(), signal.SIGTERM)

@@ -16,8 +16,7 @@ from s2s_scale.resilience.reports import RUN_VARIABLE
 from s2s_scale.resilience.supervisor import (
     Command,
     Ended,
-    divided,
-    is_fault,
+    divide_step,
     run_with_restarts,
     start,
 )
@@ -61,8 +60,8 @@ class Story:
 
 @pytest.fixture(autouse=True)
 def all_answer(monkeypatch):
-    monkeypatch.setattr(supervisor, "answering", list)
-    monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(supervisor, "reachable_hosts", list)
+    monkeypatch.setattr(supervisor, "CHECK_SECONDS", 0.01)
 
 
 FAULT, KILLED, DONE = Ended(75), Ended(137), Ended(0)
@@ -70,7 +69,7 @@ FAULT, KILLED, DONE = Ended(75), Ended(137), Ended(0)
 
 @pytest.mark.parametrize("ended", [DONE, Ended(1), Ended(2), Ended(85), Ended(137, asked=True)])
 def test_ends_that_are_no_fault(ended):
-    assert not is_fault(ended)
+    assert not ended.is_fault
     story = Story(ended)
     assert story.run(max_restarts=3) == ended.code and len(story.started) == 1
 
@@ -90,7 +89,7 @@ def test_the_last_fault_is_the_end():
 
 
 def test_a_host_that_is_gone_is_left_out_and_steps_keep_their_rows(monkeypatch, capsys):
-    monkeypatch.setattr(supervisor, "answering", lambda hosts: [h for h in hosts if h == "a"])
+    monkeypatch.setattr(supervisor, "reachable_hosts", lambda hosts: [h for h in hosts if h == "a"])
     story = Story(FAULT, DONE)
     assert story.run(max_restarts=1, min_processes=2) == 0
     assert [rank.host for rank in story.started[1].ranks] == ["a", "a"]
@@ -108,7 +107,7 @@ def test_tokens_need_no_other_step():
 
 
 def test_fewer_than_allowed_end_the_run(monkeypatch):
-    monkeypatch.setattr(supervisor, "answering", lambda hosts: [h for h in hosts if h == "a"])
+    monkeypatch.setattr(supervisor, "reachable_hosts", lambda hosts: [h for h in hosts if h == "a"])
     with pytest.raises(UserError, match="2 of 4 processes are left; expected 4 or more"):
         Story(FAULT, DONE).run(max_restarts=1)
     with pytest.raises(UserError, match="2 of 4 processes are left; expected 3 or more"):
@@ -126,7 +125,7 @@ def test_fewer_than_allowed_end_the_run(monkeypatch):
     ],
 )
 def test_rows_of_a_step_on_fewer_processes(rows, processes, most, found):
-    assert divided(rows, processes, most) == found
+    assert divide_step(rows, processes, most) == found
 
 
 DIES_ONCE = """
@@ -161,7 +160,7 @@ def test_a_run_of_one_process_that_is_killed_starts_again(tmp_path, capfd):
     assert one == other, "both belong to the same command"
     error = capfd.readouterr().err
     assert "ended with exit code 137; started again from the newest checkpoint (1 of" in error
-    assert "never said" not in error
+    assert "without saying" not in error
 
 
 def test_a_process_that_may_be_started_again_is_not_this_one():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from s2s_scale.launch.spec import NAMES, STARTED_BY, set_rank_env
+from s2s_scale.launch.spec import RANK_VARIABLES, STARTED_BY, set_rank_env
 
 
-@pytest.mark.parametrize("runner", sorted(NAMES))
+@pytest.mark.parametrize("runner", sorted(RANK_VARIABLES))
 def test_a_runners_names_become_ours(runner):
-    environ = {STARTED_BY: runner, **dict(zip(NAMES[runner], ("3", "1", "8"), strict=True))}
+    environ = {
+        STARTED_BY: runner,
+        **dict(zip(RANK_VARIABLES[runner], ("3", "1", "8"), strict=True)),
+    }
     set_rank_env(environ)
     assert (environ["RANK"], environ["LOCAL_RANK"], environ["WORLD_SIZE"]) == ("3", "1", "8")
 

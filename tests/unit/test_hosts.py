@@ -8,7 +8,7 @@ import pytest
 
 from s2s_scale.errors import UserError
 from s2s_scale.launch import hosts
-from s2s_scale.launch.hosts import Found, check_hosts
+from s2s_scale.launch.hosts import HostInfo, check_hosts
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def test_all_problems_of_all_hosts_at_once(ssh, tmp_path, monkeypatch):
 
 
 def test_differences_name_what_was_found_and_expected(tmp_path):
-    here = Found(versions={"torch": "2.13"}, code="aa", sees_folder=True)
-    there = Found(address="", versions={}, code="bb", sees_folder=False)
+    here = HostInfo(versions={"torch": "2.13"}, code="aa", sees_folder=True)
+    there = HostInfo(address="", versions={}, code="bb", sees_folder=False)
     lines = hosts._differences(here, there, tmp_path / "token")
     assert len(lines) == 4
     assert "torch is not installed, but 2.13" in lines[0]

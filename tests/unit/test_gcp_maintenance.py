@@ -7,13 +7,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from s2s_scale.resilience.preemption import (
-    VARIABLE,
+from s2s_scale.resilience.gcp_maintenance import (
+    SERVER_VARIABLE,
     MaintenanceWatcher,
-    Stopped,
-    handle_preemption,
-    notice,
+    read_notice,
 )
+from s2s_scale.resilience.preemption import Stopped, handle_preemption
 
 
 @pytest.fixture
@@ -34,14 +33,14 @@ def metadata(monkeypatch):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv(VARIABLE, f"127.0.0.1:{server.server_port}")
+    monkeypatch.setenv(SERVER_VARIABLE, f"127.0.0.1:{server.server_port}")
     yield values
     server.shutdown()
     server.server_close()
 
 
 def test_nothing_is_to_come(metadata):
-    assert notice() is None
+    assert read_notice() is None
 
 
 @pytest.mark.parametrize(
@@ -50,18 +49,18 @@ def test_nothing_is_to_come(metadata):
 )
 def test_a_notice_is_told(metadata, path, value):
     metadata[path] = value
-    assert notice() == f"{path}={value}"
+    assert read_notice() == f"{path}={value}"
 
 
 def test_a_host_without_such_a_server_has_no_notices(monkeypatch):
-    monkeypatch.setenv(VARIABLE, "127.0.0.1:9")
-    assert notice() is None
+    monkeypatch.setenv(SERVER_VARIABLE, "127.0.0.1:9")
+    assert read_notice() is None
 
 
 def test_a_notice_asks_the_process_to_stop(metadata):
     def work():
         with handle_preemption(60) as guard:
-            MaintenanceWatcher(guard.ask, every_seconds=0.01).start()
+            MaintenanceWatcher(guard.ask, poll_seconds=0.01).start()
             metadata["preempted"] = "TRUE"
             threading.Event().wait(20)
 
@@ -73,7 +72,7 @@ def test_a_notice_during_training_is_kept_for_the_end_of_the_step(metadata):
     metadata["maintenance-event"] = "MIGRATE_ON_HOST_MAINTENANCE"
     with handle_preemption(60) as guard:
         guard.at_boundaries = True
-        watch = MaintenanceWatcher(guard.ask, every_seconds=0.01)
+        watch = MaintenanceWatcher(guard.ask, poll_seconds=0.01)
         watch.start()
         for _ in range(1000):
             if guard.reason:
