@@ -23,6 +23,7 @@ MODULES = (
     "s2s_scale.backends.compat",
     "s2s_scale.backends.deepspeed.patches",
     "s2s_scale.backends.fairscale_oss.patches",
+    "s2s_scale.backends.torch_fsdp.patches",
     "s2s_scale.backends.xla.patches",
 )
 """The files that hold registered functions; each imports the library concerned when called."""
