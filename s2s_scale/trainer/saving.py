@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
 from s2s_scale.checkpoint import (
@@ -44,6 +44,7 @@ class SavingTrainer(PositionTrainer):
         super().__init__(*args, **kwargs)
         self._background = BackgroundSave()
         self._background_pending = False
+        self._weights_to_save: dict[str, Tensor] | None = None
         self.save_seconds: list[float] = []
         """How long training stood still for each checkpoint."""
 
@@ -59,6 +60,8 @@ class SavingTrainer(PositionTrainer):
         Raises:
             SaveError: the files cannot be written; names the last good checkpoint.
         """
+        # Every rank takes part in gathering, while transformers calls ``_save`` on rank 0 alone.
+        self._weights_to_save = self.backend.weights_to_save(self.model)
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
@@ -69,7 +72,7 @@ class SavingTrainer(PositionTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if state_dict is None:
-            state_dict = self.backend.weights_to_save(self.model)
+            state_dict, self._weights_to_save = self._weights_to_save, None
         super()._save(output_dir, state_dict=state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
