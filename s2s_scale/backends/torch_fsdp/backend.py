@@ -98,6 +98,14 @@ class TorchFsdpBackend(Backend):
         if not torch.is_grad_enabled() and not self._generates:
             model.reshard()
 
+    def start_training(self, model: nn.Module, optimizer: Any, *, accumulation: int) -> None:
+        for name in ("encoder_layerdrop", "decoder_layerdrop"):
+            if value := getattr(getattr(model, "config", None), name, None):
+                raise UserError(
+                    f"{name}={value}: each rank would skip layers of its own choice, and all ranks "
+                    f"take part in gathering a layer; give --{name} 0"
+                )
+
     def build_optimizer(
         self,
         optimizer_class: type[Optimizer],
@@ -197,7 +205,7 @@ def separate_layers(model: nn.Module) -> list[nn.Module]:
 
 def full(value: Any) -> Any:
     """A whole tensor in place of a DTensor, whose ranks must all call; anything else as it is."""
-    return value.detach().full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor().detach() if isinstance(value, DTensor) else value
 
 
 def own_shard(value: Any, parameter: Tensor) -> Any:
@@ -221,8 +229,8 @@ def unsupported(values: Mapping[str, Any]) -> list[str]:
         "fp16": "FSDP2 trains in bf16 or fp32 here; give --bf16, or take a profile such as gpu-ddp",
         "fp16_full_eval": "the model is evaluated in the precision of training; leave it out",
         "bf16_full_eval": "the model is evaluated in the precision of training; give --bf16",
-        "torch_compile": "layers are gathered by hooks between them; leave it out, or take a "
-        "profile such as gpu-ddp",
+        "torch_compile": "layers are gathered by hooks, which are not compiled here; leave it out, "
+        "or take a profile such as gpu-ddp",
         "deepspeed": "FSDP2 itself shards the model; leave it out, or take a profile such as "
         "gpu-zero3",
         "fsdp": "the profile shards the model layer by layer; leave it out",
