@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from transformers.utils.import_utils import is_accelerate_available
 
 from s2s_scale.backends.base import (
     Backend,
@@ -29,8 +31,14 @@ from s2s_scale.backends.base import (
     on_host,
     placed,
 )
-from s2s_scale.backends.torch_fsdp.patches import keep_class_name, mark_prepared
+from s2s_scale.backends.torch_fsdp.patches import (
+    ACCELERATE,
+    keep_class_name,
+    mark_prepared,
+)
 from s2s_scale.errors import UserError, raise_problems
+from s2s_scale.models.families import FAMILIES
+from s2s_scale.utils import package_version
 
 ELEMENTWISE = (torch.optim.Adagrad, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.SGD)
 """Optimizers whose update of an element depends on that element alone."""
@@ -56,6 +64,16 @@ class TorchFsdpBackend(Backend):
         self._mesh: DeviceMesh | None = None
         self._generates = False
 
+    def problems(self) -> Sequence[str]:
+        if is_accelerate_available(min_version=ACCELERATE[0]):
+            return super().problems()
+        return [
+            f"backend torch_fsdp: accelerate {package_version('accelerate')} would wrap the model "
+            f"in DistributedDataParallel; expected {ACCELERATE[0]} or newer; "
+            "pip install -U accelerate",
+            *super().problems(),
+        ]
+
     def prepare_process(self) -> None:
         super().prepare_process()
         if not dist.is_initialized():  # a device mesh needs a process group, even of one process
@@ -80,6 +98,9 @@ class TorchFsdpBackend(Backend):
     def place_model(self, model: nn.Module) -> None:
         if isinstance(model, FSDPModule):
             return
+        if getattr(getattr(model, "config", None), "model_type", None) in FAMILIES:
+            # The parity table shows that none of these changes a layer's output in place.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         name = type(model).__name__
         if self._mesh is None:
             self._mesh = init_device_mesh(self.device, (dist.get_world_size(),))

@@ -6,10 +6,13 @@ from torch import nn
 
 from s2s_scale.compat import relies_on
 
+ACCELERATE = ("1.14", "1.15")
+"""First and last minor version that ``mark_prepared`` was tested with; older ones ignore it."""
+
 
 @relies_on(
     "accelerate",
-    checked=("1.10", "1.15"),
+    checked=ACCELERATE,
     reason="prepare_model would wrap the model in DistributedDataParallel, which takes no DTensor",
     uses={
         "accelerate.Accelerator.prepare_model": ("model", "device_placement", "evaluation_mode"),
