@@ -23,6 +23,7 @@ MODULES = (
     "s2s_scale.backends.compat",
     "s2s_scale.backends.deepspeed.patches",
     "s2s_scale.backends.fairscale_oss.patches",
+    "s2s_scale.backends.torch_fsdp.patches",
     "s2s_scale.backends.xla.patches",
     "s2s_scale.doctor.compat",
     "s2s_scale.evaluation.compat",

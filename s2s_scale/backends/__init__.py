@@ -13,6 +13,7 @@ from s2s_scale.errors import unknown_name
 BACKENDS: dict[str, str] = {
     "local": "s2s_scale.backends.base:Backend",
     "fairscale_oss": "s2s_scale.backends.fairscale_oss.backend:FairScaleBackend",
+    "torch_fsdp": "s2s_scale.backends.torch_fsdp.backend:TorchFsdpBackend",
     "deepspeed": "s2s_scale.backends.deepspeed.backend:DeepSpeedBackend",
     "xla": "s2s_scale.backends.xla.backend:XlaBackend",
 }

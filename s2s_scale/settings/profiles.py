@@ -24,7 +24,7 @@ from s2s_scale.settings.parsing import (
     read_entries,
 )
 
-BACKENDS = ("local", "fairscale_oss", "deepspeed", "xla")
+BACKENDS = ("local", "fairscale_oss", "torch_fsdp", "deepspeed", "xla")
 LAUNCHERS = ("none", "torchrun", "deepspeed")
 DEVICES = ("cpu", "cuda", "tpu")
 NVIDIA_DEVICE = Path("/dev/nvidiactl")

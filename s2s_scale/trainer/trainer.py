@@ -118,6 +118,7 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
             packable=dataloaders.pads_only(self.data_collator) and has_length(train_dataset),
         )
         self._evaluation: Evaluation | None = None
+        self._weights_to_save: dict[str, Tensor] | None = None
         for callback in self.parts.callbacks:
             self.add_callback(callback)
 
@@ -523,6 +524,8 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
         Raises:
             SaveError: the files cannot be written; names the last good checkpoint.
         """
+        # Every rank takes part in gathering, while transformers calls ``_save`` on rank 0 alone.
+        self._weights_to_save = self.backend.weights_to_save(self.model)
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
@@ -533,8 +536,9 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        weights = self.backend.weights_to_save(self.model) if state_dict is None else state_dict
-        super()._save(output_dir, state_dict=weights)
+        if state_dict is None:
+            state_dict, self._weights_to_save = self._weights_to_save, None
+        super()._save(output_dir, state_dict=state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write ``checkpoint-<step>``; see ``Checkpointer.save``. Every rank must call it."""

@@ -22,11 +22,12 @@ BACKENDS: dict[str, tuple[str, str | None]] = {
     "cpu": ("local", None),
     "cpu-ddp": ("local", None),
     "cpu-oss": ("fairscale_oss", None),
+    "cpu-fsdp": ("torch_fsdp", None),
     "cpu-zero1": ("deepspeed", "zero1"),
     "cpu-zero2": ("deepspeed", "zero2"),
     "cpu-zero3": ("deepspeed", "zero3"),
 }
-SHARED_OUT = ("cpu-ddp", "cpu-oss", "cpu-zero1", "cpu-zero2", "cpu-zero3")
+SHARED_OUT = ("cpu-ddp", "cpu-oss", "cpu-fsdp", "cpu-zero1", "cpu-zero2", "cpu-zero3")
 SOURCES = (("cpu", 1), *((name, 2) for name in SHARED_OUT))
 TARGETS = (*SOURCES, *((name, ranks) for ranks in (3, 4) for name in SHARED_OUT))
 

@@ -6,15 +6,17 @@ import pytest
 
 from tests.moves.matrix import BOUND, ROWS, ROWS_PER_STEP, launch, moves
 
-SOURCES = [("cpu", 1), ("cpu-oss", 2), ("cpu-zero3", 2)]
+SOURCES = [("cpu", 1), ("cpu-oss", 2), ("cpu-fsdp", 2), ("cpu-zero3", 2)]
 TARGETS = [
     ("cpu", 1),
     ("cpu-zero2", 1),
     ("cpu-ddp", 2),
     ("cpu-oss", 2),
+    ("cpu-fsdp", 2),
     ("cpu-zero1", 2),
     ("cpu-zero3", 2),
     ("cpu-oss", 3),
+    ("cpu-fsdp", 3),
     ("cpu-zero2", 3),
     ("cpu-zero3", 3),
 ]
@@ -23,7 +25,7 @@ TARGETS = [
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_under_other_backends(tmp_path):
     found = list(moves(tmp_path, sources=SOURCES, targets=TARGETS))
-    assert len(found) == 27
+    assert len(found) == 44
     assert [move for move in found if move.worst > BOUND] == []
 
 

@@ -20,6 +20,7 @@ CASES = tuple(Case(family, smoothing) for family in FAMILY_NAMES for smoothing i
 PROFILES = {
     "cpu-ddp": ("local", None),
     "cpu-oss": ("fairscale_oss", None),
+    "cpu-fsdp": ("torch_fsdp", None),
     "cpu-zero1": ("deepspeed", "zero1"),
     "cpu-zero2": ("deepspeed", "zero2"),
     "cpu-zero3": ("deepspeed", "zero3"),
@@ -28,7 +29,7 @@ PROFILES = {
 }
 COLUMNS = (
     *((profile, 2) for profile in PROFILES),
-    *((profile, ranks) for profile in ("cpu-ddp", "cpu-zero2") for ranks in (3, 4)),
+    *((profile, ranks) for profile in ("cpu-ddp", "cpu-fsdp", "cpu-zero2") for ranks in (3, 4)),
 )
 # Profile -> the axis of its mesh. These need torch-xla, and count devices where others count ranks.
 MESHES = {"cpu-xla": "data", "cpu-xla-fsdp": "fsdp"}

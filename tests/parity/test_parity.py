@@ -18,7 +18,7 @@ JOB = Job(cases=(Case("t5", 0.0), Case("fsmt", 0.1), Case("mbart", 0.1)), steps=
 def test_profiles_give_the_figures_of_one_process(tmp_path):
     wanted = [(profile, 2) for profile in PROFILES] + [("cpu-zero2", 3)]
     found = list(columns(JOB, tmp_path, wanted))
-    assert len(found) == 8
+    assert len(found) == 9
     for column in found:
         for case, deviation in column.deviations.items():
             assert deviation.within(BOUND), (column.profile, column.ranks, str(case), deviation)
@@ -34,9 +34,11 @@ def test_loss_without_logits_gives_the_figures_of_logits_in_one_process(tmp_path
     cases = tuple(Case(family, 0.1) for family in ("bart", "t5", "fsmt"))
     job = Job(cases=cases, steps=4, linear_cross_entropy="on")
     logits = dataclasses.replace(job, linear_cross_entropy="off")
-    wanted = [(profile, 2) for profile in ("cpu-ddp", "cpu-oss", "cpu-zero2", "cpu-zero3")]
+    wanted = [
+        (profile, 2) for profile in ("cpu-ddp", "cpu-oss", "cpu-fsdp", "cpu-zero2", "cpu-zero3")
+    ]
     found = list(columns(job, tmp_path, wanted, against=logits))
-    assert len(found) == 4
+    assert len(found) == 5
     for column in found:
         for case, deviation in column.deviations.items():
             assert deviation.within(BOUND), (column.profile, str(case), deviation)

@@ -106,14 +106,15 @@ def optimizer(backend: Backend) -> None:
             assert len(state) == len(list(model.parameters()))
             assert {"exp_avg", "exp_avg_sq", "step"} <= set(state[0])
     weights = backend.full_weights(model)
+    expected = {name: whole(parameter) for name, parameter in model.named_parameters()}
     if backend.collectives.rank:
         assert weights == {}
     else:
-        assert set(weights) == {name for name, _ in model.named_parameters()}
+        assert set(weights) == set(expected)
         for name, parameter in model.named_parameters():
             assert weights[name].dtype == torch.float32
             assert weights[name].device.type == "cpu"
-            assert torch.equal(weights[name], parameter.detach().float().cpu())
+            assert torch.equal(weights[name], expected[name].float())
             assert weights[name].data_ptr() != parameter.data_ptr()
     with backend.generation(model) as keywords, torch.no_grad():
         source = torch.tensor([[7, 8, 2]], device=device_of(backend))
@@ -193,7 +194,12 @@ def same_weights(model: torch.nn.Module, reference: torch.nn.Module) -> None:
     for (name, ours), (_, theirs) in zip(
         model.named_parameters(), reference.named_parameters(), strict=True
     ):
-        torch.testing.assert_close(ours.detach().cpu(), theirs.detach(), msg=name)
+        torch.testing.assert_close(whole(ours), theirs.detach(), msg=name)
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter in host memory; of a sharded one all of it. Every rank must call it."""
+    return getattr(parameter.detach(), "full_tensor", parameter.detach)().cpu()
 
 
 def dropped_updates(backend: Backend, built: Any, model: torch.nn.Module) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
@@ -146,6 +147,11 @@ class Watcher(TrainerCallback):
 
         optimizer.step = counted
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        if not hasattr(objects["optimizer"].optimizer, "averaged_gradients"):
+            gradients = [p.grad for p in objects["model"].parameters() if p.grad is not None]
+            self.gradients = sum(held_here(gradient).numel() for gradient in gradients)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         if self.replicas:
             weights = torch.cat([p.detach().flatten() for p in objects["model"].parameters()])
@@ -155,7 +161,7 @@ class Watcher(TrainerCallback):
         while hasattr(optimizer, "optim") or hasattr(optimizer, "optimizer"):
             optimizer = getattr(optimizer, "optim", None) or optimizer.optimizer
         self.held = sum(
-            value.numel()
+            held_here(value).numel()
             for values in optimizer.state.values()
             for value in values.values()
             if isinstance(value, torch.Tensor) and value.dim() > 0
@@ -164,7 +170,14 @@ class Watcher(TrainerCallback):
 
 def held_parameters(model: torch.nn.Module) -> int:
     """Numbers of parameters that this rank keeps between steps."""
-    return sum((p.ds_tensor if hasattr(p, "ds_tensor") else p).numel() for p in model.parameters())
+    return sum(held_here(parameter).numel() for parameter in model.parameters())
+
+
+def held_here(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that ZeRO 3 or FSDP2 has sharded; any other tensor itself."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor)
 
 
 def allow_fp16() -> None:

@@ -153,7 +153,8 @@ def test_missing_parent(folder):
         ("bakend: local\n", "1: unknown key 'bakend' (did you mean 'backend'?)"),
         (
             "\nbackend: horovod\n",
-            "2: backend: expected one of: local, fairscale_oss, deepspeed, xla, got 'horovod'",
+            "2: backend: expected one of: local, fairscale_oss, torch_fsdp, deepspeed, xla, "
+            "got 'horovod'",
         ),
         (
             "launcher: mpirun\n",
