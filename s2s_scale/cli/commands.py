@@ -141,11 +141,11 @@ def _show(folder: Path) -> int:
     return 0
 
 
-def _convert(source: Path, target: Path, kind: str) -> int:
+def _convert(source: Path, target: Path) -> int:
     from s2s_scale.checkpoint.huggingface import convert
 
-    convert(source, target, kind)
-    print(f"{target}: {kind}, from {source}")
+    convert(source, target)
+    print(f"{target}: portable, from {source}")
     return 0
 
 
