@@ -324,11 +324,6 @@ class Seq2SeqTrainingArguments(TrainingExtras, transformers.Seq2SeqTrainingArgum
                 f"max_loss_spikes={self.max_loss_spikes}: has no effect without "
                 "--loss_spike_factor; add it, or leave it out"
             )
-        if self.save_in_background and self.checkpoint_format == "native":
-            problems.append(
-                "save_in_background=True: has no effect with checkpoint_format=native; use "
-                "--checkpoint_format portable, or leave it out"
-            )
         if self.generation_engine == "ctranslate2":
             problems += package_problems()
             if not self.predict_with_generate:

@@ -30,6 +30,7 @@ MODULES = (
     "s2s_scale.generation.compat",
     "s2s_scale.trainer.compat",
     "s2s_scale.resilience.compat",
+    "s2s_scale.checkpoint.compat",
 )
 """The files that hold registered functions; each imports the library concerned when called."""
 

@@ -38,9 +38,7 @@ DEFAULT_BUCKETS = 8
 DEFAULT_SHUFFLE_BUFFER = 10_000
 DEFAULT_FAULT_SECONDS = 120.0
 DEFAULT_SPIKE_WINDOW = 50
-BAD_STEPS = ("skip",)
 DEFAULT_GRACE_SECONDS = 60.0
-CHECKPOINT_FORMATS = ("portable", "native")
 GENERATION_ENGINES = ("transformers", "ctranslate2")
 CHANGES = ("data", "tokenizer", "seed", "step_size", "loss", "optimizer", "schedule")
 METRICS = ("bleu", "chrf", "rouge", "exact_match")
@@ -410,13 +408,6 @@ class TrainingExtras:
         "Stop after this many steps above --loss_spike_factor. Default: 10.",
         least=1,
     )
-    on_bad_step: str = setting(
-        "skip",
-        "training",
-        "What to do after a step whose loss is not finite or a spike. 'skip': its update is left "
-        "out.",
-        choices=BAD_STEPS,
-    )
     fault_timeout_seconds: float = setting(
         DEFAULT_FAULT_SECONDS,
         "training",
@@ -445,17 +436,10 @@ class TrainingExtras:
     overwrite_output_dir: bool = setting(
         False, "output", "Start again in an output folder that has an earlier run, and replace it."
     )
-    checkpoint_format: str = setting(
-        "portable",
-        "output",
-        "'portable': can be resumed from with any backend and any number of processes. 'native': "
-        "the backend's own format, for the same backend and the same number of processes.",
-        choices=CHECKPOINT_FORMATS,
-    )
     checkpoint_shard_mib: int = setting(
         1024,
         "output",
-        "Maximum size of a portable checkpoint's files in MiB. Beside its own shard of the model, "
+        "Maximum size of a checkpoint's files in MiB. Beside its own shard of the model, "
         "a process holds the tensors of one file at a time.",
     )
     accept_changes: list[str] = setting(
@@ -467,6 +451,6 @@ class TrainingExtras:
     save_in_background: bool = setting(
         False,
         "output",
-        "Write portable checkpoints in the background: training waits only until everything is "
+        "Write checkpoints in the background: training waits only until everything is "
         "copied to host memory. The copy is freed once it is written.",
     )

@@ -294,10 +294,6 @@ class Backend:
             if inner is not None and group is not None and found.moments:
                 inner.state[parameter] = placed(found.moments, parameter, group, inner)
 
-    def consolidated_state(self, optimizer: Any) -> AbstractContextManager[None]:
-        """Context in which rank 0 can save ``optimizer.state_dict()``; every rank must enter it."""
-        return nullcontext()
-
     def full_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Parameter name -> copy of the whole fp32 weight on the CPU, on rank 0; empty on others.
 

@@ -1,6 +1,7 @@
-"""Folders that are written whole or not at all, by all ranks together.
+"""Folders that all ranks write together, complete or not at all, by one run at a time.
 
-One run per output folder: a lock that the system releases when its process ends, however.
+The lock of an output folder is released by the operating system when its process ends, however it
+ends.
 """
 
 from __future__ import annotations

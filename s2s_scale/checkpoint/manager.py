@@ -1,8 +1,6 @@
-"""Checkpoint folders: found, verified, counted, and protected from a second run.
+"""The checkpoints of an output folder: finding, verifying, rotating and protecting them.
 
-What must be the same for a run to go on exactly, and what to say where it is not.
-
-Writes a checkpoint in a thread, while training goes on.
+Also here: what must be unchanged for a run to be resumed exactly, and saving in the background.
 """
 
 from __future__ import annotations

@@ -1,16 +1,14 @@
 """The manifest of a checkpoint: which files belong to it, their sizes and checksums.
 
-It is written last, so a folder without one is no whole checkpoint. It is canonical JSON with a
-checksum of itself: whatever byte of the folder changes, ``verify`` says so.
-
-What can be wrong with a checkpoint, as errors that the user can mend.
+It is written last, so a folder without a manifest is not a complete checkpoint. It is canonical
+JSON with a checksum of itself: whichever byte of the folder changes, ``verify`` detects it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,7 +30,8 @@ MANIFEST = "manifest.json"
 FORMAT = "s2s-scale checkpoint"
 VERSION = 1
 ALGORITHM = "xxh3_128"
-KINDS = ("portable", "native")
+KIND = "portable"
+"""The only kind that is written; another one was written by a backend's own library."""
 _BLOCK = 1 << 22
 
 
@@ -46,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``kind`` is one of ``KINDS``; ``files``: path inside the folder, with slashes -> entry."""
+    """``files``: path inside the folder, with slashes -> entry."""
 
     kind: str
     step: int
@@ -69,7 +68,7 @@ def checksum_of(path: Path) -> Entry:
 
 
 def write_manifest(
-    folder: Path, *, kind: str, step: int, known: Mapping[str, Entry] | None = None
+    folder: Path, *, step: int, known: Mapping[str, Entry] | None = None
 ) -> Manifest:
     """Write the manifest of all files in ``folder``.
 
@@ -80,7 +79,7 @@ def write_manifest(
     for name in sorted(_files(folder)):
         if name not in files:
             files[name] = checksum_of(folder / name)
-    manifest = Manifest(kind, step, files)
+    manifest = Manifest(KIND, step, files)
     (folder / MANIFEST).write_bytes(_encode(manifest))
     return manifest
 
@@ -206,6 +205,3 @@ def _files(folder: Path) -> Iterator[str]:
         for name in names:
             if name != MANIFEST:
                 yield (Path(root) / name).relative_to(folder).as_posix()
-
-
-Verifier = Callable[[Path], object]

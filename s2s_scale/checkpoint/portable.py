@@ -1,8 +1,7 @@
 """Portable checkpoints: weights and optimizer state by parameter name, whatever wrote them.
 
-``docs/checkpoints.md`` describes the files. Everything is safetensors or JSON.
-
-Under which keys transformers saves a model's weights, and from which tensors they come.
+Everything is safetensors or JSON; ``docs/checkpoints.md`` describes the files. Weights are saved
+under the keys that transformers uses, so that ``from_pretrained`` reads them.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from s2s_scale.backends.base import ParameterState
+from s2s_scale.checkpoint.compat import keys_not_saved
 from s2s_scale.checkpoint.manifest import DamagedCheckpoint, Entry
 from s2s_scale.checkpoint.tensors import SHARD_BYTES, Part, TensorReader, TensorWriter, name_parts
 from s2s_scale.errors import UserError
@@ -43,8 +43,7 @@ class WeightKeys:
 
 def weight_keys(model: nn.Module) -> WeightKeys:
     """The keys of ``model``, the same whether its weights are whole here or shared out."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    left_out = tied | set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    left_out = set(getattr(model, "all_tied_weights_keys", None) or ()) | keys_not_saved(model)
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
@@ -55,10 +54,9 @@ def weight_keys(model: nn.Module) -> WeightKeys:
             of_parameter[name] = kept[0]
     names = {alias for same in aliases.values() for alias in same}
     buffers = tuple(key for key in model.state_dict() if key not in names | left_out)
-    keys = [*of_parameter.values(), *buffers]
-    return WeightKeys(
-        of_parameter, buffers, converts=set(reverted(model, _empty(keys))) != set(keys)
-    )
+    keys = {*of_parameter.values(), *buffers}
+    empty = {key: torch.empty(2, 2, device="meta") for key in [*of_parameter.values(), *buffers]}
+    return WeightKeys(of_parameter, buffers, converts=set(reverted(model, empty)) != keys)
 
 
 def reverted(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -67,10 +65,6 @@ def reverted(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, to
         return weights
     revert: Callable[[Any, Any], dict[str, torch.Tensor]] = revert_weight_conversion
     return revert(model, weights)
-
-
-def _empty(keys: list[str]) -> dict[str, torch.Tensor]:
-    return {key: torch.empty(2, 2, device="meta") for key in keys}
 
 
 STEMS = ("model", "master_weights", "optimizer")
@@ -206,17 +200,14 @@ def write_states(states: Iterable[ParameterState], writer: StateWriter | None) -
         del failure
 
 
-def held(states: Iterable[ParameterState]) -> list[ParameterState]:
+def copy_to_host(states: Iterable[ParameterState]) -> list[ParameterState]:
     """Copies of all ``states`` that have a weight, in host memory: training may go on."""
-    return [
-        ParameterState(name, weight.clone(), {m: _copy(value) for m, value in moments.items()})
-        for name, weight, moments in states
-        if weight is not None
-    ]
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    copies = []
+    for name, weight, moments in states:
+        if weight is not None:
+            copied = {m: v.clone() if isinstance(v, Tensor) else v for m, v in moments.items()}
+            copies.append(ParameterState(name, weight.clone(), copied))
+    return copies
 
 
 class PortableCheckpoint:

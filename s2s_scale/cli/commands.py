@@ -286,7 +286,7 @@ def _checkpoint(command: Command, argv: list[str]) -> int:
         return _show(folder)
     from s2s_scale.checkpoint.huggingface import convert
 
-    convert(folder, Path(line.values["output_dir"]), "portable")
+    convert(folder, Path(line.values["output_dir"]))
     print(f"{line.values['output_dir']}: portable, from {folder}")
     return 0
 

@@ -157,7 +157,6 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    to: str = setting("portable", "convert", "Format to write.", choices=("portable",))
     output_dir: str | None = setting(None, "convert", "New folder for the converted checkpoint.")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and read by parameter name under any backend."""
+"""Saving checkpoints, complete or not at all, and resuming from them under any backend."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ from s2s_scale.checkpoint import (
     Ranks,
     SaveError,
     atomic_dir,
-    is_ours,
     newest_verified,
     rotate,
     write_manifest,
 )
 from s2s_scale.checkpoint.atomic import failure_of, seen_by_all
-from s2s_scale.checkpoint.huggingface import OPTIMIZER_FILE, HFTrainerCheckpoint
+from s2s_scale.checkpoint.huggingface import HFTrainerCheckpoint
 from s2s_scale.checkpoint.manager import BackgroundSave, Identity, problems_of
 from s2s_scale.checkpoint.portable import (
     SETTINGS,
@@ -38,8 +37,8 @@ from s2s_scale.checkpoint.portable import (
     SavedState,
     StateWriter,
     check_fits,
+    copy_to_host,
     finalize_shards,
-    held,
     read_json,
     write_json,
     write_states,
@@ -76,15 +75,15 @@ class Saved:
 
     Attributes:
         run: the saved run's identity, as far as it is known.
-        state: weights and moments by parameter name; None in the native format.
+        state: weights and moments by parameter name.
         schedule: the schedule's own state.
         loss_scale: as ``Backend.loss_scale`` gave it.
         moments_fit: whether the moments are those of this run's kind of optimizer.
     """
 
     run: Identity
-    state: SavedState | None = None
-    schedule: Mapping[str, Any] | None = None
+    state: SavedState
+    schedule: Mapping[str, Any]
     loss_scale: Mapping[str, float] | None = None
     moments_fit: bool = True
 
@@ -118,15 +117,12 @@ class Checkpointer:
         trained: Trained,
         *,
         run_files: Callable[[LossScale], RunFiles],
-        write_native: Callable[[Path], None],
         best: str | None,
     ) -> None:
         """Write the checkpoint ``final``, then delete what is over the limit. All ranks call it.
 
         Args:
             run_files: what describes the run; called on rank 0.
-            write_native: writes model, optimizer and schedule in transformers' format; on all
-                ranks, where that format was asked for.
             best: a checkpoint that the limit spares.
 
         Raises:
@@ -141,13 +137,7 @@ class Checkpointer:
             self._save_in_background(final, trained, partial(run_files, loss_scale), best)
         else:
             with atomic_dir(final, self.ranks) as folder:
-                if self._args.checkpoint_format == "native":
-                    write_native(folder)
-                    # The files of all ranks must be there before they are counted.
-                    self._backend.collectives.gather_objects(None)
-                    content = Content({}, {}) if self.ranks.main else None
-                else:
-                    content = self._write_portable(folder, trained)
+                content = self._write(folder, trained)
                 if content is not None:
                     files = run_files(loss_scale)
                     self._describe(folder, files)
@@ -164,7 +154,7 @@ class Checkpointer:
         best: str | None,
     ) -> None:
         """Copy the state to host memory, and write it in a thread of rank 0."""
-        states = held(self._backend.state(trained.model, trained.optimizer))
+        states = copy_to_host(self._backend.state(trained.model, trained.optimizer))
         self._background_pending = True
         if not self.ranks.main:
             return
@@ -217,7 +207,7 @@ class Checkpointer:
         """Wait until this process writes nothing any more; errors stay for ``settle``."""
         self._background.wait()
 
-    def _write_portable(self, folder: Path, trained: Trained) -> Content | None:
+    def _write(self, folder: Path, trained: Trained) -> Content | None:
         """Weights and optimizer state by parameter name; each rank writes its own share.
 
         Every rank must call it. The content of the checkpoint, on rank 0.
@@ -258,33 +248,24 @@ class Checkpointer:
 
     def _close(self, folder: Path, training: dict[str, Any], content: Content) -> None:
         """The run's state and the manifest: the last files of a checkpoint."""
-        kind = self._args.checkpoint_format
-        if training["optimizer"] is not None and kind == "portable":
+        if training["optimizer"] is not None:
             training["optimizer"]["numbers"] = content.numbers
         write_json(folder / TRAINING_STATE, training)
-        write_manifest(folder, kind=kind, step=training["step"], known=content.entries)
+        write_manifest(folder, step=training["step"], known=content.entries)
 
     # ---- Loading ----
 
     @contextmanager
-    def open(
-        self, folder: Path, model: nn.Module, *, optimizer_name: str, shape: Mapping[str, Any]
-    ) -> Iterator[Saved]:
+    def open(self, folder: Path, model: nn.Module, *, optimizer_name: str) -> Iterator[Saved]:
         """Open a checkpoint in order to resume from it; ``model`` is inside no wrapper.
 
-        ``optimizer_name`` and ``shape`` are this run's, as ``RunState`` gives them.
+        ``optimizer_name`` is this run's, as ``RunState`` gives it.
 
         Raises:
-            UserError: it holds another model, no optimizer state, or is in the native format and
-                was written by another backend or number of processes.
+            UserError: it holds another model, or no optimizer state that can be read.
         """
         shapes = self._backend.whole_shapes(model)
-        if is_stock(folder):
-            stock = HFTrainerCheckpoint(folder, model, shapes)
-            check_fits(folder, stock, shapes)
-            run = _run_of_stock(folder, stock.schedule)
-            yield Saved(run, stock, stock.schedule, stock.loss_scale)
-        elif is_portable(folder):
+        if is_portable(folder):
             with PortableCheckpoint(folder) as portable:
                 training = portable.training
                 if not portable.has_optimizer:
@@ -303,7 +284,16 @@ class Checkpointer:
                     training["optimizer"]["class"] == optimizer_name,
                 )
         else:
-            yield Saved(_run_of_native(folder, shape))
+            stock = HFTrainerCheckpoint(folder, model, shapes)
+            check_fits(folder, stock, shapes)
+            # What such a checkpoint records of its run, to be compared with this one.
+            rates = stock.schedule.get("base_lrs") or [None]
+            steps = read_json(folder / STATE_FILE)["max_steps"]
+            run: Identity = {
+                "optimizer": {"learning_rate": rates[0]} if rates[0] is not None else {},
+                "schedule": {"training steps of the schedule": steps},
+            }
+            yield Saved(run, stock, stock.schedule, stock.loss_scale)
 
     def load(
         self,
@@ -314,14 +304,11 @@ class Checkpointer:
     ) -> None:
         """Put weights, moments, buffers, schedule and loss scale in place. All ranks call it.
 
-        Called after ``Backend.after_prepare``; does nothing in the native format, which the
-        libraries load themselves. ``schedule_identity``: as ``RunState`` gives it.
+        Called after ``Backend.after_prepare``. ``schedule_identity``: as ``RunState`` gives it.
 
         Raises:
             UserError: the schedule is another one, of a kind that cannot be entered at a step.
         """
-        if saved.state is None:
-            return
         moments, state = saved.moments_fit, saved.state
         self._backend.load_state(trained.model, trained.optimizer, state, moments=moments)
         state.load_buffers(trained.model)
@@ -357,18 +344,6 @@ def is_portable(folder: str | Path | None) -> bool:
     return read_json(Path(folder) / MANIFEST).get("kind") == "portable"
 
 
-def is_stock(folder: str | Path | None) -> bool:
-    """Whether a folder was written by transformers' own trainer, with a plain optimizer."""
-    if folder is None or is_ours(Path(folder)):
-        return False
-    return (Path(folder) / OPTIMIZER_FILE).is_file()
-
-
-def has_state_by_name(folder: str | Path) -> bool:
-    """Whether a checkpoint's state can be read by parameter name."""
-    return is_portable(folder) or is_stock(folder)
-
-
 def load_schedule(
     schedule: Any, optimizer: Any, saved: Saved, now: Mapping[str, Any], *, name: str
 ) -> None:
@@ -381,7 +356,6 @@ def load_schedule(
     Raises:
         UserError: a new schedule is of a kind that cannot be entered at a step.
     """
-    assert saved.schedule is not None
     before = {**saved.run.get("schedule", {}), **saved.run.get("optimizer", {})}
     step = int(saved.schedule["last_epoch"])
     if all(now[name] == before[name] for name in now if name in before):
@@ -395,32 +369,6 @@ def load_schedule(
         )
     for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
         group["lr"] = rate
-
-
-def _run_of_stock(folder: Path, schedule: Mapping[str, Any]) -> Identity:
-    """What a checkpoint of transformers' own tells of its run, to be compared with this one."""
-    state = read_json(folder / STATE_FILE)
-    rates = schedule.get("base_lrs") or [None]
-    return {
-        "optimizer": {"learning_rate": rates[0]} if rates[0] is not None else {},
-        "schedule": {"training steps of the schedule": state["max_steps"]},
-    }
-
-
-def _run_of_native(folder: Path, shape: Mapping[str, Any]) -> Identity:
-    """The run of a checkpoint that only the same backend on as many processes can read."""
-    if not (folder / TRAINING_STATE).is_file():  # older than the file
-        return {}
-    training = read_json(folder / TRAINING_STATE)
-    for name in ("backend", "processes"):
-        if training["shape"][name] != shape[name]:
-            raise UserError(
-                f"resume_from_checkpoint={folder}: is in the native format, written with "
-                f"{name}={training['shape'][name]}; expected {shape[name]}, as now; resume as it "
-                "was written, or convert it with s2s-scale checkpoint convert"
-            )
-    run: Identity = training["run"]
-    return run
 
 
 def _write_config(folder: Path, trained: Trained) -> None:

@@ -155,23 +155,6 @@ def push_checkpoint(trainer: Any, folder: str) -> None:
 
 
 @relies_on(
-    "transformers",
-    checked=TRANSFORMERS,
-    reason="The native checkpoint format is what these three write.",
-    uses={
-        f"{_TRAINER}._save_optimizer_and_scheduler": ("output_dir",),
-        f"{_TRAINER}._save_scaler": ("output_dir",),
-        f"{_TRAINER}._save_rng_state": ("output_dir",),
-    },
-)
-def save_training_state(trainer: Any, folder: str) -> None:
-    """Write optimizer, schedule, loss scaler and random state. Every rank must call it."""
-    trainer._save_optimizer_and_scheduler(folder)
-    trainer._save_scaler(folder)
-    trainer._save_rng_state(folder)
-
-
-@relies_on(
     "torch",
     checked=TORCH,
     reason="A schedule can be entered at a step in no other way than by making all steps before.",

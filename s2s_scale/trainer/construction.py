@@ -172,22 +172,21 @@ class Components:
         model: nn.Module,
         data: Data,
         max_steps: int,
-        prepare: Callable[[str | None], Any],
+        prepare: Callable[[], Any],
         trained: Callable[[], Trained],
     ) -> Any:
         """Continue from a checkpoint; gives what ``prepare`` did. Every rank must call it.
 
-        ``prepare`` wraps model and optimizer, and loads the checkpoint that it is given, one in the
-        native format. ``trained`` tells what is loaded otherwise.
+        ``prepare`` wraps model and optimizer; ``trained`` then tells what is to be loaded.
 
         Raises:
             UserError: it is another run's checkpoint.
         """
         self.loaders.enter_stream(folder)
-        name, shape = self.run_state.optimizer_name, self.run_state.shape(data)
-        with self.checkpointer.open(folder, model, optimizer_name=name, shape=shape) as saved:
+        name = self.run_state.optimizer_name
+        with self.checkpointer.open(folder, model, optimizer_name=name) as saved:
             self.run_state.resume(folder, saved.run, data, max_steps=max_steps)
-            prepared = prepare(str(folder) if saved.state is None else None)
+            prepared = prepare()
             schedule = self.run_state.schedule_identity(max_steps=max_steps)
             self.checkpointer.load(saved, trained(), schedule_identity=schedule)
         return prepared

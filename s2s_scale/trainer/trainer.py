@@ -547,8 +547,7 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
         final, save = compat.checkpoint_dir(self, trial), self.parts.checkpointer.save
         best = run_state.note_best(self.state, final.parent)
         with self.parts.meter.paused(), watchdog.pause("saving"):
-            files, native = self._run_files, self._write_native
-            save(final, self._trained(), run_files=files, write_native=native, best=best)
+            save(final, self._trained(), run_files=self._run_files, best=best)
         if self.args.push_to_hub:
             self.parts.checkpointer.settle(wait=True)
             if self.parts.checkpointer.ranks.main:
@@ -565,13 +564,6 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
         beside = (self._plain_model(), self.lr_scheduler, loss_scale)
         return self.parts.run_state.files(self.state, data, *beside)
 
-    def _write_native(self, folder: Path) -> None:
-        """The files that transformers and the backend's library write themselves."""
-        super().save_model(str(folder), _internal_call=True)
-        if not self.args.save_only_model:
-            with self.backend.consolidated_state(self.optimizer):
-                compat.save_training_state(self, str(folder))
-
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
@@ -579,24 +571,22 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
         data = self.parts.loaders.data(self.train_dataset, self.processing_class)
         stock = super()._prepare_for_training
 
-        def prepare(checkpoint: str | None) -> Any:
-            prepared = stock(max_steps, train_dataloader, checkpoint)
+        def prepare() -> Any:
+            prepared = stock(max_steps, train_dataloader, None)
             if not self._is_ours("create_scheduler"):
                 self.backend.after_prepare(self.optimizer)
             return prepared
 
         self.parts.run_state.data_identity(data)  # read here, so that no save has to wait for it
         if resume_from_checkpoint is None:
-            return prepare(None)
+            return prepare()
         # The saved state brought the old run's intervals along.
         self.state.compute_steps(self.args, max_steps)
         folder, plain, steps = Path(resume_from_checkpoint), self._plain_model(), max_steps
         return self.parts.resume(folder, plain, data, steps, prepare, self._trained)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # State by name is read once model and optimizer are where they will stay.
-        if not checkpointing.has_state_by_name(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        """Nothing: state is read by name, once model and optimizer are where they will stay."""
 
     def _load_best_model(self) -> None:
         if not self.parts.checkpointer.load_best(self.state.best_model_checkpoint, self._trained()):

@@ -82,9 +82,8 @@ def test_damage_is_named_with_what_was_expected_and_found(here, own_run):
         (("verfy", "x"), ("unknown action 'verfy' (did you mean 'verify'?)",)),
         (("verify",), ("no FOLDER is given",)),
         (("verify", "/nowhere"), ("/nowhere: not a folder",)),
-        (("verify", "x", "--to", "portable"), ("--to: has no effect on 'verify'",)),
+        (("verify", "x", "--output_dir", "y"), ("--output_dir: has no effect on 'verify'",)),
         (("convert", "x"), ("--output_dir: missing; expected a new folder",)),
-        (("convert", "x", "--to", "native"), ("--to: expected one of: portable",)),
     ],
 )
 def test_wrong_words(here, words, parts):
@@ -96,7 +95,7 @@ def test_a_folder_without_checkpoints(here, data):
 
 
 def test_converting_what_is_portable_already(here, own_run, tmp_path):
-    words = (own_run / "checkpoint-1", "--to", "portable", "--output_dir", tmp_path / "new")
+    words = (own_run / "checkpoint-1", "--output_dir", tmp_path / "new")
     refused(here("checkpoint", "convert", *words), "checkpoint-1: is portable already")
     assert not (tmp_path / "new").exists()
 
@@ -163,5 +162,3 @@ def test_a_second_run_at_the_same_time(model, data, own_run):
 def test_unknown_names_are_told(here, model, data, own_run):
     outcome = resume(here, model, data, own_run, "--accept_changes", "sed")
     refused(outcome, "--accept_changes", "sed")
-    outcome = resume(here, model, data, own_run, "--checkpoint_format", "portabel")
-    refused(outcome, "--checkpoint_format", "portabel")

@@ -15,7 +15,7 @@ import pytest
 from s2s_scale.checkpoint import SaveError, checkpoints, remove_partial, verify
 from s2s_scale.checkpoint.atomic import LOCK, locked
 from s2s_scale.errors import UserError
-from s2s_scale.trainer import saving
+from s2s_scale.trainer import checkpointing
 from tests.support.training import fresh, our_trainer, ragged_rows
 
 VALUES = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
@@ -44,13 +44,13 @@ def test_training_goes_on_while_a_save_is_written(tmp_path, monkeypatch):
     """Step 3 is made while checkpoint-2 cannot get on, and the end waits for the last one."""
     go_on = threading.Event()
     seen = []
-    write = saving.write_states
+    write = checkpointing.write_states
 
     def held_up(states, writer):
         assert go_on.wait(60)
         return write(states, writer)
 
-    monkeypatch.setattr(saving, "write_states", held_up)
+    monkeypatch.setattr(checkpointing, "write_states", held_up)
     trainer = trainer_in(tmp_path, save_in_background=True, max_steps=3)
     from transformers import TrainerCallback
 
@@ -71,7 +71,7 @@ def test_an_error_surfaces_at_the_next_step(tmp_path, monkeypatch):
     def full(states, writer):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(saving, "write_states", full)
+    monkeypatch.setattr(checkpointing, "write_states", full)
     trainer = trainer_in(tmp_path, save_in_background=True, max_steps=60, save_steps=5)
     with pytest.raises(SaveError, match="saving checkpoint-5 .* No space left on device"):
         trainer.train()
@@ -83,14 +83,9 @@ def test_an_error_in_the_last_save_surfaces_at_the_end(tmp_path, monkeypatch):
     def broken(states, writer):
         raise RuntimeError("not the disk's fault")
 
-    monkeypatch.setattr(saving, "write_states", broken)
+    monkeypatch.setattr(checkpointing, "write_states", broken)
     with pytest.raises(RuntimeError, match="not the disk's fault"):
         trainer_in(tmp_path, save_in_background=True, max_steps=2).train()
-
-
-def test_background_and_native_contradict_each_other(tmp_path):
-    with pytest.raises(UserError, match="save_in_background=True: has no effect with checkpoint_f"):
-        trainer_in(tmp_path, save_in_background=True, checkpoint_format="native")
 
 
 HOLDER = """

@@ -329,5 +329,5 @@ def test_another_vocabulary_names_the_first_parameter_and_both_shapes(saved):
 
 
 def test_a_manifest_of_nothing_is_still_verified(tmp_path):
-    write_manifest(tmp_path, kind="portable", step=1)
+    write_manifest(tmp_path, step=1)
     assert verify(tmp_path).files == {}

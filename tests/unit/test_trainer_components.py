@@ -88,7 +88,7 @@ def test_micro_batches_are_taken_step_by_step():
 
 
 def test_loaders_follow_the_plan_and_set_the_accumulation(tmp_path):
-    model, backend = fresh("t5"), make_backend("local")
+    model, backend = fresh("t5"), make_backend("local", "cpu")
     args = arguments(tmp_path, batching="tokens", tokens_per_step=120, groups_per_step=3)
     loaders = TrainDataLoaders(args, backend, padding_id=lambda: 0, rows_per_device=lambda: 8)
     rows = ragged_rows(model, 40)
@@ -104,7 +104,7 @@ def test_loaders_follow_the_plan_and_set_the_accumulation(tmp_path):
 
 
 def test_a_checkpoint_gives_back_what_was_trained(tmp_path):
-    backend, args = make_backend("local"), arguments(tmp_path, save_total_limit=1)
+    backend, args = make_backend("local", "cpu"), arguments(tmp_path, save_total_limit=1)
     bad_steps = BadSteps(backend, limit=3, output_dir=tmp_path)
     run_state = RunState(args, backend, bad_steps, loss_mode=SMOOTHED)
     checkpointer = Checkpointer(args, backend)
@@ -159,7 +159,7 @@ def test_a_checkpoint_gives_back_what_was_trained(tmp_path):
 
 
 def test_nobody_is_asked_to_stop_where_no_handler_is_active():
-    callback = PreemptionCallback(make_backend("local"))
+    callback = PreemptionCallback(make_backend("local", "cpu"))
     assert not callback.requested() and not callback.due(TrainerState(epoch=0.5))
 
 

@@ -36,9 +36,8 @@ def flat_parts(zero: Any) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
         yield from zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
     else:
         raise UserError(
-            f"checkpoint_format=portable: the state of DeepSpeed's {type(zero).__name__} cannot be "
-            "read by parameter; expected ZeRO 1, 2 or 3; use one of them, or --checkpoint_format "
-            "native"
+            f"deepspeed: the state of DeepSpeed's {type(zero).__name__} cannot be read by "
+            "parameter, so no checkpoint can be saved; expected ZeRO 1, 2 or 3; use one of them"
         )
 
 

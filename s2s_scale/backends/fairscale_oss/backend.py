@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,15 +44,6 @@ class FairScaleBackend(Backend):
         options: Mapping[str, Any],
     ) -> Optimizer:
         return ShardedOptimizer(groups, optim=optimizer_class, **options)
-
-    @contextmanager
-    def consolidated_state(self, optimizer: Any) -> Iterator[None]:
-        sharded = sharded_optimizer(optimizer)
-        sharded.consolidate_state_dict(RECIPIENT)
-        try:
-            yield
-        finally:
-            sharded.forget_whole_state()
 
     def writers(self, model: nn.Module, optimizer: Any) -> dict[str, int]:
         if optimizer is None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from s2s_scale.backends.fairscale_oss.transfer import receive, send, shard_on_host
 from s2s_scale.compat import relies_on
 
 if TYPE_CHECKING:
@@ -28,8 +27,8 @@ RECIPIENT = 0
 @relies_on(
     "fairscale",
     checked=("0.4.13", "0.4.13"),
-    reason="OSS broadcasts stale buffers once accelerate has wrapped the model, shares parameters "
-    "out unevenly, and gathers the whole state on every rank",
+    reason="OSS broadcasts stale buffers once accelerate has wrapped the model, shards "
+    "parameters unevenly",
     uses={
         "fairscale.optim.OSS.partition_parameters": (),
         "fairscale.optim.OSS.refresh_trainable": (),
@@ -119,33 +118,8 @@ class ShardedOptimizer(OSS):
             if parameter.requires_grad
         )
 
-    def consolidate_state_dict(self, recipient_rank: int = RECIPIENT) -> None:
-        """Bring every rank's state to the recipient's host memory, one tensor at a time.
-
-        Every rank must call it. OSS's own way sends each rank's whole share to all ranks at once.
-        """
-        self._sync_param_groups(self.param_groups, self.optim.param_groups)
-        self._all_states = []
-        for rank in range(self.world_size):
-            if self.rank == recipient_rank == rank:
-                self._all_states.append(shard_on_host(self.optim.state_dict()))
-            elif self.rank == rank:
-                send(self.optim.state_dict(), recipient_rank)
-            elif self.rank == recipient_rank:
-                self._all_states.append(receive(rank, self._default_device))
-
-    def forget_whole_state(self) -> None:
-        """Free what ``consolidate_state_dict`` collected."""
-        self._all_states = []
-
     def state_dict(self, all_ranks: bool = False) -> dict[str, Any]:
-        """The whole state, as the unsharded optimizer would give it.
-
-        Before the first step there is none; accelerate asks for it then.
-
-        Raises:
-            RuntimeError: ``consolidate_state_dict`` has not brought the state to this rank.
-        """
+        """As OSS's own; empty before the first step, when accelerate asks for it."""
         if not self._all_states and not self.optim.state:
             return Optimizer.state_dict(self)
         return super().state_dict(all_ranks)

@@ -9,14 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def shard_on_host(shard: dict[str, Any]) -> dict[str, Any]:
-    state = {
-        place: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
-        for place, values in shard["state"].items()
-    }
-    return {**shard, "state": state}
-
-
 def _travels(value: Any) -> bool:
     """Whether a value is sent as a tensor of its own; step counters go with the description."""
     return isinstance(value, Tensor) and value.dim() > 0

@@ -1,0 +1,19 @@
+"""Private parts of transformers that checkpoints rely on."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from s2s_scale.compat import relies_on
+
+
+@relies_on(
+    "transformers",
+    checked=("5.17", "5.23"),
+    reason="save_pretrained leaves these keys out, and from_pretrained does not miss them; no "
+    "public name says which they are.",
+    uses={"transformers.PreTrainedModel._keys_to_ignore_on_save": None},
+)
+def keys_not_saved(model: nn.Module) -> set[str]:
+    """Keys of ``model.state_dict()`` that ``save_pretrained`` leaves out, tied ones apart."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
