@@ -1,15 +1,14 @@
-"""The largest micro-batch that fits into a device's memory, found once by a trial (--auto_batch).
+"""The largest micro-batch that fits into device memory, found by trial (``--auto_batch``).
 
-A trial is a forward and a backward pass over a micro-batch of rows as long as the longest, whose
-attention costs the most memory for its tokens. What the optimizer and the gradients will hold is
-set aside meanwhile.
+A trial is a forward and backward pass over a micro-batch of rows as long as the longest one, for
+which attention takes the most memory per token. The memory that gradients and optimizer state
+will need is reserved meanwhile.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,21 +19,22 @@ from torch import Tensor
 
 from s2s_scale.cpu.functions import give_freed_memory_back
 from s2s_scale.errors import UserError
+from s2s_scale.utils import atomic_write
 
 FILE = "auto_batch.json"
 SAFE_SHARE = 0.85
-"""Of a CPU machine's free memory, so much may be used: what is beyond ends processes."""
+"""Share of a machine's free memory that may be used on a CPU, where running out kills processes."""
 STATE_COPIES = 3
-"""Tensors of a weight's size that training holds beside it: a gradient and two moments."""
+"""Tensors of a weight's size that training holds besides it: a gradient and two moments."""
 
 
 def find_budget(largest: int, longest: tuple[int, int], fits: Callable[[int], bool]) -> int:
-    """The most padded tokens of a micro-batch, ``largest`` halved until they fit.
+    """The most padded tokens of a micro-batch: ``largest``, halved until it fits.
 
     Args:
-        largest: beyond it no micro-batch would have more rows.
+        largest: a larger budget would not give larger micro-batches.
         longest: source and target tokens of the longest row.
-        fits: whether a micro-batch of so many rows of that length can be trained on.
+        fits: whether a micro-batch of this many rows of that length can be trained on.
 
     Raises:
         UserError: not even one row fits.
@@ -53,7 +53,7 @@ def find_budget(largest: int, longest: tuple[int, int], fits: Callable[[int], bo
 
 
 class Trial:
-    """Tells whether micro-batches fit, by training on them and forgetting what came out.
+    """Tells whether micro-batches fit, by a forward and backward pass whose gradients are dropped.
 
     Args:
         train: forward and backward pass over a batch.
@@ -79,12 +79,12 @@ class Trial:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What the result depends on beside the batches: model size and kind of device."""
+        """What the result depends on besides the data: model size and kind of device."""
         count = sum(parameter.numel() for parameter in self._parameters)
         return {"parameters": count, "device": self._device.type}
 
     def fits(self, rows: int, longest: tuple[int, int]) -> bool:
-        """Whether ``rows`` rows of that length can be trained on beside the optimizer's state."""
+        """Whether ``rows`` rows of that length can be trained on, with the optimizer's state."""
         if self._device.type == "cpu":
             return self._fits_on_cpu(rows, longest)
         held: Tensor | None = None
@@ -100,7 +100,7 @@ class Trial:
         return True
 
     def _fits_on_cpu(self, rows: int, longest: tuple[int, int]) -> bool:
-        """By the memory that one row and two take: a CPU's process would be killed by a trial."""
+        """Extrapolates from one row and two: running out of memory would kill the process."""
         if self._bytes_per_row is None:
             one, two = (self._growth(count, longest) for count in (1, 2))
             self._bytes_per_row = max(1.0, two - one, two / 2)
@@ -112,7 +112,7 @@ class Trial:
         return grown + self._state_bytes <= SAFE_SHARE * before
 
     def _growth(self, rows: int, longest: tuple[int, int]) -> int:
-        """Bytes by which a pass over that many rows raised the process's peak, gradients apart."""
+        """Bytes by which a pass over that many rows raises the process's peak."""
         give_freed_memory_back()
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
@@ -148,7 +148,7 @@ def _status(name: str) -> int:
 
 
 def _available() -> int:
-    """Bytes that processes can still have on this machine."""
+    """Bytes of memory still available on this machine."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
@@ -163,13 +163,13 @@ def kept_or_found(
     main: bool,
     bf16: bool,
 ) -> int:
-    """Padded tokens of the largest micro-batch that fits, on every rank; every rank must call it.
+    """Padded tokens of the largest micro-batch that fits; the same on every rank.
 
-    The number is kept in ``folder``; found there, it is not looked for again.
+    The result is stored in ``folder`` and reused from there. Every rank must call it.
 
     Args:
         longest: source and target tokens of the longest row.
-        largest: tokens beyond which no micro-batch would have more rows.
+        largest: a larger budget would not give larger micro-batches.
         main: whether this is rank 0, which writes the file.
 
     Raises:
@@ -187,7 +187,7 @@ def kept_or_found(
 
 
 def read_kept(folder: Path, key: Mapping[str, Any]) -> int | None:
-    """The budget that was found in ``folder`` for the same ``key``; None where there is none."""
+    """The budget stored in ``folder`` for the same ``key``, or None."""
     try:
         kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -197,9 +197,6 @@ def read_kept(folder: Path, key: Mapping[str, Any]) -> int | None:
 
 
 def keep(folder: Path, key: Mapping[str, Any], budget: int) -> None:
-    """Write the budget into ``folder``, as a whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Store the budget in ``folder``."""
     content = {"max_tokens_per_device": budget, "found_for": dict(key)}
-    partly = folder / f".{FILE}.{os.getpid()}"
-    partly.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partly.replace(folder / FILE)
+    atomic_write(folder / FILE, json.dumps(content, indent=1) + "\n")

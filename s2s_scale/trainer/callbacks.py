@@ -1,7 +1,4 @@
-"""Callbacks: the batch plan, seeds, bad steps and requests to stop at the trainer's steps.
-
-And what is shown of them: progress lines, and marks for the process's watchdog.
-"""
+"""Callbacks: batch plan, seeds, bad steps and preemption at each step, progress and watchdog."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from s2s_scale.trainer.metrics import CompilationWatch
 
 
 class StepCallback(TrainerCallback):
-    """Sets the plan's epoch, and has each step checked before its update is made.
+    """Sets the epoch of the plan, and checks each step before its update.
 
     The epoch is counted from the global step rather than taken from the data loader, because
     resuming wraps the loader in one that forwards no epoch.
@@ -135,8 +132,8 @@ def step_seed(seed: int, *, step: int, rank: int) -> int:
 class SeedCallback(TrainerCallback):
     """Seeds the random generators before each optimizer step, from (seed, step, rank).
 
-    So a resumed run draws the numbers of one that never stopped, no matter what happened between
-    two steps (an evaluation, a save, a restart), and no generator's state has to be saved.
+    A resumed run therefore draws the same numbers as one that never stopped, whatever happened
+    between two steps (an evaluation, a save, a restart), and no generator state has to be saved.
     """
 
     def __init__(self, seed: Callable[[int], None], *, rank: int) -> None:
@@ -150,7 +147,7 @@ class SeedCallback(TrainerCallback):
 
 
 class SettleCallback(TrainerCallback):
-    """Takes note of a save in the background before each step, so that its errors surface."""
+    """Collects the result of a background save before each step, so that its errors surface."""
 
     def __init__(self, settle: Callable[[], None]) -> None:
         self._settle = settle
@@ -162,9 +159,9 @@ class SettleCallback(TrainerCallback):
 
 
 class PreemptionCallback(TrainerCallback):
-    """From the start of training on, a request to stop is met where the run can be saved.
+    """Stops training at a point where it can be saved, once any rank was asked to stop.
 
-    What was asked of this process is known to ``resilience.preemption``; here the ranks agree.
+    ``resilience.preemption`` knows what this process was asked; here the ranks agree.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -189,7 +186,7 @@ class PreemptionCallback(TrainerCallback):
         self.end_epoch()
 
     def end_epoch(self) -> None:
-        """What is due at the end of the epoch comes now; until the next step begins."""
+        """Mark that the end of the epoch is being handled, until the next step begins."""
         self._epoch_ended = True
 
     def requested(self) -> bool:
@@ -200,7 +197,7 @@ class PreemptionCallback(TrainerCallback):
         return self._backend.collectives.any_rank(handler.reason is not None)
 
     def due(self, state: TrainerState) -> bool:
-        """Whether to stop after this step; not while the end of its epoch is still to come.
+        """Whether to stop after this step; never between a last step and the end of its epoch.
 
         Every rank must call it.
         """
@@ -208,7 +205,7 @@ class PreemptionCallback(TrainerCallback):
         return not (last_of_epoch and not self._epoch_ended) and self.requested()
 
     def leave(self, what: str, state: TrainerState) -> NoReturn:
-        """End the run, of which ``what`` says how it was saved. Every rank must call it.
+        """End the run; ``what`` says what was saved. Every rank must call it.
 
         Raises:
             Stopped: always.

@@ -105,7 +105,7 @@ class Checkpointer:
 
     @property
     def ranks(self) -> Ranks:
-        """What saving needs to know of the other ranks."""
+        """What saving needs to know about the other ranks."""
         collectives = self._backend.collectives
         return Ranks(main=collectives.rank == 0, gather=collectives.gather_objects)
 
@@ -119,11 +119,11 @@ class Checkpointer:
         run_files: Callable[[LossScale], RunFiles],
         best: str | None,
     ) -> None:
-        """Write the checkpoint ``final``, then delete what is over the limit. All ranks call it.
+        """Write the checkpoint ``final``, then delete old ones. Every rank must call it.
 
         Args:
             run_files: what describes the run; called on rank 0.
-            best: a checkpoint that the limit spares.
+            best: a checkpoint that is never deleted.
 
         Raises:
             SaveError: the files cannot be written; names the last good checkpoint.
@@ -153,7 +153,7 @@ class Checkpointer:
         run_files: Callable[[], RunFiles],
         best: str | None,
     ) -> None:
-        """Copy the state to host memory, and write it in a thread of rank 0."""
+        """Copy the state to host memory, and write it in a thread on rank 0."""
         states = copy_to_host(self._backend.state(trained.model, trained.optimizer))
         self._background_pending = True
         if not self.ranks.main:
@@ -182,7 +182,7 @@ class Checkpointer:
         self._background.start(save)
 
     def settle(self, *, wait: bool = False) -> None:
-        """Take note of a save in the background that has ended. Every rank must call it.
+        """Collect the result of a background save that has ended. Every rank must call it.
 
         Raises:
             SaveError: it failed; on every rank.
@@ -204,7 +204,7 @@ class Checkpointer:
             raise SaveError(*problems) from error
 
     def wait(self) -> None:
-        """Wait until this process writes nothing any more; errors stay for ``settle``."""
+        """Wait until this process has finished writing; ``settle`` reports errors."""
         self._background.wait()
 
     def _write(self, folder: Path, trained: Trained) -> Content | None:
@@ -302,7 +302,7 @@ class Checkpointer:
         *,
         schedule_identity: Mapping[str, Any],
     ) -> None:
-        """Put weights, moments, buffers, schedule and loss scale in place. All ranks call it.
+        """Load weights, moments, buffers, schedule and loss scale. Every rank must call it.
 
         Called after ``Backend.after_prepare``. ``schedule_identity``: as ``RunState`` gives it.
 
@@ -319,7 +319,7 @@ class Checkpointer:
             self._backend.load_loss_scale(trained.optimizer, trained.scaler, saved.loss_scale)
 
     def load_best(self, folder: str | None, trained: Trained) -> bool:
-        """Put the weights of a checkpoint in place, if it is portable; whether it is.
+        """Load the weights of a portable checkpoint; returns False for any other folder.
 
         Every rank must call it.
         """
@@ -385,7 +385,7 @@ def _write_config(folder: Path, trained: Trained) -> None:
 
 
 def _given_away(states: list[Any]) -> Iterator[Any]:
-    """The states one by one, each let go of once it is written."""
+    """The states one by one; each can be freed once it is written."""
     states.reverse()
     while states:
         yield states.pop()

@@ -57,7 +57,7 @@ def takes_config_first(init: Callable[P, None]) -> Callable[P, None]:
 
 
 def copy_of(args: TrainingArguments | None) -> Seq2SeqTrainingArguments:
-    """The trainer's own arguments: what is settled later is set in them and not in the user's."""
+    """A copy of the arguments that the trainer may change."""
     if args is None:
         return Seq2SeqTrainingArguments(output_dir="tmp_trainer")
     if not isinstance(args, Seq2SeqTrainingArguments):
@@ -69,7 +69,7 @@ def copy_of(args: TrainingArguments | None) -> Seq2SeqTrainingArguments:
 
 
 def check_model(model: Any, config: PreTrainedConfig | None) -> None:
-    """Refuse a model that does not tell its vocabulary and special tokens.
+    """Refuse a model whose vocabulary and special tokens are unknown.
 
     Raises:
         ValueError: there is neither a config nor a model that has one.
@@ -82,10 +82,10 @@ def check_model(model: Any, config: PreTrainedConfig | None) -> None:
 
 
 def one_tokenizer(tokenizer: Any, processing_class: Any) -> Any:
-    """The tokenizer, which has two names.
+    """The tokenizer, which may be passed under either name.
 
     Raises:
-        ValueError: they were given different ones.
+        ValueError: two different ones were passed.
     """
     if tokenizer is not None and processing_class not in (None, tokenizer):
         raise ValueError(
@@ -96,7 +96,7 @@ def one_tokenizer(tokenizer: Any, processing_class: Any) -> Any:
 
 
 def settle_batching(args: Seq2SeqTrainingArguments, backend: Backend, rows: Any) -> None:
-    """Choose the batching mode that data and device suggest, where none was given.
+    """Choose the batching mode that suits data and device, unless one was given.
 
     Raises:
         UserError: settings that a stream cannot follow.
@@ -175,7 +175,7 @@ class Components:
         prepare: Callable[[], Any],
         trained: Callable[[], Trained],
     ) -> Any:
-        """Continue from a checkpoint; gives what ``prepare`` did. Every rank must call it.
+        """Resume from a checkpoint; returns what ``prepare`` returns. Every rank must call it.
 
         ``prepare`` wraps model and optimizer; ``trained`` then tells what is to be loaded.
 
@@ -214,11 +214,11 @@ def make_components(
         padding_id: gives the token id that fills rows.
         pad_to: pads rows [B, T] to a length with it.
         rows_per_device: gives the rows of a device's micro-batch, where the mode counts rows.
-        ignores_pads: pads count in no loss, label smoothing or not.
-        loss_function: a function that was given computes the loss.
-        own_loss: the subclass that has a ``_compute_loss`` of its own, if there is one.
-        own_steps: a subclass has a hand in loss or training step.
-        packable: pairs may share rows, as far as data and collator are concerned.
+        ignores_pads: pads are excluded from the loss.
+        loss_function: ``compute_loss_func`` computes the loss.
+        own_loss: name of the subclass that overrides ``_compute_loss``, if there is one.
+        own_steps: a subclass overrides the loss or the training step.
+        packable: data and collator allow packing.
 
     Raises:
         ValueError: the loss needs a pad token id that is missing.
@@ -373,7 +373,7 @@ def _loss_mode(
 def _loss_limits(
     args: Seq2SeqTrainingArguments, *, loss_function: bool, own_loss: str | None
 ) -> tuple[str | None, str | None]:
-    """Who else reads logits, and what keeps pairs from sharing rows, apart from the model."""
+    """Who needs logits, and what prevents packing, other than the model."""
     reader = obstacle = None
     if args.n_gpu > 1:
         reader = obstacle = "DataParallel copies the model to several devices within the process"

@@ -74,12 +74,13 @@ def model_columns(
 ) -> tuple[Any, Collate]:
     """Data set and collator without the columns that the model's forward does not take.
 
-    ``drop`` takes them from a table, ``dropping`` makes a collator that takes them from rows.
+    ``drop`` removes them from a ``datasets.Dataset``; ``dropping`` wraps a collator so that it
+    removes them from each row.
     """
     if not isinstance(dataset, datasets.Dataset):
         return dataset, dropping(collate)
     kept = drop(dataset)
-    # Collators of others may count on lists.
+    # Other collators may rely on lists.
     ours = isinstance(collate, Seq2SeqCollator) and reads_from_arrow(kept)
     return ArrowRows(kept) if ours else kept, collate
 
@@ -119,7 +120,7 @@ class TrainDataLoaders:
 
     @property
     def num_buckets(self) -> int | None:
-        """The most shapes that the batches of a data set may have; None: any."""
+        """The most shapes that the batches of a data set may have; None: no limit."""
         args = self._args
         compiles = self._backend.static_shapes or (
             args.torch_compile and args.batching in TOKEN_OPTIONS
@@ -128,10 +129,10 @@ class TrainDataLoaders:
         return default if args.num_buckets is None else args.num_buckets
 
     def follows_plan(self, dataset: Any) -> bool:
-        """Whether the batch plan decides; not for streams, nor for transformers' rebalancing.
+        """Whether batches follow the plan; streams and ``batch_rebalance`` do not.
 
         Raises:
-            UserError: the batches that were asked for need a plan.
+            UserError: a setting needs a plan.
         """
         args = self._args
         rebalanced = args.train_sampling_strategy == "batch_rebalance"
@@ -191,7 +192,7 @@ class TrainDataLoaders:
         )
 
     def streamed(self, dataset: StreamedExamples, collate: Collate) -> StreamLoader:
-        """This rank's micro-batches from a stream, each block of which is planned by itself."""
+        """This rank's micro-batches from a stream."""
         args, world_size = self._args, self._backend.collectives.world_size
         rows, rows_per_device = dataset.buffer, self._rows_per_device()
         if args.batching == "tokens":
@@ -217,7 +218,7 @@ class TrainDataLoaders:
         return self.stream
 
     def enter_stream(self, checkpoint: Path) -> None:
-        """Let the stream, if there is one, begin where ``checkpoint`` has left it.
+        """Let the stream, if there is one, start where ``checkpoint`` left it.
 
         Raises:
             UserError: the checkpoint is that of a run without a stream.
@@ -234,19 +235,20 @@ class TrainDataLoaders:
             self._args.set_accumulation(micro_batches)
 
     def padded(self, collate: Collate, *sides_from: Any) -> Collate:
-        """The collator, with batches padded to the shape that was planned for them, if one was.
+        """``collate``, with batches padded to the shape planned for them, if any.
 
-        ``sides_from``: objects with a ``padding_side``, the first of which decides; else right.
+        The padding side is that of ``collate``, else of the first of ``sides_from`` that has one,
+        else right.
         """
         sides = (getattr(source, "padding_side", None) for source in (collate, *sides_from))
         side = next((side for side in sides if side is not None), "right")
         return PadToWidths(collate, pad_token_id=self._padding_id(), padding_side=side)
 
     def packing(self, collate: Collate, config: PreTrainedConfig) -> Collate:
-        """What lays pairs out in packed rows, in place of ``collate``, which pads them.
+        """A collator that packs several pairs into a row, in place of ``collate``.
 
         Raises:
-            UserError: ``collate`` does more than that.
+            UserError: ``collate`` does more than pad.
         """
         if not pads_only(collate):
             raise UserError(
@@ -262,10 +264,10 @@ class TrainDataLoaders:
         columns: Callable[[], tuple[Dataset[Any], Collate]],
         stock: Callable[[], DataLoader[Any]],
     ) -> DataLoader[Any]:
-        """Batches of rows of like length; persistent workers keep their loader.
+        """Batches of rows of similar length; with persistent workers, the same loader each time.
 
-        ``columns`` gives the rows as they are read, and their collator. ``stock`` makes
-        transformers' loader, which serves streams and results that arrive batch by batch.
+        ``columns`` gives rows and collator. ``stock`` makes transformers' loader, used for streams
+        and where results are wanted batch by batch.
         """
         streamed = isinstance(dataset, IterableDataset) or not has_length(dataset)
         if streamed or self._args.batch_eval_metrics or not self._args.eval_do_concat_batches:
@@ -289,7 +291,7 @@ class TrainDataLoaders:
         return loader
 
     def data(self, dataset: Any, tokenizer: Any) -> Data:
-        """What the run trains on, and in which order, as far as it is loaded by now."""
+        """What the run trains on and in which order, as far as that is known by now."""
         streamed = isinstance(dataset, StreamedExamples)
         planned = dataset is not None and (streamed or self.follows_plan(dataset))
         rows = dataset if planned else None
@@ -315,13 +317,13 @@ class TrainDataLoaders:
     def settle_micro_batches(
         self, dataset: Any, model: Any, train: Callable[[Mapping[str, Tensor]], Any]
     ) -> None:
-        """Set the tokens of a micro-batch to the most that fit (``--auto_batch``), by trying.
+        """Set ``max_tokens_per_device`` to the most that fits (``--auto_batch``), by trial.
 
-        ``model``: inside its wrappers. ``train``: forward and backward pass over a batch. Every
+        ``model``: without its wrappers. ``train``: forward and backward pass over a batch. Every
         rank must call it.
 
         Raises:
-            UserError: the backend cannot tell before training, or one row is too much.
+            UserError: the backend cannot tell before training, or not even one row fits.
         """
         if not self._backend.plain_backward:
             raise UserError(
@@ -345,11 +347,11 @@ class TrainDataLoaders:
 
 
 class StepBatches:
-    """Takes the micro-batches of each optimizer step from an iterator that is read ahead.
+    """Takes the micro-batches of each optimizer step from an iterator that is prefetched.
 
     Args:
-        place_batches: moves (number, batch) pairs to the device, ahead of the step.
-        count_tokens: target tokens of a batch; None where it has no labels.
+        place_batches: moves the batches of (number, batch) pairs to the device, ahead of the step.
+        count_tokens: target tokens of a batch; None if it has no labels.
     """
 
     def __init__(
@@ -367,8 +369,8 @@ class StepBatches:
     ) -> tuple[list[Any], int | None]:
         """The next ``count`` micro-batches, placed, and their target tokens on this rank.
 
-        The tokens are None where batches have no labels. ``source`` is read ahead until ``end``,
-        or until another one is given. ``meter``: is told the wait and the pads.
+        The tokens are None if batches have no labels. ``source`` is prefetched until ``end`` is
+        called or another one is given. ``meter`` counts the time spent waiting, and the pads.
         """
         started = time.perf_counter()
         if source is not self._source:
@@ -383,25 +385,22 @@ class StepBatches:
         return [batch for _, batch in pairs], sum(n for n, _ in pairs) if labelled else None
 
     def _counted(self, batches: Iterator[Any]) -> Iterator[tuple[int, Any]]:
-        """Each batch behind its number of target tokens, counted where the batch was made.
-
-        That may be a thread that is some batches ahead of the step.
-        """
+        """(target tokens, batch) pairs, counted in the thread that makes the batches."""
         for batch in batches:
             self._pads.append(count_pads(batch))
             tokens = self._count_tokens(batch)
             yield 0 if tokens is None else int(tokens), batch
 
     def end(self) -> None:
-        """Stop reading ahead."""
+        """Stop prefetching."""
         self._source, self._placed = None, iter(())
 
 
 def loader_options(args: TrainingArguments) -> dict[str, Any]:
     """The ``dataloader_*`` training flags as keywords of torch's ``DataLoader``.
 
-    The generator is the loader's own: drawing worker seeds from the global one would make dropout
-    depend on how often a loader was started.
+    The loader has a generator of its own: drawing worker seeds from the global one would make
+    dropout depend on how often a loader was started.
     """
     return {
         "num_workers": args.dataloader_num_workers,
@@ -415,7 +414,7 @@ def loader_options(args: TrainingArguments) -> dict[str, Any]:
 def token_sizes(
     args: Seq2SeqTrainingArguments, lengths: Lengths, *, fixed_shapes: bool
 ) -> tuple[int, int]:
-    """Tokens and groups of a step: as given, else what suits the data."""
+    """``tokens_per_step`` and ``groups_per_step`` as given, else what suits the data."""
     tokens = args.tokens_per_step or usual_tokens_per_step(lengths)
     usual = usual_groups_per_step(lengths, tokens, fixed_shapes=fixed_shapes)
     return tokens, args.groups_per_step or usual
@@ -431,14 +430,14 @@ def make_sampler(
     num_buckets: int | None = None,
     rows_multiple: int = 1,
 ) -> EpochSampler:
-    """One rank's sampler of the batching mode in ``args``. Every rank calls it with the same data.
+    """One rank's sampler in the batching mode of ``args``. Every rank must pass the same data.
 
-    ``rows_per_device``: a device's rows in a micro-batch, where the mode counts rows.
-    ``num_buckets``: the most shapes that batches may have; None: any. ``rows_multiple``: devices
-    that share a rank's batches.
+    ``rows_per_device``: rows of a device's micro-batch, if the mode counts rows. ``num_buckets``:
+    the most shapes that batches may have; None: no limit. ``rows_multiple``: devices that share a
+    rank's batches.
 
     Raises:
-        UserError: the rows have no lengths, or the longest of them fits into no batch.
+        UserError: the rows have no lengths, or the longest row fits into no batch.
     """
     shared: dict[str, Any] = {
         "rank": rank,

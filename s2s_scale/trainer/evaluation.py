@@ -43,16 +43,20 @@ if TYPE_CHECKING:
 TextEvaluationFor = Callable[[Any, str], "TextEvaluation"]
 """(data set, metric prefix) -> what decodes, scores and writes the texts of that evaluation."""
 MOST_ROWS = 4
-"""An evaluation batch of short rows has at most so many times ``per_device_eval_batch_size``."""
+"""A batch of short rows holds at most this many times ``per_device_eval_batch_size`` rows."""
 ComputeMetrics = Callable[..., dict[str, float]]
 
 
 class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
-    """This rank's batches of rows of like length, longest first, within a budget of tokens.
+    """This rank's batches of rows of similar length, longest first, within a token budget.
 
-    Rows come in the data's order where their lengths are not to be had without reading them all.
-    ``rounds`` holds the row ids of all ranks, rank after rank, batch after batch; ids below 0 fill
-    up the last batches of some ranks and stand for no row. ``row_order`` is all of them in a row.
+    Rows keep the data's order where their lengths are unknown without reading all of them.
+
+    Attributes:
+        rounds: for each batch the row ids of all ranks, rank after rank; ids below 0 stand for no
+            row and fill up the last batches of some ranks.
+        row_order: ``rounds`` in one array.
+        source: the data set itself, whatever its rows are read through.
     """
 
     rounds: list[list[int]]
@@ -107,12 +111,12 @@ class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
 
 
 def _budget(lengths: Lengths, *, rows_per_batch: int, given: int | None) -> int:
-    """Source and target tokens, pads included, of a rank's evaluation batch.
+    """The most source and target tokens, pads included, of a rank's evaluation batch.
 
-    Where none is ``given``: what ``rows_per_batch`` of the longest rows have.
+    If none is ``given``, as many as ``rows_per_batch`` of the longest rows have.
 
     Raises:
-        UserError: the longest row has more than were given.
+        UserError: the longest row exceeds the budget given.
     """
     longest = int((lengths[0].astype(np.int64) + lengths[1]).max())
     if given is None:
@@ -129,9 +133,9 @@ def _budget(lengths: Lengths, *, rows_per_batch: int, given: int | None) -> int:
 def _widths_of_rounds(
     rounds: list[list[Rows]], lengths: Lengths | None, num_buckets: int | None
 ) -> tuple[ShapeGrid | None, list[Widths | None]]:
-    """The shapes of the batches, and which one each round of batches is padded to.
+    """At most ``num_buckets`` shapes, and the one that each round of batches is padded to.
 
-    With a ``num_buckets`` at most so many; without one, None: the longest rows decide.
+    Without ``num_buckets`` both are None: batches are as wide as their longest row.
     """
     if num_buckets is None or lengths is None or not rounds:
         return None, [None] * len(rounds)
@@ -149,11 +153,11 @@ class EvaluationStopped(BaseException):
 
 
 class Evaluation:
-    """What one evaluation loop gathers: sums of losses, and texts where those are wanted.
+    """What one evaluation loop collects: sums of losses and, if wanted, generated text.
 
     Args:
         dataloader: the batches; texts need an ``EvaluationLoader``.
-        text_evaluation_for: makes, on rank 0, what the texts go to; None: tokens are returned.
+        text_evaluation_for: makes the ``TextEvaluation`` on rank 0; None: tokens are returned.
         prefix: of the metrics' names.
     """
 
@@ -189,16 +193,16 @@ class Evaluation:
         self._meter.add(sums)
 
     def next_rows(self) -> list[int] | None:
-        """Data rows of all ranks' next batches, rank after rank; ids below 0 stand for nothing.
+        """Row ids of all ranks' next batches, rank after rank; ids below 0 stand for no row.
 
-        None where no text is gathered.
+        None if no text is gathered.
         """
         return None if self._rounds is None else next(self._rounds)
 
     def add_text(
         self, generated: Tensor, labels: Tensor | None, rows: list[int], *, padding: int
     ) -> None:
-        """Bring all ranks' generated rows [B * R, T] of a batch to rank 0, which scores them.
+        """Gather all ranks' generated rows [B * R, T] of a batch on rank 0, which scores them.
 
         ``rows``: as ``next_rows`` gave them. Every rank must call it.
         """
@@ -216,7 +220,7 @@ class Evaluation:
         )
 
     def ordered(self, compute_metrics: ComputeMetrics | None) -> ComputeMetrics | None:
-        """``compute_metrics``, called with rows in the data's order."""
+        """``compute_metrics`` that is called with rows in the data's order."""
         order = self._order
         if compute_metrics is None or order is None:
             return compute_metrics
@@ -254,7 +258,7 @@ class Evaluation:
 
 
 class Generator:
-    """Generates the target rows of batches, by the engine that was asked for.
+    """Generates target rows with the engine chosen by ``generation_engine``.
 
     Args:
         args: the training arguments.
@@ -313,8 +317,8 @@ class Generator:
     ) -> Tensor:
         """``model.generate`` on a batch's source: [B * num_return_sequences, length].
 
-        In host memory where the device compiles every new shape. ``rows``: the data rows of all
-        ranks' batches, where they are known. Every rank must call it.
+        The result is in host memory if the device compiles every new shape. ``rows``: row ids of
+        all ranks' batches, if known. Every rank must call it.
         """
         target_side = ("labels", "decoder_input_ids", "decoder_attention_mask")
         sources = {name: value for name, value in inputs.items() if name not in target_side}
@@ -346,8 +350,8 @@ class Generator:
     ) -> tuple[Any, Any, Any]:
         """Loss, generated rows [B * R, L] and labels [B, L] of a batch. Every rank must call it.
 
-        The rows go to ``evaluation`` where that gathers text, and only the loss is returned then,
-        as with ``prediction_loss_only``. ``mean_loss``: computes the batch's loss.
+        If ``evaluation`` gathers text, the rows go there and only the loss is returned, as with
+        ``prediction_loss_only``. ``mean_loss`` computes the batch's loss.
         """
         options = {name: value for name, value in options.items() if value is not None}
         labels = inputs.get("labels")

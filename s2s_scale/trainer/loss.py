@@ -49,8 +49,8 @@ class LossComputer:
         smoothing: label smoothing epsilon.
         reduction: mean or sum over the target tokens.
         linear: ``linear_cross_entropy``: auto, on or off.
-        logits_reader: who else reads logits, so that they must be built; None: nobody.
-        packing_obstacle: why pairs cannot share rows, apart from the model; None: nothing does.
+        logits_reader: why logits must be computed, if something else reads them.
+        packing_obstacle: why pairs cannot be packed, other than because of the model.
         static_shapes: the device compiles each new shape.
         compiled: the model is compiled by torch.
         padding_id: the token id that fills rows.
@@ -98,11 +98,11 @@ class LossComputer:
             )
 
     def packing_problem(self, plain: Any) -> str | None:
-        """Why pairs cannot share rows; None where they can."""
+        """Why pairs cannot be packed; None if they can."""
         return self._packing_obstacle or packing_problem(plain)
 
     def _logits_problem(self, plain: Any) -> str | None:
-        """Why losses are computed from whole logits; None where they need not be."""
+        """Why whole logits are needed for the loss; None if they are not."""
         if self._linear == "off":
             return "it is switched off"
         if self.mode == MODEL:
@@ -156,7 +156,7 @@ class LossComputer:
 
     @contextmanager
     def logits_wanted(self, wanted: bool) -> Iterator[None]:
-        """Whether ``compute`` must return logits; outside of any such block it does."""
+        """Context in which ``compute`` need not return logits unless ``wanted``."""
         self._nll, self._wants_logits = None, wanted
         try:
             yield
@@ -166,10 +166,10 @@ class LossComputer:
     def compute(
         self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, plain: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Loss of one batch, and logits [B, T, V] if they were built.
+        """Loss of one batch, and its logits [B, T, V] if they were computed.
 
         The loss is the mean over the batch's target tokens, or their sum with ``reduction`` sum.
-        ``plain``: the model inside its wrappers.
+        ``plain``: the model without its wrappers.
         """
         model_inputs = self.with_decoder_inputs(inputs, labels, plain)
         with self._packing_context(model_inputs, plain) as placed:
@@ -193,7 +193,7 @@ class LossComputer:
         return cross_entropy(logits, targets, smoothing=self._smoothing), logits
 
     def _head(self, plain: Any) -> LossHead | None:
-        """Lets the model's forward pass end in the loss; None where logits must be built."""
+        """Makes the model's forward pass end in the loss; None if logits are needed."""
         if self._wants_logits:
             return None
         if self._loss_head is None or self._loss_head.model is not plain:
@@ -211,7 +211,7 @@ class LossComputer:
     def _packing_context(
         self, inputs: Mapping[str, Any], plain: Any
     ) -> Iterator[Mapping[str, Any]]:
-        """The inputs as the model takes them; for packed rows with the masks of their pairs."""
+        """The inputs that the model takes; for packed rows, with masks that separate the pairs."""
         if SEGMENTS[0] not in inputs:
             yield inputs
             return

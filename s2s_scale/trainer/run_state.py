@@ -65,12 +65,12 @@ class RunFiles:
 
 
 class RunState:
-    """Tells what makes a run the run that it is, and how far it has come.
+    """Describes a run: its identity, its progress, and what is still pending.
 
     Args:
         args: the training arguments.
-        backend: spreads the run out.
-        bad_steps: what a checkpoint says of bad steps comes from there, and goes back there.
+        backend: distributes the run.
+        bad_steps: their state is saved and restored with the run's.
         loss_mode: see ``LossComputer``.
     """
 
@@ -97,7 +97,7 @@ class RunState:
         return "adamw_torch" if name == "adamw_torch_fused" else name
 
     def shape(self, data: Data) -> dict[str, Any]:
-        """How the run is spread out, which may change when it is resumed."""
+        """How the run is distributed, which may change when it is resumed."""
         return {
             "backend": self._backend.name,
             "processes": self._backend.collectives.world_size,
@@ -106,11 +106,11 @@ class RunState:
         }
 
     def leave_pending(self, *, evaluate: bool, save: bool) -> None:
-        """Note what was due after the step and is left to the resumed run."""
+        """Record what was due after the step and is left to the resumed run."""
         self._pending = {"evaluate": evaluate, "save": save}
 
     def take_pending(self) -> dict[str, bool]:
-        """What was left undone; then nothing is."""
+        """Return what was left pending, and clear it."""
         pending, self._pending = self._pending, dict(NOTHING_PENDING)
         return pending
 
@@ -230,7 +230,7 @@ class RunState:
         return found
 
     def resume(self, folder: Path, saved: Identity, data: Data, *, max_steps: int) -> None:
-        """Continue the run of a checkpoint; say what an accepted change means for it.
+        """Restore the run's state from a checkpoint; print what accepted changes mean.
 
         Raises:
             UserError: one line for each difference that was not accepted.
@@ -263,7 +263,7 @@ def settings_and_versions(given: Mapping[str, tuple[Any, str]]) -> dict[str, Any
 
 
 def note_best(state: TrainerState, run_dir: Path) -> str | None:
-    """The checkpoint with the best metric, put into ``state`` if it is there or about to be."""
+    """The checkpoint with the best metric; recorded in ``state`` if it exists or is being made."""
     best = run_dir / f"checkpoint-{state.best_global_step}"
     if state.best_global_step and (state.best_global_step == state.global_step or best.is_dir()):
         state.best_model_checkpoint = str(best)
@@ -272,7 +272,7 @@ def note_best(state: TrainerState, run_dir: Path) -> str | None:
 
 
 def export_callbacks(state: TrainerState, callbacks: Iterable[Any]) -> None:
-    """Put the state of callbacks that export one into the trainer's state."""
+    """Store the state of exportable callbacks in the trainer's state."""
     states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
     for callback in callbacks:
         if not isinstance(callback, ExportableState):
@@ -285,7 +285,7 @@ def export_callbacks(state: TrainerState, callbacks: Iterable[Any]) -> None:
 
 
 def stream_position(folder: Path) -> tuple[dict[str, Any], int]:
-    """Where a checkpoint has left a stream, and after how many steps.
+    """The stream position of a checkpoint, and the step it was saved at.
 
     Raises:
         UserError: it was not written by a run that streams its data.
@@ -325,7 +325,7 @@ def _check_plan(folder: Path, plan: Mapping[str, Any] | None, sampler: EpochSamp
 
 
 def plan_fingerprint(sampler: EpochSampler, epoch: int) -> str:
-    """Digest of the rows of every step of an epoch; the sampler is left as it was."""
+    """Digest of the rows of each step of an epoch; the sampler's epoch is unchanged."""
     before = sampler.epoch
     sampler.set_epoch(epoch)
     digest = xxhash.xxh3_128(sampler.plan.order.tobytes())

@@ -1,4 +1,4 @@
-"""Micro-batches from a stream: each block is planned like a data set, epoch after epoch."""
+"""Micro-batches from a stream, each block of which is planned like a data set."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BLOCKS_OF_EPOCH = 2**24
 
 
 def streaming_problems(args: Seq2SeqTrainingArguments, *, static_shapes: bool) -> list[str]:
-    """Settings that a stream cannot follow, each with its remedy."""
+    """Settings that cannot take effect on a stream, one line each with its remedy."""
     problems = []
     if args.max_steps <= 0:
         problems.append(
-            f"max_steps={args.max_steps}: expected a number above 0, since how many rows a stream "
-            "has is not known before its end; give --max_steps"
+            f"max_steps={args.max_steps}: expected a number above 0, since the number of rows in a "
+            "stream is not known before its end; give --max_steps"
         )
     problems += [
         f"{name}=epoch: cannot take effect on a stream, whose epochs have no known end; use "
@@ -36,7 +36,7 @@ def streaming_problems(args: Seq2SeqTrainingArguments, *, static_shapes: bool) -
         ("auto_batch", False, "raise --groups_per_step for smaller micro-batches"),
         ("max_tokens_per_device", None, "raise --groups_per_step for smaller micro-batches"),
         ("dataloader_drop_last", False, "leave it out: a short step has all of its rows"),
-        ("dataloader_num_workers", 0, "leave it out: one thread reads ahead"),
+        ("dataloader_num_workers", 0, "leave it out: a thread prefetches"),
     ):
         if getattr(args, name) != idle:
             problems.append(
@@ -56,10 +56,10 @@ def streaming_problems(args: Seq2SeqTrainingArguments, *, static_shapes: bool) -
 
 
 class StreamLoader:
-    """This rank's micro-batches, without end; every step has ``accumulation`` of them.
+    """This rank's micro-batches, ``accumulation`` for each step, without end.
 
-    Which rows make a step does not depend on the ranks, as with any other plan. Where a step has
-    fewer micro-batches, or a rank no row in one, a marked row that carries no loss stands in.
+    The rows of a step do not depend on the number of ranks, as with any other plan. If a step has
+    fewer micro-batches, or a rank has no row in one, a filler row that carries no loss stands in.
     """
 
     batch_size = None
@@ -73,7 +73,7 @@ class StreamLoader:
         rows_per_block: int,
         accumulation: int,
     ) -> None:
-        """``plan``: makes this rank's sampler for rows with lengths."""
+        """``plan`` makes this rank's sampler for rows with lengths."""
         self.dataset = dataset
         self._plan = plan
         self._collate = collate
@@ -83,13 +83,13 @@ class StreamLoader:
         self._start, self._skipped, self._first_step = BlockPlace(), 0, 0
 
     def go_on(self, position: Mapping[str, Any], step: int) -> None:
-        """Begin at a ``position`` that was saved after ``step`` optimizer steps."""
+        """Start at a ``position`` that was saved after ``step`` optimizer steps."""
         self._start = BlockPlace.from_json(position)
         self._skipped = int(position["step"])
         self._first_step = step - self._skipped
 
     def position(self, step: int) -> dict[str, Any]:
-        """Where training stands after ``step`` optimizer steps, in values that JSON holds."""
+        """The position after ``step`` optimizer steps, as JSON values."""
         known = [begin for begin in self._begins if begin[0] <= step]
         first, place = known[-1] if known else (self._first_step, self._start)
         return {**place.as_json(), "step": step - first}
@@ -97,7 +97,7 @@ class StreamLoader:
     def __iter__(self) -> Iterator[Any]:
         step, skipped = self._first_step, self._skipped
         self._begins = []
-        # Reading and tokenising the next block takes as long as many batches do.
+        # Reading and tokenising a block takes as long as many batches, so it is prefetched.
         for block in prefetch(self.dataset.blocks(self._start, rows=self._rows_per_block), count=1):
             self._begins.append((step, block.start))
             sampler = self._plan(_Rows(block))

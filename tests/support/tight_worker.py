@@ -98,7 +98,7 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
     with limited(resource.RLIMIT_AS, process_memory("VmSize") + job["slack_mib"] * MIB):
         collected = fits_at_once(moments)
         trainer._save_checkpoint(trainer.model, trial=None)
-        with patch.object(saving, "seen_by_all", lambda *_, **__: False):
+        with patch.object(checkpointing, "seen_by_all", lambda *_, **__: False):
             args.output_dir = str(folder / "alone")
             trainer._save_checkpoint(trainer.model, trial=None)
     args.output_dir = str(folder / "full")
