@@ -27,7 +27,7 @@ PUBLIC = {"_asdict", "_current_frames", "_exit", "_fields", "_make", "_replace"}
 # file -> name -> why it stays there.
 EXCEPTIONS: dict[str, dict[str, str]] = {}
 # Folders whose private names have yet to move.
-TO_MOVE = ("checkpoint/", "cpu/", "data/", "models/", "optim.py", "resilience/", "trainer/")
+TO_MOVE = ("checkpoint/", "cpu/", "data/", "models/", "optim.py")
 
 
 def private(name: str) -> bool:

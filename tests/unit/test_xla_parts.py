@@ -10,7 +10,7 @@ import torch
 
 from s2s_scale.backends import make_backend
 from s2s_scale.backends.xla.adamw import GraphAdamW
-from s2s_scale.backends.xla.runtime import divided_dimension, mesh_lengths, rows_dimension
+from s2s_scale.backends.xla.sharding import divided_dimension, mesh_lengths, rows_dimension
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.metrics import CompilationWatch, RecompilationError, batch_shape
 from tests.support.adam import assert_same_weights

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 1, 2 and 3: optimizer state, gradients and parameters shared out over ranks."""
+"""DeepSpeed ZeRO 1, 2 and 3: optimizer state, gradients and parameters sharded over ranks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from s2s_scale.utils import free_port
 class DeepSpeedBackend(Backend):
     """Training through ``deepspeed.initialize``, which transformers' trainer calls.
 
-    Optimizer and schedule stay ours: DeepSpeed gets them ready made, so that parameter groups and
+    Optimizer and schedule stay ours and are passed to DeepSpeed, so that parameter groups and
     learning rates are those of every other backend.
     """
 
@@ -96,7 +96,7 @@ class DeepSpeedBackend(Backend):
         raise_problems(contradictions(config, values, world_size=self.collectives.world_size))
         self._config = config
         self.can_skip_update = not config or update_can_wait(config)
-        # Without an optimizer ZeRO 1 and 2 have nothing to share out.
+        # Without an optimizer ZeRO 1 and 2 have nothing to shard.
         if config and (trains or zero_stage(config) == 3):
             values["deepspeed"] = without_sections_of_flags(config)
         return values
@@ -140,7 +140,7 @@ class DeepSpeedBackend(Backend):
         from deepspeed.utils import safe_get_full_fp32_param
 
         master = safe_get_full_fp32_param(parameter)
-        # A frozen parameter has no master copy, but under ZeRO 3 it is shared out too.
+        # A frozen parameter has no master copy, but under ZeRO 3 it is sharded too.
         frozen = master is None and hasattr(parameter, "ds_id")
         with GatheredParameters([parameter], enabled=frozen):
             if not wanted:
@@ -232,10 +232,10 @@ class DeepSpeedBackend(Backend):
 
 
 def _own_tools_first() -> None:
-    """Compile with the ninja that pip has put beside this Python, activated or not.
+    """Compile with the ninja that pip installed beside this Python, whether it is activated or not.
 
-    Another version does not know its commands again, and every op would be compiled anew whenever
-    a run finds another one first on PATH.
+    Different versions do not accept each other's build logs: every op would be compiled again
+    whenever a run finds another ninja first on PATH.
     """
     beside = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", os.defpath)

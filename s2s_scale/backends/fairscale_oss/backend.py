@@ -1,4 +1,4 @@
-"""FairScale OSS: data parallel, with the optimizer's state shared out over ranks."""
+"""FairScale OSS: data parallel, with the optimizer's state sharded over ranks."""
 
 from __future__ import annotations
 

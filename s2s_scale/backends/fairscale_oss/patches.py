@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 else:
     try:
         from fairscale.optim import OSS
-    except ImportError:  # said by problems(), which comes before anything is built
+    except ImportError:  # reported by problems(), which is called before anything is built
         OSS = Optimizer
 
 RECIPIENT = 0
@@ -37,10 +37,10 @@ RECIPIENT = 0
     },
 )
 class ShardedOptimizer(OSS):
-    """OSS that survives being wrapped by accelerate, shares out evenly, and saves frugally.
+    """OSS that survives being wrapped by accelerate, shards evenly, and saves with little memory.
 
-    Plain OSS goes wrong there without an error: after the model has been wrapped, its parameters
-    are no longer views of OSS's broadcast buffers, and every rank keeps only its own updates.
+    Plain OSS goes wrong without an error once the model has been wrapped: its parameters are no
+    longer views of OSS's broadcast buffers, and every rank keeps its own updates only.
     """
 
     def __init__(

@@ -1,7 +1,4 @@
-"""AdamW for devices that run recorded graphs.
-
-An optimizer's state made before the first step, for devices that run recorded graphs.
-"""
+"""AdamW for devices that run recorded graphs, and optimizer state made before the first step."""
 
 from __future__ import annotations
 
@@ -14,13 +11,12 @@ from torch import Tensor
 
 
 class GraphAdamW(torch.optim.AdamW):
-    """torch's AdamW, with what changes from step to step as data of the graph.
+    """torch's AdamW, where everything that changes from step to step is an input of the graph.
 
-    torch hands learning rate and bias corrections over as Python numbers. torch-xla keeps one
-    datum for equal numbers, so that where two happen to be equal (a rate of 0 makes the decay 1)
-    the whole step is another graph, which is compiled for itself. The number of steps is counted
-    on the device, once for all parameters of a group, so that a step which is undone there is not
-    counted either.
+    torch passes learning rate and bias corrections as Python numbers. torch-xla makes one input of
+    equal numbers, so that where two happen to be equal (a rate of 0 makes the decay 1) the whole
+    step is a different graph, which is compiled once more. Steps are counted on the device, once
+    for all parameters of a group, so that a step which is undone there is not counted either.
     """
 
     @torch.no_grad()
@@ -56,7 +52,7 @@ class GraphAdamW(torch.optim.AdamW):
 def _numbers(group: Mapping[str, Any], count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Decay factor, step size and the root of the second bias correction, fp32 scalars.
 
-    Reckoned in fp64, as torch does in Python: 1 - 0.999 has five digits in fp32.
+    Computed in fp64, as torch does in Python: 1 - 0.999 has five digits in fp32.
     """
     (beta1, beta2), rate = group["betas"], group["lr"]
     data = torch.tensor([rate, 1 - rate * group["weight_decay"]], dtype=torch.float64)
@@ -89,10 +85,10 @@ def state_tensors(optimizer: Any) -> list[Tensor]:
 
 
 def make_state(optimizer: Any) -> None:
-    """Have the optimizer make its state now, by a step of length 0, and count that step as none.
+    """Make the optimizer's state now, by a step of length 0 that is not counted.
 
-    Made in the first step, it would be a graph of its own, as large as a step's
-    (torch.distributed.checkpoint does the same).
+    Made in the first step, it would be a graph of its own, as large as a step's;
+    torch.distributed.checkpoint does the same.
     """
     if optimizer.state:
         if isinstance(optimizer, GraphAdamW):  # a checkpoint's counts come in CPU tensors

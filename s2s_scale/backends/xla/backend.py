@@ -33,7 +33,6 @@ from s2s_scale.backends.xla.patches import (
 )
 from s2s_scale.backends.xla.runtime import (
     OWN_TORCH,
-    by_rows,
     compilations,
     end_graph,
     fetch,
@@ -44,12 +43,12 @@ from s2s_scale.backends.xla.runtime import (
     spmd,
     start_mesh,
     to_device,
+    use_exact_matmul,
     versions_apart,
-    whole_products,
     without_effect,
     xla_device,
 )
-from s2s_scale.backends.xla.sharding import MeshSharding
+from s2s_scale.backends.xla.sharding import MeshSharding, by_rows
 from s2s_scale.errors import UserError, raise_problems
 
 T = TypeVar("T")
@@ -170,7 +169,7 @@ class XlaBackend(Backend):
         values.pop("use_cpu", None)
         self._bf16 = bool(values.pop("bf16", False))
         if not self._bf16 and self.device == "tpu":
-            whole_products()
+            use_exact_matmul()
         if not values.get("adafactor"):
             values.setdefault("optim", "adamw_torch")  # the fused one knows no XLA device
         # Both would read a value from the device at each step.

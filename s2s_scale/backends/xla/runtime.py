@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor
 
 from s2s_scale.backends.xla.patches import sharding_of
-from s2s_scale.errors import UserError
+from s2s_scale.utils import package_version
 
 CACHE_VARIABLE = "XLA_PERSISTENT_CACHE_PATH"
 """Folder of compiled graphs, read by torch-xla itself; empty: none are kept."""
 
 
 def keep_compiled_graphs() -> None:
-    """A restarted run finds its graphs in a folder of the cache."""
+    """Let torch-xla keep compiled graphs in our cache folder, where a restarted run finds them."""
     if CACHE_VARIABLE not in os.environ:
         base = os.environ.get("S2S_SCALE_CACHE") or Path("~/.cache/s2s_scale").expanduser()
         os.environ[CACHE_VARIABLE] = str(Path(base, "xla"))
@@ -34,12 +33,9 @@ OWN_TORCH = "it is built for one exact torch, so give it an environment of its o
 
 
 def versions_apart() -> list[str]:
-    """A problem where torch and torch-xla are not of one version."""
-    try:
-        ours, wanted = version("torch"), version("torch_xla")
-    except PackageNotFoundError:
-        return []
-    if ours.split(".")[:2] == wanted.split(".")[:2]:
+    """A problem where torch and torch-xla are of different versions."""
+    ours, wanted = package_version("torch"), package_version("torch-xla")
+    if ours is None or wanted is None or ours.split(".")[:2] == wanted.split(".")[:2]:
         return []
     return [
         f"backend xla: torch {ours} with torch_xla {wanted}: expected the same version of both; "
@@ -65,41 +61,6 @@ def without_effect(values: Mapping[str, Any]) -> list[str]:
     if str(values.get("optim", "")).endswith("_fused"):
         problems.append(f"optim={values['optim']}: knows no XLA device; give --optim adamw_torch")
     return problems
-
-
-AXES = ("data", "fsdp")
-"""Batches are divided by rows over both axes; weights over the second, if at all."""
-
-
-def mesh_lengths(wanted: Mapping[str, int], devices: int) -> tuple[int, int]:
-    """Lengths of the axes data and fsdp; -1 stands for all devices that the other leaves.
-
-    Raises:
-        UserError: an unknown axis, or lengths whose product is not the number of devices.
-    """
-    unknown = sorted(set(wanted) - set(AXES))
-    lengths = [wanted.get(axis, 1) for axis in AXES]
-    open_axes = [n for n, length in enumerate(lengths) if length == -1]
-    if len(open_axes) == 1:
-        lengths[open_axes[0]] = devices // lengths[1 - open_axes[0]]
-    if unknown or len(open_axes) > 1 or lengths[0] * lengths[1] != devices:
-        raise UserError(
-            f"mesh: {dict(wanted)} for {devices} devices: expected the axes data and fsdp, whose "
-            "lengths multiply to the number of devices (-1 for one of them: all that are left); "
-            "change it in the profile"
-        )
-    return lengths[0], lengths[1]
-
-
-def divided_dimension(shape: tuple[int, ...], parts: int) -> int | None:
-    """The longest dimension that divides evenly into ``parts``; None where none does."""
-    fitting = [n for n, length in enumerate(shape) if length % parts == 0 and length >= parts]
-    return max(fitting, key=lambda n: shape[n]) if fitting and parts > 1 else None
-
-
-def rows_dimension(shape: tuple[int, ...], rows: int | None) -> int:
-    """Which of a hidden state's first two dimensions counts the batch's ``rows``; 0 in doubt."""
-    return 1 if rows is not None and shape[0] != rows == shape[1] else 0
 
 
 def runtime() -> Any:
@@ -141,27 +102,22 @@ def seed_devices(value: int) -> None:
 
 
 def end_graph() -> None:
-    """Run what was recorded until here."""
+    """Run what was recorded so far."""
     import torch_xla
 
     torch_xla.sync()
 
 
 def compilations() -> tuple[int, float]:
-    """How many graphs were compiled, and the seconds that took."""
+    """How many graphs were compiled, and the seconds it took."""
     import torch_xla.debug.metrics as metrics
 
     data = metrics.metric_data("CompileTime")  # (count, total nanoseconds, samples)
     return (int(data[0]), float(data[1]) / 1e9) if data else (0, 0.0)
 
 
-def by_rows(mesh: Any, dimensions: int, *, minibatch: bool) -> Any:
-    """A tensor's first dimension divided over all devices; ``minibatch``: each host has a part."""
-    return spmd().ShardingSpec(mesh, (AXES, *([None] * (dimensions - 1))), minibatch=minibatch)
-
-
 def to_device(tensors: list[Tensor], device: torch.device, sharding: Any) -> list[Tensor]:
-    """One transfer for all tensors of a like number of dimensions."""
+    """Copy to ``device``, in one transfer for all tensors of the same number of dimensions."""
     from torch_xla.core.xla_model import send_cpu_data_to_device
 
     placed = list(tensors)
@@ -175,9 +131,9 @@ def to_device(tensors: list[Tensor], device: torch.device, sharding: Any) -> lis
 
 
 def fetch(tensor: Tensor) -> Tensor:
-    """A copy on the CPU. Parts that are all here are put together here.
+    """A copy on the CPU; where every shard is on this host, they are assembled here.
 
-    torch-xla would gather them on the devices first, by a graph for each shape.
+    torch-xla would gather them on the devices first, with a graph for each shape.
     """
     divided = tensor.device.type == "xla" and "devices" in (sharding_of(tensor) or "")
     if not divided or runtime().process_count() > 1:
@@ -196,8 +152,8 @@ def on_cpu(state: Any) -> Any:
     return {k: on_cpu(v) for k, v in state.items()} if isinstance(state, dict) else state
 
 
-def whole_products() -> None:
-    """fp32 means fp32: a TPU would round the factors of a product to bf16."""
+def use_exact_matmul() -> None:
+    """fp32 means fp32: a TPU would round the operands of a matmul to bf16."""
     from torch_xla.backends import set_mat_mul_precision
 
     logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)  # it warns at every call
