@@ -24,6 +24,9 @@ MODULES = (
     "s2s_scale.backends.deepspeed.patches",
     "s2s_scale.backends.fairscale_oss.patches",
     "s2s_scale.backends.xla.patches",
+    "s2s_scale.cpu.compat",
+    "s2s_scale.data.compat",
+    "s2s_scale.models.compat",
 )
 """The files that hold registered functions; each imports the library concerned when called."""
 
