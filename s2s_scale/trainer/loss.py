@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from s2s_scale.data.collators import SEGMENTS, count_pads
+from s2s_scale.data.collators import SEGMENT_IDS, count_pads
 from s2s_scale.errors import UserError
 from s2s_scale.loss.losses import TokenLoss, count_tokens, cross_entropy, mask_pads, of_model_mean
 from s2s_scale.models import LossHead, decoder_inputs_from_labels, loss_head_problem
@@ -125,14 +125,14 @@ class LossTrainer(TrainerBase):
     @contextmanager
     def _masked(self, inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         """The inputs as the model takes them; for packed rows with the masks of their pairs."""
-        if SEGMENTS[0] not in inputs:
+        if SEGMENT_IDS[0] not in inputs:
             yield inputs
             return
         if self._packed_model is None or self._packed_model.model is not self._plain_model():
             self._packed_model = PackedModel(self._plain_model())
-        left_out = {*SEGMENTS, "attention_mask"}
+        left_out = {*SEGMENT_IDS, "attention_mask"}
         plain = {name: value for name, value in inputs.items() if name not in left_out}
-        with self._packed_model.packs(*(inputs[name] for name in SEGMENTS)) as masks:
+        with self._packed_model.packs(*(inputs[name] for name in SEGMENT_IDS)) as masks:
             yield {**plain, **masks}
 
     def _compute_loss(

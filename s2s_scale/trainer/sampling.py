@@ -7,9 +7,9 @@ from typing import Any
 from s2s_scale.arguments import TOKEN_OPTIONS, Seq2SeqTrainingArguments
 from s2s_scale.data.batch_plan import (
     Lengths,
+    default_buckets_per_step,
+    default_tokens_per_step,
     row_lengths,
-    usual_groups_per_step,
-    usual_tokens_per_step,
 )
 from s2s_scale.data.packing import PackedSampler
 from s2s_scale.data.samplers import EpochSampler, PlanSampler, TokenSampler
@@ -19,8 +19,8 @@ def token_sizes(
     args: Seq2SeqTrainingArguments, lengths: Lengths, *, fixed_shapes: bool
 ) -> tuple[int, int]:
     """Tokens and groups of a step: as given, else what suits the data."""
-    tokens = args.tokens_per_step or usual_tokens_per_step(lengths)
-    usual = usual_groups_per_step(lengths, tokens, fixed_shapes=fixed_shapes)
+    tokens = args.tokens_per_step or default_tokens_per_step(lengths)
+    usual = default_buckets_per_step(lengths, tokens, fixed_shapes=fixed_shapes)
     return tokens, args.groups_per_step or usual
 
 
