@@ -25,7 +25,7 @@ from s2s_scale.data.samplers import EpochSampler, FillerRows, PlanBatchSampler, 
 from s2s_scale.data.streaming import StreamedExamples
 from s2s_scale.errors import UserError
 from s2s_scale.models import source_vocab_size
-from s2s_scale.models.packed import decoder_start
+from s2s_scale.models.packed_attention import decoder_start
 from s2s_scale.trainer.auto_batch import Trial, find_budget, keep, read_kept
 from s2s_scale.trainer.loaders import EvaluationLoader, TrainingLoader, loader_options
 from s2s_scale.trainer.meters import TrainingMeter

@@ -18,10 +18,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from s2s_scale.evaluation.text import in_data_order
 from s2s_scale.generation.shrinking import generate
 from s2s_scale.generation.static import StaticGenerator
-from s2s_scale.loss.losses import IGNORE_INDEX
 from s2s_scale.trainer.batches import BatchTrainer
 from s2s_scale.trainer.loaders import EvaluationLoader
 from s2s_scale.trainer.meters import EvaluationMeter
+from s2s_scale.utils import IGNORE_INDEX
 
 
 class EvaluationTrainer(BatchTrainer):

@@ -20,7 +20,7 @@ from s2s_scale.data.collators import SEGMENT_IDS, count_pads
 from s2s_scale.errors import UserError
 from s2s_scale.loss.losses import TokenLoss, count_tokens, cross_entropy, mask_pads, of_model_mean
 from s2s_scale.models import LossHead, decoder_inputs_from_labels, loss_head_problem
-from s2s_scale.models.packed import PackedModel, packing_problem
+from s2s_scale.models.packed_attention import PackedModel, packing_problem
 from s2s_scale.trainer.base import TrainerBase
 
 

@@ -18,7 +18,7 @@ from s2s_scale.data.packing import PackedSampler
 from s2s_scale.data.samplers import FillerRows, MicroBatch
 from s2s_scale.errors import UserError
 from s2s_scale.models import decoder_inputs_from_labels
-from s2s_scale.models.packed import decoder_start
+from s2s_scale.models.packed_attention import decoder_start
 from s2s_scale.trainer.sampling import make_sampler
 from tests.support.adam import assert_same_weights
 from tests.support.families import FAMILY_NAMES
