@@ -31,7 +31,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from benchmarks.fresh import MIB, growth_since, process_memory, start_peak
 from s2s_scale.loss.linear_cross_entropy import linear_cross_entropy
-from s2s_scale.loss.losses import IGNORE_INDEX
+from s2s_scale.utils import IGNORE_INDEX
 
 TOKENS = (2_048, 8_192)
 VOCABULARIES = (32_128, 50_265, 250_054)

@@ -10,6 +10,7 @@ turns with the others; the first steps, which meet new shapes, are not timed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import time
 from dataclasses import dataclass
@@ -112,9 +113,9 @@ def _figures(trainer: Any, times: list[float], run: Run) -> dict[str, float]:
     sampler.set_epoch(0)
     real = padded = 0
     for step in range(run.warm_up, run.warm_up + run.steps):
-        for batch in sampler.divided(step):
-            padded += sum(batch.padded_tokens(sampler.lengths))
-            real += sum(int(side[part].sum()) for part in batch.parts for side in sampler.lengths)
+        for batch in itertools.chain.from_iterable(sampler.divide(step)):
+            padded += batch.padded_tokens(sampler.lengths)
+            real += sum(int(side[batch.rows].sum()) for side in sampler.lengths)
     seconds = times[-1] - times[run.warm_up - 1]
     return {"rate": real / seconds, "pads": 1 - real / padded}
 

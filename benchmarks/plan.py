@@ -155,16 +155,15 @@ def loads(lengths: Lengths) -> Table:
 def _loads_of(sampler: EpochSampler, lengths: Lengths) -> list[str]:
     spreads, real, padded = [], 0, 0
     started = time.perf_counter()
-    steps = [list(sampler.divided(step)) for step in range(sampler.plan.steps)]
+    steps = [list(sampler.divide(step)) for step in range(sampler.plan.steps)]
     milliseconds = (time.perf_counter() - started) * 1e3 / max(1, len(steps))
     for batches in steps[:-1]:  # a plan by rows leaves a short one at the end
         load = np.zeros(RANKS)
-        for batch in batches:
-            shapes = batch.shapes(lengths)
-            padded += sum(rows * (source + target) for rows, source, target in shapes)
-            for rank, rows in enumerate(batch.parts):
-                real += sum(int(side[rows].sum()) for side in lengths)
-                count, *widths = shapes[rank]
+        for of_ranks in batches:
+            for rank, batch in enumerate(of_ranks):
+                padded += batch.padded_tokens(lengths)
+                real += sum(int(side[batch.rows].sum()) for side in lengths)
+                count, *widths = batch.shape(lengths)
                 load[rank] += count * row_cost(np.array(widths))
         spreads.append(load.max() / load.mean() - 1)
     return [

@@ -31,6 +31,9 @@ MODULES = (
     "s2s_scale.trainer.compat",
     "s2s_scale.resilience.compat",
     "s2s_scale.checkpoint.compat",
+    "s2s_scale.cpu.compat",
+    "s2s_scale.data.compat",
+    "s2s_scale.models.compat",
 )
 """The files that hold registered functions; each imports the library concerned when called."""
 

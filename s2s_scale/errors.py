@@ -11,6 +11,8 @@ EXIT_FAULT = 75
 """Exit code where a rank was lost or hung (sysexits' EX_TEMPFAIL: trying again may help)."""
 EXIT_RESUME = 85
 """Exit code of a run that was asked to stop: start it again (HTCondor's code for a checkpoint)."""
+LISTED = 5
+"""Problems of a kind that are listed; the rest are counted."""
 
 
 class UserError(ValueError):
@@ -46,3 +48,42 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(
         f"unknown {what} '{name}'{did_you_mean(name, names)}; expected one of: {', '.join(names)}"
     )
+
+
+class Problems:
+    """Problem lines by kind. Only the first ``LISTED`` of a kind are kept; the rest are counted.
+
+    A file with a million bad lines thus gives a message that a person can read.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[str, list[str]] = {}
+        self._counts: dict[str, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
+    def __contains__(self, kind: str) -> bool:
+        return kind in self._counts
+
+    def add(self, kind: str, line: str) -> None:
+        """Add one problem. ``kind`` is the plural that completes 'and N more ...'."""
+        self.add_many(kind, [line], count=1)
+
+    def add_many(self, kind: str, lines: Iterable[str], *, count: int) -> None:
+        """Add ``count`` problems of a kind; ``lines`` may stop after the first ``LISTED``."""
+        if count < 1:
+            return
+        kept = self._lines.setdefault(kind, [])
+        kept.extend(line for line, _ in zip(lines, range(LISTED - len(kept)), strict=False))
+        self._counts[kind] = self._counts.get(kind, 0) + count
+
+    def raise_any(self) -> None:
+        """Raise one ``UserError`` with all problems, kind by kind; do nothing if there are none."""
+        lines = []
+        for kind, kept in self._lines.items():
+            lines += kept
+            left_out = self._counts[kind] - len(kept)
+            if left_out > 0:
+                lines.append(f"and {left_out:,} more {kind}")
+        raise_problems(lines)

@@ -1,6 +1,6 @@
-"""Learning-rate schedules by name, made by transformers' own functions.
+"""Optimizer settings: parameter groups with and without weight decay, and learning-rate schedules.
 
-Which parameters decay: groups for AdamW and Adafactor, decided by module type.
+Schedules are transformers' own functions, under the names of the legacy trainer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OPTIONS = {
     "lr_power": ("power", ("polynomial",)),
     "lr_end": ("lr_end", ("polynomial",)),
 }
-"""Training argument -> (keyword of the schedule, schedules that take it)."""
+"""Training argument: (keyword of the schedule, schedules that take it)."""
 
 
 def build_schedule(
@@ -49,13 +49,18 @@ def build_schedule(
     num_training_steps: int,
     **options: Any,
 ) -> LambdaLR:
-    """The schedule ``name`` over ``optimizer``, counted in optimizer steps.
+    """The learning-rate schedule ``name`` of ``optimizer``.
 
-    ``options`` are ``num_cycles`` (cosine: waves; cosine_w_restarts: number of restarts),
-    ``power`` and ``lr_end`` (polynomial).
+    Args:
+        name: a key of ``arg_to_scheduler``.
+        optimizer: the optimizer.
+        num_warmup_steps: optimizer steps of linear warm-up.
+        num_training_steps: optimizer steps in all.
+        options: ``num_cycles`` (cosine: waves; cosine_w_restarts: restarts), ``power`` and
+            ``lr_end`` (polynomial).
 
     Raises:
-        UserError: the name is none of ``arg_to_scheduler``.
+        UserError: the name is unknown.
     """
     if name not in arg_to_scheduler:
         raise unknown_name("learning-rate schedule", name, arg_to_scheduler)
@@ -78,25 +83,30 @@ TORCH_NORMS: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
     nn.RMSNorm,
     nn.GroupNorm,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
 )
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises activations: torch's own, or a model's class named ``…Norm``.
+    """Whether a module normalises activations: one of torch's, or of a class named ``…Norm``.
 
-    The class decides, not the attribute's name: T5 calls it ``layer_norm``, BART
-    ``self_attn_layer_norm``, and a name pattern that catches one misses the next.
+    The class decides, not the attribute's name, which differs between models: ``layer_norm`` in T5,
+    ``self_attn_layer_norm`` in BART.
     """
     return isinstance(module, TORCH_NORMS) or type(module).__name__.endswith("Norm")
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay shrinks: all but biases and norms.
+    """Names of the parameters with weight decay: all but those of norms and biases.
 
-    T5's ``relative_attention_bias`` is stored as an embedding table but is added to the attention
-    scores, so it counts as a bias, as in transformers.
+    T5's ``relative_attention_bias`` is an embedding table, but it is added to the attention scores
+    and counts as a bias, as in transformers.
     """
     names = []
     for module_name, module in model.named_modules():

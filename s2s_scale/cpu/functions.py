@@ -1,17 +1,12 @@
-"""Puts our functions in the place of torch's while a model's forward pass runs.
+"""Replaces functions of torch during a model's forward pass on a CPU, and keeps freed memory.
 
-The models' code stays as it is: it calls ``torch.nn.functional``, and torch lets a mode answer.
-
-What this machine's processor can do.
-
-How the process's allocator treats large blocks of memory.
+The code of the models is unchanged: it calls ``torch.nn.functional``, and torch lets a
+``TorchFunctionMode`` handle the calls.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import platform
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -27,26 +22,26 @@ from s2s_scale.cpu.ops import (
     Embedding,
     Linear,
     StepMemory,
-    activated,
+    activate,
     attention,
     dropout,
     pad_rows,
 )
 
 KEPT_SCORES = 512 * 512
-"""Up to so many scores of a row and head, attention keeps them for its backward pass."""
+"""Largest number of scores of a row and head that attention keeps for its backward pass."""
 
 FEW_SCORES = 128 * 128
-"""Up to so many, products of attention are in fp32 under bf16 as well: they are small, and oneDNN
-would compile those in bf16 for each shape anew."""
+"""Up to this many scores, the matmuls of attention run in fp32 even under bf16: they are small, and
+oneDNN would compile a bf16 matmul for each shape."""
 
 
 class CpuFunctions(TorchFunctionMode):
-    """Context of a training step's forward pass on a CPU.
+    """Context for the forward pass of a training step on a CPU.
 
     Args:
-        in_place: add gradients of weights to ``.grad`` directly. For a single process in which
-            nothing waits for them, and where ``torch.autograd.grad`` is not asked for them.
+        in_place: accumulate gradients of weights into ``.grad`` directly. Only for a single process
+            without hooks on them, and without ``torch.autograd.grad``.
     """
 
     def __init__(self, *, in_place: bool) -> None:
@@ -68,7 +63,7 @@ class CpuFunctions(TorchFunctionMode):
         return answer(*args, **(kwargs or {}))
 
     def __enter__(self) -> Any:
-        self._entered.append(activated(self.memory))
+        self._entered.append(activate(self.memory))
         self._entered[-1].__enter__()
         return super().__enter__()
 
@@ -78,26 +73,23 @@ class CpuFunctions(TorchFunctionMode):
         self._entered.pop().__exit__(*args)
 
     def clear(self) -> None:
-        """Forget the casts of weights, which have changed."""
+        """Discard the casts of weights; to be called when these have changed."""
         self.memory.casts.clear()
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.device.type != "cpu" or not (x.requires_grad or weight.requires_grad):
             return F.linear(x, weight, bias)
-        dtype = autocast_type() or weight.dtype
+        dtype = autocast_dtype() or weight.dtype
         if not self.memory.in_place and x.dtype == weight.dtype == dtype:
             return F.linear(x, weight, bias)
-        low = self._low(x, dtype)
+        # Queries, keys and values share the cast of their input.
+        if self._last is None or self._last[0] is not x or self._last[1].dtype != dtype:
+            self._last = (x, pad_rows(x, dtype))
+        low = self._last[1]
         weight_low = self.memory.casts.cast(weight, dtype)
         bias_low = None if bias is None else self.memory.casts.cast(bias, dtype)
         with torch.autocast("cpu", enabled=False):
             return Linear.apply(x, weight, bias, low, weight_low, bias_low, self.memory.in_place)
-
-    def _low(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x`` as products take it; queries, keys and values share one cast."""
-        if self._last is None or self._last[0] is not x or self._last[1].dtype != dtype:
-            self._last = (x, pad_rows(x, dtype))
-        return self._last[1]
 
     def _dropout(
         self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -128,11 +120,11 @@ class CpuFunctions(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        by_pairs = self._by_pairs(attn_mask)
-        if by_pairs is not None and query.dim() == 4 and not (is_causal or enable_gqa):
+        packed = self._packed_attention(attn_mask)
+        if packed is not None and query.dim() == 4 and not (is_causal or enable_gqa):
             with torch.autocast("cpu", enabled=False):
-                return by_pairs(query, key, value, partial(attention, p=dropout_p, scale=scale))
-        dtype = autocast_type()
+                return packed(query, key, value, partial(attention, p=dropout_p, scale=scale))
+        dtype = autocast_dtype()
         learnt = attn_mask is not None and attn_mask.requires_grad
         small = query.shape[-2] * key.shape[-2] <= KEPT_SCORES
         plain = query.device.type != "cpu" or query.dim() != 4 or enable_gqa or not small
@@ -157,34 +149,20 @@ class CpuFunctions(TorchFunctionMode):
                 query, key, value, attn_mask, p=dropout_p, causal=is_causal, scale=scale
             ).to(kind)
 
-    def _by_pairs(self, mask: Tensor | None) -> Any:
-        """What attends pair by pair where ``mask`` is one of packed rows, whole and as it was."""
+    def _packed_attention(self, mask: Tensor | None) -> Any:
+        """The ``PackedAttention`` that ``mask`` stands for, if it is one of a packed batch."""
         if mask is None:
             return None
-        for known, by_pairs in self.memory.segmented:
+        for known, packed in self.memory.packed_attention:
             same = (mask.data_ptr(), mask.shape) == (known.data_ptr(), known.shape)
             if same and mask.dtype == known.dtype:
-                return by_pairs
+                return packed
         return None
 
 
-def autocast_type() -> torch.dtype | None:
-    """The type that autocast computes products in; None where it is off."""
+def autocast_dtype() -> torch.dtype | None:
+    """The type that autocast runs matmuls in; None if it is off."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-
-
-@functools.cache
-def bf16_is_native() -> bool:
-    """Whether the CPU multiplies bf16 matrices with instructions of its own.
-
-    Without them (AVX512-BF16, AMX, or Arm's BF16) bf16 is slower than fp32.
-    """
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if platform.machine() in ("aarch64", "arm64"):
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of <malloc.h>
@@ -193,11 +171,11 @@ _STEP = 64 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Let freed memory be used again instead of going back to the system; whether that worked.
+    """Make the process reuse freed memory instead of returning it; whether that succeeded.
 
-    By default the C library maps each large block anew and returns it at once, so that each use
-    costs a page fault for every 4 KiB: a new tensor of 65 MB filled with zeros took 30 ms, and 3
-    with this. Memory that was needed once stays with the process. For glibc alone.
+    By default the C library maps each large block separately and unmaps it when it is freed, so
+    that every use costs a page fault per 4 KiB: zeros of 65 MB took 30 ms, and 3 ms with this. The
+    process keeps as much memory as it has ever needed. Works with glibc only.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -211,8 +189,8 @@ def keep_freed_memory() -> bool:
 
 
 def give_freed_memory_back() -> None:
-    """Let the system have all that is free in this process, so that its size tells what is used."""
+    """Return the process's free memory to the system, so that its size shows what is in use."""
     if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
         if trim is not None:
             trim(0)

@@ -1,10 +1,10 @@
-"""Attention of packed rows, pair by pair instead of over whole rows.
+"""Packed attention on a CPU: pair by pair instead of over whole rows.
 
-A row of some 300 tokens that holds ten pairs has ten times as many scores as the pairs themselves,
-and all but a tenth are masked. Here the pairs are taken out of their rows, put beside pairs of like
-length, and attended to as ordinary padded rows; what comes out goes back to its place.
+A packed row with ten pairs has ten times as many scores as the pairs themselves, and nine tenths of
+them are masked. Here the pairs are taken out of their rows, bucketed by length, and attended to as
+ordinary padded rows; the outputs are put back into place.
 
-Shapes: R rows, T queries and S keys of a row, H heads, E a head's width; P pairs of like length.
+Shapes: R rows, T queries and S keys of a row, H heads, E width of a head; P pairs of a bucket.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ Ids = npt.NDArray[np.int64]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _RATIO = 1.5
-"""Pairs attended to together are at most so many times as long as one another."""
+"""Largest ratio of the lengths in a bucket."""
 
 
 @dataclass(frozen=True)
-class Moves:
-    """Where rows of one order stand in another; -1: nowhere, so that a row of zeros is put there.
+class Permutation:
+    """Rows in another order, in which some places may stay empty and some rows be left out.
 
-    ``forth``: int64, for each place of the new order one of the old; ``back``: the other way round.
-    ``empty``, ``empty_back``: the places with -1.
+    ``forth``: int64, the old place of each new one, 0 for an empty one; ``back``: the inverse.
+    ``empty``, ``empty_back``: the new and the old places without a counterpart, where zeros are
+    put.
     """
 
     forth: Tensor
@@ -43,113 +44,118 @@ class Moves:
     empty_back: Tensor
 
     @classmethod
-    def of(cls, forth: Ids, count: int) -> Moves:
-        """From the new places of ``count`` old rows, each of which is at most once among them."""
+    def of(cls, forth: Ids, count: int) -> Permutation:
+        """From the old place of each new one, -1 if it is empty; there are ``count`` old rows."""
         there = np.flatnonzero(forth >= 0)
         back = np.full(count, -1, dtype=np.int64)
         back[forth[there]] = there
         empty, empty_back = (np.flatnonzero(order < 0) for order in (forth, back))
-        moves = (np.maximum(forth, 0), np.maximum(back, 0), empty, empty_back)
-        return cls(*(torch.from_numpy(array) for array in moves))
+        arrays = (np.maximum(forth, 0), np.maximum(back, 0), empty, empty_back)
+        return cls(*(torch.from_numpy(array) for array in arrays))
 
-    def reversed(self) -> Moves:
-        return Moves(self.back, self.forth, self.empty_back, self.empty)
+    def inverse(self) -> Permutation:
+        return Permutation(self.back, self.forth, self.empty_back, self.empty)
 
 
-class _Moved(torch.autograd.Function):
-    """Rows [n, D] in another order; the gradient comes back in theirs."""
+class _Permute(torch.autograd.Function):
+    """Rows [n, D] in another order; the gradient comes back in the original one."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, moves: Moves) -> Tensor:
-        ctx.moves = moves
-        return _moved(rows, moves.forth, moves.empty)
+    def forward(ctx: Any, rows: Tensor, permutation: Permutation) -> Tensor:
+        ctx.permutation = permutation
+        return _select(rows, permutation.forth, permutation.empty)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_rows: Tensor) -> tuple[Tensor, None]:
-        return _moved(by_rows, ctx.moves.back, ctx.moves.empty_back), None
+        return _select(by_rows, ctx.permutation.back, ctx.permutation.empty_back), None
 
 
-def _moved(rows: Tensor, order: Tensor, empty: Tensor) -> Tensor:
-    moved = rows.index_select(0, order)
-    return moved.index_fill_(0, empty, 0) if len(empty) else moved
+def _select(rows: Tensor, order: Tensor, empty: Tensor) -> Tensor:
+    selected = rows.index_select(0, order)
+    return selected.index_fill_(0, empty, 0) if len(empty) else selected
 
 
-class _Group(NamedTuple):
-    """P pairs of like length: positions of queries [P, T] and of keys [P, S], -1 where there is
-    none; ``mask`` [P, 1, T, S] is added to scores."""
+class _Bucket(NamedTuple):
+    """P pairs of like length: places of the queries [P, T] and of the keys [P, S], -1 for padding;
+    ``mask`` [P, 1, T, S] is added to the scores."""
 
     queries: Ids
     keys: Ids
     mask: Tensor
 
-    @property
-    def at(self) -> tuple[Ids, Ids]:
-        return self.queries, self.keys
 
+class PackedAttention:
+    """Attention of queries [R, T] to keys [R, S] of a packed batch, for all layers.
 
-class SegmentedAttention:
-    """How queries [R, T] of a packed batch find their keys [R, S].
-
-    Made once for a batch and used by all layers. ``queries`` and ``keys``: segments, as in
-    ``models.packed``; ``causal``: a query sees no later key, both being the same positions.
-    A pair on one side alone is for ``have_the_same_pairs`` to find.
+    Args:
+        queries: segment ids of the queries, as in ``models.packed_attention``.
+        keys: segment ids of the keys. Both must have the same pairs (see ``have_same_pairs``).
+        causal: a query does not attend to later keys; both are then the same positions.
+        masked: added to scores that must not count.
     """
 
     def __init__(self, queries: Tensor, keys: Tensor, *, causal: bool, masked: float) -> None:
         sides = _Pairs.of(queries), _Pairs.of(keys)
-        self._groups: list[_Group] = []
+        self._buckets: list[_Bucket] = []
         self._sizes = queries.numel(), keys.numel()
-        self._moves: dict[int, list[Moves]] = {}
-        for pairs in _alike(np.maximum(sides[0].lengths, sides[1].lengths)):
-            (q_at, q_there), (k_at, k_there) = (side.places(pairs) for side in sides)
-            seen = np.broadcast_to(k_there[:, None, :], (*q_there.shape, k_there.shape[1]))
+        self._permutations: dict[int, list[Permutation]] = {}
+        lengths = np.maximum(sides[0].lengths, sides[1].lengths)
+        order = np.argsort(lengths, kind="stable")
+        while len(order):
+            longest = lengths[order[0]] * _RATIO
+            size = np.searchsorted(lengths[order], longest, side="right")
+            (q_at, q_real), (k_at, k_real) = (side.places(order[:size]) for side in sides)
+            seen = np.broadcast_to(k_real[:, None, :], (*q_real.shape, k_real.shape[1]))
             mask = torch.from_numpy(np.tril(seen) if causal else np.array(seen)).unsqueeze(1)
             added = torch.zeros(mask.shape).masked_fill_(~mask, masked)
-            self._groups.append(_Group(q_at, k_at, added))
+            self._buckets.append(_Bucket(q_at, k_at, added))
+            order = order[size:]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> Tensor:
-        """Attention [R, H, T, E], computed by ``attend`` (query, key, value, mask) for each group.
+        """Attention [R, H, T, E], with zeros at pads.
 
-        What ``attend`` gets is at least fp32: products of so few rows are no faster in bf16, and
-        oneDNN would compile each of their shapes. 0 at positions of no pair.
+        ``attend`` (query, key, value, mask) computes it for a bucket. Its inputs are at least fp32:
+        matmuls of so few rows are no faster in bf16, and oneDNN would compile each of their shapes.
         """
         rows, heads, _, _ = query.shape
         of_queries, of_keys = self._of_heads(heads)
-        found = [
-            attend(queries, keys, values, group.mask)
-            for group, queries, keys, values in zip(
-                self._groups,
-                self._taken(query, of_queries, 0),
-                self._taken(key, of_keys, 1),
-                self._taken(value, of_keys, 1),
+        outputs = [
+            attend(queries, keys, values, bucket.mask)
+            for bucket, queries, keys, values in zip(
+                self._buckets,
+                self._split(query, of_queries, 0),
+                self._split(key, of_keys, 1),
+                self._split(value, of_keys, 1),
                 strict=True,
             )
         ]
-        if not found:
+        if not outputs:
             return torch.zeros_like(query)
-        flat = torch.cat([part.reshape(-1, value.shape[3]) for part in found]).to(query.dtype)
-        whole: Tensor = _Moved.apply(flat, of_queries.reversed())
+        flat = torch.cat([part.reshape(-1, value.shape[3]) for part in outputs]).to(query.dtype)
+        whole: Tensor = _Permute.apply(flat, of_queries.inverse())
         return whole.view(rows, -1, heads, value.shape[3]).transpose(1, 2)
 
-    def _of_heads(self, heads: int) -> list[Moves]:
-        """Queries' and keys' way from [R, T, H] to all groups' [P, H, T]."""
-        if heads not in self._moves:
-            self._moves[heads] = [
-                Moves.of(np.concatenate([_by_head(at, heads) for at in places]), size * heads)
-                for size, *places in zip(
-                    self._sizes, *(group.at for group in self._groups), strict=True
-                )
-                if places
-            ] or [Moves.of(np.empty(0, dtype=np.int64), size * heads) for size in self._sizes]
-        return self._moves[heads]
+    def _of_heads(self, heads: int) -> list[Permutation]:
+        """From the order [R, T, H] of queries, and of keys, to [P, H, T] of all buckets."""
+        if heads not in self._permutations:
+            self._permutations[heads] = []
+            for side, size in enumerate(self._sizes):
+                order = [np.empty(0, dtype=np.int64)]
+                for bucket in self._buckets:
+                    at = (bucket.queries, bucket.keys)[side][:, None, :]
+                    places = at * heads + np.arange(heads)[:, None]
+                    order.append(np.where(at < 0, -1, places).reshape(-1))
+                permutation = Permutation.of(np.concatenate(order), size * heads)
+                self._permutations[heads].append(permutation)
+        return self._permutations[heads]
 
-    def _taken(self, side: Tensor, moves: Moves, number: int) -> list[Tensor]:
-        """Each group's [P, H, length, E] out of ``side`` [R, H, T, E], at least fp32."""
-        _, heads, _, width = side.shape
-        flat = _Moved.apply(side.transpose(1, 2).reshape(-1, width), moves)
+    def _split(self, tensor: Tensor, permutation: Permutation, side: int) -> list[Tensor]:
+        """Each bucket's [P, H, length, E] of ``tensor`` [R, H, T, E], at least fp32."""
+        _, heads, _, width = tensor.shape
+        flat = _Permute.apply(tensor.transpose(1, 2).reshape(-1, width), permutation)
         exact = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        shapes = [group.at[number].shape for group in self._groups]
+        shapes = [(bucket.queries, bucket.keys)[side].shape for bucket in self._buckets]
         parts = exact.split([pairs * heads * length for pairs, length in shapes])
         return [
             part.view(pairs, heads, length, width)
@@ -157,77 +163,60 @@ class SegmentedAttention:
         ]
 
 
-def _by_head(at: Ids, heads: int) -> Ids:
-    """Places of rows of heads, in the order [P, H, length], from those of positions [P, length]."""
-    places = at[:, None, :] * heads + np.arange(heads)[:, None]
-    return np.where(at[:, None, :] < 0, -1, places).reshape(-1)
-
-
 @dataclass(frozen=True)
 class _Pairs:
-    """The pairs of one side of a batch: a name for each, where its positions begin, how many."""
+    """The pairs of one side of a batch: the key of each, where its positions begin, and how many
+    it has."""
 
-    names: Ids
+    keys: Ids
     starts: Ids
     lengths: Ids
     positions: Ids
 
     @classmethod
-    def of(cls, segments: Tensor) -> _Pairs:
-        """Positions of a pair in their order, pairs in the order of rows."""
-        numbers = segments.numpy()
+    def of(cls, segment_ids: Tensor) -> _Pairs:
+        """The pairs in the order of rows, and the positions of each in their order."""
+        numbers = segment_ids.numpy()
         positions = np.flatnonzero(numbers)
         row, number = positions // max(1, numbers.shape[1]), numbers.reshape(-1)[positions]
-        names, starts, lengths = np.unique(
-            row << 32 | number, return_index=True, return_counts=True
-        )
-        return cls(names, starts, lengths, positions)
+        keys, starts, lengths = np.unique(row << 32 | number, return_index=True, return_counts=True)
+        return cls(keys, starts, lengths, positions)
 
     def places(self, pairs: Ids) -> tuple[Ids, npt.NDArray[np.bool_]]:
-        """Positions of some pairs [P, longest], -1 behind the shorter ones; and where they are."""
+        """Positions of some pairs [P, longest], with -1 for padding, and which of them are real."""
         lengths = self.lengths[pairs, None]
         number = np.arange(lengths.max())
-        there = number < lengths
+        real = number < lengths
         at = np.minimum(self.starts[pairs, None] + number, len(self.positions) - 1)
-        return np.where(there, self.positions[at], -1), there
+        return np.where(real, self.positions[at], -1), real
 
 
-def _alike(lengths: Ids) -> list[Ids]:
-    """The numbers of the pairs, those of like length together."""
-    groups, order = [], np.argsort(lengths, kind="stable")
-    while len(order):
-        most = np.searchsorted(lengths[order], lengths[order[0]] * _RATIO, side="right")
-        groups.append(order[:most])
-        order = order[most:]
-    return groups
-
-
-def have_the_same_pairs(queries: Tensor, keys: Tensor) -> bool:
-    """Whether no pair has queries without keys, or keys without queries."""
-    return np.array_equal(_Pairs.of(queries).names, _Pairs.of(keys).names)
+def have_same_pairs(queries: Tensor, keys: Tensor) -> bool:
+    """Whether every pair of these segment ids has both queries and keys."""
+    return np.array_equal(_Pairs.of(queries).keys, _Pairs.of(keys).keys)
 
 
 @contextmanager
-def attended_by_pairs(
+def packed_attention(
     masks: list[tuple[Tensor, Tensor, Tensor, bool]], masked: float
 ) -> Iterator[None]:
-    """While this lasts, our functions attend by pairs where they meet one of these masks.
+    """Context in which the CPU functions attend pair by pair when they are given one of ``masks``.
 
     Args:
-        masks: each an additive mask [R, 1, T, S], the segments of queries and of keys that it was
-            made from, and whether it is causal.
-        masked: what is added to scores that must not count.
+        masks: each an additive mask [R, 1, T, S], the segment ids of queries and of keys that it
+            was made from, and whether it is causal.
+        masked: added to scores that must not count.
     """
     memory = active()
     if memory is None:
         yield
         return
-    memory.segmented = [
-        (mask, SegmentedAttention(q, k, causal=causal, masked=masked))
-        for mask, q, k, causal in masks
-        if have_the_same_pairs(q, k)
+    memory.packed_attention = [
+        (mask, PackedAttention(queries, keys, causal=causal, masked=masked))
+        for mask, queries, keys, causal in masks
+        if have_same_pairs(queries, keys)
     ]
     try:
         yield
     finally:
-        memory.segmented = []
+        memory.packed_attention = []

@@ -1,18 +1,17 @@
-"""Which rows make each optimizer step: pure functions of lengths, seed, epoch and step size.
+"""The batch plan: which rows make each optimizer step, as pure functions of lengths and seed.
 
-Nothing here knows of ranks, devices or torch: the plan of an epoch is the same on one process
-and on sixty-four, and a run resumes at another world size with the rows it would have had.
-``divide_step`` then spreads the rows of a step over ranks and micro-batches.
+The plan of an epoch depends on the lengths of the rows, the seed, the epoch and the step size, and
+on nothing else: ranks and devices play no part. It is the same for one process and for sixty-four,
+and a run that resumes with another number of ranks gets the rows that it would have had.
+``divide_step`` then divides the rows of a step over ranks and micro-batches.
 
 Random numbers come from numpy's ``RandomState``, whose stream is frozen: the same seed gives the
 same plan under every numpy version.
-
-Source and target lengths of a data set's rows, read the cheapest way it offers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,14 +28,21 @@ from s2s_scale.config import (
 from s2s_scale.data.cache import entry_of, read_lengths
 from s2s_scale.errors import UserError
 
-ROWS_OF_GROUP = 16
-_SOURCES = ("source_length", "length", "input_ids")
+STEPS_PER_CHUNK = 50  # fastai's SortishSampler sorts inside random chunks of 50 batches
+LARGE_PERMUTATION = 2**16
+ROWS_OF_FULL_BUCKET = 16
+"""Rows of mean length that a bucket of fixed shape should hold, so that few of them are fillers."""
 
+Mode = Literal["fixed", "sortish", "sequential"]
 Lengths = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
+"""Source and target tokens of each row: two arrays [rows]."""
+Rows = npt.NDArray[np.int64]
+Rows32 = npt.NDArray[np.int32]
+Keys = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 def row_lengths(dataset: Any, *, length_column: str = "length") -> Lengths:
-    """Tokens in source and target of every row: two int32 arrays [rows].
+    """Source and target tokens of every row: two int32 arrays [rows].
 
     Taken from the arrays saved beside tokenised data (no row is read), else from the columns
     source_length and target_length, else from ``length_column`` (the source; the target is then
@@ -46,56 +52,31 @@ def row_lengths(dataset: Any, *, length_column: str = "length") -> Lengths:
     entry = entry_of(dataset)
     if entry is not None:
         return read_lengths(entry)
+    names = ("source_length", length_column, "input_ids"), ("target_length", "labels")
     if hasattr(dataset, "select_columns") and hasattr(dataset, "with_format"):
-        return _of_arrow(dataset, length_column=length_column)
-    pairs = [_of_row(dataset[row], length_column=length_column) for row in range(len(dataset))]
-    lengths = np.array(pairs, dtype=np.int32).reshape(-1, 2)
-    return lengths[:, 0].copy(), lengths[:, 1].copy()
+        columns = [_present(dataset.column_names, side) for side in names]
+        if columns[0] is None:
+            raise _no_length(dataset.column_names, length_column=length_column)
+        source = _column(dataset, columns[0])
+        target = np.zeros_like(source) if columns[1] is None else _column(dataset, columns[1])
+        return source, target
+    lengths = np.zeros((2, len(dataset)), dtype=np.int32)
+    for number in range(len(dataset)):
+        row = dataset[number]
+        for side, name in enumerate(_present(row, side) for side in names):
+            if name is not None and row[name] is not None:
+                value = row[name]
+                lengths[side, number] = len(value) if name in _COUNTED else int(value)
+            elif side == 0:
+                raise _no_length(list(row), length_column=length_column)
+    return lengths[0], lengths[1]
 
 
-def has_length_columns(dataset: Any) -> bool:
-    """Whether lengths can be had from columns, without reading row after row."""
-    columns = getattr(dataset, "column_names", None) or ()
-    return any(name in columns for name in _SOURCES)
+_COUNTED = ("input_ids", "labels")
 
 
-def usual_tokens_per_step(lengths: Lengths) -> int:
-    """Real tokens of a step where none are given: few enough for some hundred steps an epoch.
-
-    There is room for four groups with the longest row.
-    """
-    total = sum(int(side.sum(dtype=np.int64)) for side in lengths)
-    least = max(LEAST_TOKENS_PER_STEP, LEAST_GROUPS_PER_STEP * _longest_pair(lengths))
-    return max(least, min(DEFAULT_TOKENS_PER_STEP, total // DEFAULT_STEPS_PER_EPOCH))
-
-
-def usual_groups_per_step(lengths: Lengths, tokens_per_step: int, *, fixed_shapes: bool) -> int:
-    """Groups of a step where no number is given: as many as have room for the longest row.
-
-    With ``fixed_shapes``, where short groups are filled up, they also hold some rows of mean
-    length.
-    """
-    groups = tokens_per_step // max(1, _longest_pair(lengths))
-    if fixed_shapes:
-        mean = sum(float(side.mean()) for side in lengths) if len(lengths[0]) else 1.0
-        groups = min(
-            groups, max(LEAST_GROUPS_PER_STEP, int(tokens_per_step / (ROWS_OF_GROUP * mean)))
-        )
-    return max(1, min(DEFAULT_GROUPS_PER_STEP, groups))
-
-
-def _longest_pair(lengths: Lengths) -> int:
-    return int((lengths[0] + lengths[1]).max(initial=0))
-
-
-def _of_arrow(dataset: Any, *, length_column: str) -> Lengths:
-    names = dataset.column_names
-    source = next((n for n in ("source_length", length_column, "input_ids") if n in names), None)
-    target = next((n for n in ("target_length", "labels") if n in names), None)
-    if source is None:
-        raise _no_length(names, length_column=length_column)
-    first = _column(dataset, source)
-    return first, np.zeros_like(first) if target is None else _column(dataset, target)
+def _present(names: Any, wanted: Sequence[str]) -> str | None:
+    return next((name for name in wanted if name in names), None)
 
 
 def _column(dataset: Any, name: str) -> npt.NDArray[np.int32]:
@@ -105,24 +86,10 @@ def _column(dataset: Any, name: str) -> npt.NDArray[np.int32]:
     parts = [np.empty(0, dtype=np.int32)]
     for table in dataset.select_columns([name]).with_format("arrow").iter(batch_size=100_000):
         column = table.column(0)
-        if name in ("input_ids", "labels"):
+        if name in _COUNTED:
             column = pc.list_value_length(column)
         parts.append(column.to_numpy().astype(np.int32))
     return np.concatenate(parts)
-
-
-def _of_row(row: Mapping[str, Any], *, length_column: str) -> tuple[int, int]:
-    if "source_length" in row:
-        source = int(row["source_length"])
-    elif length_column in row:
-        source = int(row[length_column])
-    elif "input_ids" in row:
-        source = len(row["input_ids"])
-    else:
-        raise _no_length(list(row), length_column=length_column)
-    if "target_length" in row:
-        return source, int(row["target_length"])
-    return source, len(row["labels"]) if row.get("labels") is not None else 0
 
 
 def _no_length(names: list[str], *, length_column: str) -> UserError:
@@ -132,26 +99,38 @@ def _no_length(names: list[str], *, length_column: str) -> UserError:
     )
 
 
-__all__ = [
-    "EpochPlan",
-    "Lengths",
-    "count_rows",
-    "deal_batches",
-    "divide_step",
-    "evaluation_batches",
-    "micro_batches_of_step",
-    "plan_epoch",
-    "row_lengths",
-    "steps_per_epoch",
-]
+def has_length_columns(dataset: Any) -> bool:
+    """Whether lengths can be read from columns, without reading every row."""
+    columns = getattr(dataset, "column_names", None) or ()
+    return _present(columns, ("source_length", "length", "input_ids")) is not None
 
-Mode = Literal["fixed", "sortish", "sequential"]
-Rows = npt.NDArray[np.int64]
-Rows32 = npt.NDArray[np.int32]
-Keys = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
-STEPS_PER_CHUNK = 50  # fastai's SortishSampler sorts inside random chunks of 50 batches
-LARGE_PERMUTATION = 2**16
+def default_tokens_per_step(lengths: Lengths) -> int:
+    """Real tokens of a step if none are given: few enough for some hundred steps an epoch.
+
+    At least as many as four buckets with the longest row need.
+    """
+    tokens = sum(int(side.sum(dtype=np.int64)) for side in lengths)
+    least = max(LEAST_TOKENS_PER_STEP, LEAST_GROUPS_PER_STEP * _longest_pair(lengths))
+    return max(least, min(DEFAULT_TOKENS_PER_STEP, tokens // DEFAULT_STEPS_PER_EPOCH))
+
+
+def default_buckets_per_step(lengths: Lengths, tokens_per_step: int, *, fixed_shapes: bool) -> int:
+    """Buckets of a step if no number is given: as many as have room for the longest row.
+
+    With ``fixed_shapes``, where filler rows complete short buckets, each also has room for
+    ``ROWS_OF_FULL_BUCKET`` rows of mean length.
+    """
+    buckets = tokens_per_step // max(1, _longest_pair(lengths))
+    if fixed_shapes:
+        mean = sum(float(side.mean()) for side in lengths) if len(lengths[0]) else 1.0
+        full = int(tokens_per_step / (ROWS_OF_FULL_BUCKET * mean))
+        buckets = min(buckets, max(LEAST_GROUPS_PER_STEP, full))
+    return max(1, min(DEFAULT_GROUPS_PER_STEP, buckets))
+
+
+def _longest_pair(lengths: Lengths) -> int:
+    return int((lengths[0] + lengths[1]).max(initial=0))
 
 
 @dataclass(frozen=True)
@@ -192,13 +171,19 @@ def plan_epoch(
 ) -> EpochPlan:
     """The plan of one epoch. Every row is in exactly one step.
 
-    Every step has ``rows_per_step`` rows, except the last one, which has what is left over
-    (``drop_last`` leaves it out). ``fixed``: a random permutation. ``sequential``: data order.
-    ``sortish``: rows of like length in a step, longest first (see ``_sortish_order``).
+    Args:
+        lengths: source and target tokens; may be None unless ``mode`` is sortish.
+        rows_per_step: rows of every step but the last, which has the remainder.
+        seed: of the plans of all epochs.
+        epoch: counted from 0.
+        mode: ``fixed``: a random permutation; ``sequential``: the order of the data; ``sortish``:
+            rows of like length in a step, longest first (see ``_sortish_order``).
+        drop_last: leave out a short last step.
+        n_rows: number of rows; required without ``lengths``.
 
-    ``lengths`` (source, target in tokens) may be None where the mode is not sortish; ``n_rows``
-    is then required. Raises ``ValueError`` for a step size below 1, an unknown mode, and missing
-    or contradicting lengths.
+    Raises:
+        ValueError: a step size below 1, an unknown mode, or lengths that are missing or disagree
+            with ``n_rows``.
     """
     if rows_per_step < 1:
         raise ValueError(f"rows_per_step={rows_per_step}: expected at least 1")
@@ -221,12 +206,12 @@ def plan_epoch(
 
 
 def steps_per_epoch(n_rows: int, *, rows_per_step: int, drop_last: bool = False) -> int:
-    """Optimizer steps that a plan of so many rows has."""
+    """Optimizer steps of a plan with ``n_rows`` rows."""
     return n_rows // rows_per_step if drop_last else -(-n_rows // rows_per_step)
 
 
 def count_rows(lengths: Lengths | None, n_rows: int | None) -> int:
-    """Rows to plan for; ``ValueError`` where neither is given or the numbers differ."""
+    """Number of rows; ``ValueError`` if neither argument is given or they disagree."""
     if lengths is None:
         if n_rows is None:
             raise ValueError("give lengths, or n_rows where the plan needs no lengths")
@@ -241,7 +226,7 @@ def count_rows(lengths: Lengths | None, n_rows: int | None) -> int:
 
 
 def random_state(seed: int, epoch: int) -> np.random.RandomState:
-    """The random numbers of an epoch's plan."""
+    """The generator of an epoch's plan."""
     sequence = np.random.SeedSequence([seed % 2**64, epoch])
     return np.random.RandomState(np.random.MT19937(sequence))
 
@@ -249,8 +234,8 @@ def random_state(seed: int, epoch: int) -> np.random.RandomState:
 def _permutation(random: np.random.RandomState, count: int) -> Rows:
     """A random permutation of ``count`` numbers.
 
-    Many of them are sorted by random keys: swapping numbers all over the memory misses the cache.
-    Key and number share 64 bits, so a key has 40 of them for ten million numbers.
+    A large one comes from sorting by random keys, since swaps all over memory miss the cache. Key
+    and number share 64 bits; for ten million numbers, 40 of them are the key's.
     """
     if count < LARGE_PERMUTATION:
         return random.permutation(count)
@@ -269,14 +254,14 @@ def _permutation(random: np.random.RandomState, count: int) -> Rows:
 def _sortish_order(lengths: Lengths, rows_per_step: int, random: np.random.RandomState) -> Rows:
     """fastai's SortishSampler: like lengths together, but different ones every epoch.
 
-    A random permutation is cut into chunks of 50 steps; each chunk is sorted by (source, target)
-    length, longest first, and cut into steps; the steps are shuffled, but the one with the
-    longest row of all comes first, so that memory runs out at once or never.
+    A random permutation is split into chunks of 50 steps. Each chunk is sorted by (source, target)
+    length, longest first, and split into steps. The steps are shuffled, except that the one with
+    the longest row of all comes first, so that memory runs out at once or never.
 
-    Two differences from fastai, both because a step's size must not change inside an epoch. The
-    short step stays last. And the longest row is put into the first chunk (it swaps places in the
-    permutation with the row there), where it lands in a full step if there is one; in fastai it
-    can land in the short batch, which then comes first and shifts the cuts of all later ones.
+    There are two differences from fastai, both because a step's size must not change within an
+    epoch. The short step stays last. And the longest row is moved to the first chunk (it swaps
+    places with a row there), where it lands in a full step if there is one. In fastai it can land
+    in the short batch, which then comes first and shifts all later ones.
     """
     source, target = lengths
     count = len(source)
@@ -299,9 +284,9 @@ def _sortish_order(lengths: Lengths, rows_per_step: int, random: np.random.Rando
 
 
 def _longest_first(source: Rows32, target: Rows32) -> tuple[Keys, int]:
-    """A key for each row by which longer ones come first, the source before the target; its bits.
+    """A sort key for each row, longest first, the source before the target; and its bits.
 
-    As narrow as it can be: rows are looked up in a random order, which the cache should bear.
+    As narrow as possible, because keys are read in random order and should stay in the cache.
     """
     most = int(source.max()), int(target.max())
     bits = [side.bit_length() for side in most]
@@ -315,7 +300,7 @@ def _longest_first(source: Rows32, target: Rows32) -> tuple[Keys, int]:
 def _stable_order(keys: Keys, bits: int) -> Rows:
     """``np.argsort(keys, kind="stable")`` of keys from 0 to 2**bits - 1.
 
-    Where key and place share 64 bits, sorting those is several times as fast.
+    If key and place fit into 64 bits, sorting these is several times as fast.
     """
     place_bits = len(keys).bit_length()
     if bits + place_bits > 63:
@@ -328,17 +313,17 @@ def _stable_order(keys: Keys, bits: int) -> Rows:
 
 
 def micro_batches_of_step(n_rows: int, *, world_size: int, rows_per_device: int) -> int:
-    """Micro-batches that every rank runs for a step of so many rows."""
+    """Micro-batches that every rank runs for a step of ``n_rows`` rows."""
     return -(-n_rows // (world_size * rows_per_device))
 
 
 def divide_step(rows: Rows, *, world_size: int, rows_per_device: int) -> list[list[Rows]]:
     """Divide a step: ``result[micro_batch][rank]`` are the rows of that rank.
 
-    Every rank has the same number of micro-batches, the fewest that hold the rows. A full step
-    gives every rank ``rows_per_device`` rows in each. In the short last step the sizes within a
-    micro-batch differ by at most 1; a rank has none only where fewer rows than ranks are left.
-    Rows stay in their order, so neighbours in length stay together.
+    Every rank has the same number of micro-batches, the fewest that hold the rows. In a full step
+    each has ``rows_per_device`` rows. In the short last step the sizes within a micro-batch differ
+    by at most 1, and a rank has no row only if fewer rows than ranks are left. Rows keep their
+    order, so that neighbours in length stay together.
     """
     if world_size < 1 or rows_per_device < 1:
         raise ValueError(
@@ -350,7 +335,7 @@ def divide_step(rows: Rows, *, world_size: int, rows_per_device: int) -> list[li
         return []
     if len(rows) // count >= world_size:
         parts = np.array_split(rows, count)
-    else:  # one row a device: an even spread would leave ranks idle before the rows run out
+    else:  # an even split would leave ranks without a row in more than one micro-batch
         parts = np.split(rows, range(capacity, len(rows), capacity))
     return [np.array_split(part, world_size) for part in parts]
 
@@ -365,10 +350,10 @@ def evaluation_batches(
 ) -> list[Rows]:
     """Batches of row ids for evaluation: longest rows first, or data order without lengths.
 
-    Sorting wastes few pads and meets the largest batch at once; whoever uses the batches puts
-    results back into data order by the row ids. With ``max_tokens`` a batch holds as many rows, up
-    to ``rows_per_batch``, as have no more source and target tokens, pads included; as many in each
-    of ``world_size`` batches that follow one another, but for the last.
+    Sorted batches have few pads, and the largest one comes first. Results can be put back into
+    data order by the row ids. With ``max_tokens`` a batch has as many rows, up to
+    ``rows_per_batch``, as fit into that many source and target tokens, pads included; the
+    ``world_size`` batches of a round have the same number of rows, except in the last round.
     """
     if rows_per_batch < 1:
         raise ValueError(f"rows_per_batch={rows_per_batch}: expected at least 1")
@@ -399,9 +384,9 @@ def deal_batches(
 ) -> list[list[Rows]]:
     """Deal evaluation batches to ranks: ``result[round][rank]`` are the rows of that rank.
 
-    In a round every rank has the same number of rows, as collective operations need; in the last
-    one, ids below 0 (``~row``) fill up and stand for rows that count nothing (see ``FillerRows``).
-    With ``rows_per_rank`` every rank has exactly so many rows in every round.
+    In a round every rank has the same number of rows, as collective operations need. In the last
+    one, filler rows complete it: ids below 0 (``~row``), which count nothing (see ``FillerRows``).
+    With ``rows_per_rank`` every rank has exactly that many rows in every round.
     """
     rounds = []
     for start in range(0, len(batches), world_size):

@@ -1,9 +1,9 @@
-"""The folder of tokenised data on disk: keys made from content, entries that appear whole.
+"""The cache of tokenised data on disk: keys made from content, entries that appear atomically.
 
-An entry is a folder named by its key: Arrow files, the lengths as .npy beside them, and
-``entry.json`` with the number of rows, the files' sizes and the range of token ids.
-
-Digests of training rows, to notice that a run is continued with others.
+An entry is a folder named by its key. It holds Arrow files, the lengths as .npy files, and
+``entry.json`` with the number of rows, the sizes of the files and the range of token ids. The
+digests of texts, tokenizers and rows that keys are made of also tell a resumed run whether its data
+has changed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from s2s_scale.data.compat import fingerprint_of
 from s2s_scale.errors import UserError
 
 FORMAT = 1  # raise when the columns or the way of tokenising change
 MANIFEST = "entry.json"
 SOURCE_LENGTHS, TARGET_LENGTHS = "source_lengths.npy", "target_lengths.npy"
+COLUMNS = ("input_ids", "labels")
+SAMPLED_ROWS = 1000
 # Keys of tokenizer_config.json that say where a tokenizer came from, or what its latest call
 # asked for, and not how it tokenises.
 PASSING_KEYS = {
@@ -46,7 +49,7 @@ def default_cache_dir() -> Path:
 
 
 def content_key(pairs: Any, tokenizer: Any, *, settings: Mapping[str, Any]) -> str:
-    """32 hex digits of everything that the tokenised rows depend on, the same in any process."""
+    """32 hex digits of all that the tokenised rows depend on; the same in every process."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(hash_pairs(pairs))
     digest.update(hash_tokenizer(tokenizer))
@@ -57,7 +60,7 @@ def content_key(pairs: Any, tokenizer: Any, *, settings: Mapping[str, Any]) -> s
 def hash_pairs(pairs: Any) -> bytes:
     """Digest of the text in columns source and target of a ``datasets.Dataset``.
 
-    Texts and their lengths are hashed apart, so how the rows are chunked does not matter.
+    Texts and their lengths are hashed separately, so the chunks of the table do not matter.
     """
     import pyarrow as pa
 
@@ -76,10 +79,10 @@ def hash_pairs(pairs: Any) -> bytes:
 
 
 def hash_tokenizer(tokenizer: Any) -> bytes:
-    """Digest of how a tokenizer tokenises, taken from the files it saves and its languages.
+    """Digest of how a tokenizer tokenises, taken from the files that it saves and its languages.
 
-    What it was asked in its latest call is left out: a fast tokenizer keeps the truncation of
-    that call in tokenizer.json, so its files differ before and after its first use.
+    Settings of its latest call are left out: a fast tokenizer keeps the truncation of that call in
+    tokenizer.json, so its files differ before and after its first use.
     """
     digest = hashlib.blake2b()
     with tempfile.TemporaryDirectory() as folder:
@@ -108,9 +111,11 @@ def _lasting_content(path: Path) -> bytes:
 def write_entry(folder: Path, fill: Callable[[Path], Mapping[str, Any]]) -> None:
     """Have ``fill`` write an entry's files into a temporary folder, then rename it to ``folder``.
 
-    ``fill`` returns the manifest's facts; the files' sizes are added here. Whoever looks at
-    ``folder`` sees a whole entry or none, also while several processes write the same one.
-    Raises ``UserError`` if the disk is full or the folder cannot be written.
+    ``fill`` returns the manifest, to which the sizes of the files are added. Other processes see a
+    complete entry or none, even while several of them write the same one.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
     """
     temporary = None
     try:
@@ -163,16 +168,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def entry_of(dataset: Any) -> Path | None:
-    """The entry that an unchanged tokenised data set was loaded from, else None.
+    """The entry that a tokenised data set was loaded from; None if it was changed since.
 
-    A data set made from it by selecting, filtering, mapping, ... has another fingerprint and so
-    no entry: the saved lengths would not be its own.
+    A data set made from it by ``select``, ``filter``, ``map``, ... has another fingerprint and no
+    entry: the saved lengths are not its own.
     """
     files = getattr(dataset, "cache_files", None)
     if not files:
         return None
     folder = Path(files[0]["filename"]).parent
-    if getattr(dataset, "_fingerprint", None) != folder.name:
+    if fingerprint_of(dataset) != folder.name:
         return None
     facts = read_manifest(folder)
     return folder if facts is not None and facts.get("rows") == len(dataset) else None
@@ -183,43 +188,34 @@ def read_lengths(folder: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.in
     return np.load(folder / SOURCE_LENGTHS), np.load(folder / TARGET_LENGTHS)
 
 
-COLUMNS = ("input_ids", "labels")
-SAMPLED_ROWS = 1000
-
-
 def rows_fingerprint(dataset: Any) -> str:
     """Digest of the token ids of every row of a ``datasets.Dataset``.
 
-    Of another map-style data set, where reading a row may cost anything, up to 1,000 rows spread
-    over it and their number are taken.
+    Of another map-style data set, whose rows may be slow to read, up to 1,000 rows spread over it
+    and its length are taken.
     """
-    digest = xxhash.xxh3_128(str(len(dataset)).encode())
-    arrow = hasattr(dataset, "select_columns") and hasattr(dataset, "with_format")
-    if arrow and set(COLUMNS) & set(dataset.column_names):
-        _add_columns(digest, dataset)
-        return str(digest.hexdigest())
-    for row in np.unique(np.linspace(0, len(dataset) - 1, SAMPLED_ROWS).astype(int)).tolist():
-        if row >= 0:
-            digest.update(_row_bytes(dataset[row]))
-    return str(digest.hexdigest())
-
-
-def _add_columns(digest: Any, dataset: Any) -> None:
     import pyarrow.compute as pc
 
-    names = [name for name in COLUMNS if name in dataset.column_names]
-    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=100_000):
-        for name in names:
-            column = table.column(name)
-            lengths = pc.list_value_length(column).to_numpy()
-            digest.update(lengths.astype(np.int32).tobytes())
-            for chunk in column.chunks:
-                values = chunk.flatten().to_numpy(zero_copy_only=False)
-                digest.update(np.ascontiguousarray(values, dtype=np.int32))
-
-
-def _row_bytes(row: Any) -> bytes:
-    if not hasattr(row, "keys"):
-        return repr(row).encode()
-    plain = {name: np.asarray(row[name]).tolist() for name in COLUMNS if name in row}
-    return json.dumps(plain).encode()
+    digest = xxhash.xxh3_128(str(len(dataset)).encode())
+    arrow = hasattr(dataset, "select_columns") and hasattr(dataset, "with_format")
+    names = [name for name in COLUMNS if arrow and name in dataset.column_names]
+    if names:
+        for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=100_000):
+            for name in names:
+                column = table.column(name)
+                lengths = pc.list_value_length(column).to_numpy()
+                digest.update(lengths.astype(np.int32).tobytes())
+                for chunk in column.chunks:
+                    values = chunk.flatten().to_numpy(zero_copy_only=False)
+                    digest.update(np.ascontiguousarray(values, dtype=np.int32).data)
+        return str(digest.hexdigest())
+    for number in np.unique(np.linspace(0, len(dataset) - 1, SAMPLED_ROWS).astype(int)).tolist():
+        if number < 0:
+            continue
+        row = dataset[number]
+        if hasattr(row, "keys"):
+            plain = {name: np.asarray(row[name]).tolist() for name in COLUMNS if name in row}
+            digest.update(json.dumps(plain).encode())
+        else:
+            digest.update(repr(row).encode())
+    return str(digest.hexdigest())

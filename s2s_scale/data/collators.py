@@ -1,11 +1,7 @@
-"""Pads rows of token ids into tensors.
+"""Collators: rows of token ids as padded tensors, one pair per row or several packed into one.
 
-Shapes: B rows, S the longest source, T the longest target, both rounded up to the multiple asked
-for.
-
-Lays pairs out in packed rows, as tensors.
-
-Shapes: R packed rows, S source tokens and T target tokens of the longest row.
+Shapes: B rows, S the longest source, T the longest target, both rounded up to the requested
+multiple; R packed rows.
 """
 
 from __future__ import annotations
@@ -19,28 +15,66 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from s2s_scale.data.packing import PackedExamples
+from s2s_scale.data.samplers import MicroBatch
+from s2s_scale.utils import IGNORE_INDEX
 
-LABEL_PAD = -100
 TARGET_SIDE = ("labels", "decoder_input_ids", "decoder_attention_mask")
+SEGMENT_IDS = ("source_segment_ids", "target_segment_ids")
+"""Names of the tensors that number the pairs of a packed row (see ``models.packed_attention``)."""
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], Any]
+Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+def column_of(rows: Sequence[Any], name: str) -> list[Any] | None:
+    """A column of all rows; None if no row has it, ``ValueError`` if only some have it."""
+    values = [row.get(name) for row in rows]
+    missing = sum(value is None for value in values)
+    if missing == len(values):
+        return None
+    if missing:
+        raise ValueError(f"'{name}' is missing in {missing} of {len(values)} rows")
+    return values
+
+
+def flat_ids(values: Sequence[Any]) -> Ids:
+    """Token ids given as lists, arrays or 1-D tensors, one after the other."""
+    if all(isinstance(value, list) for value in values):
+        count = sum(map(len, values))
+        return np.fromiter(itertools.chain.from_iterable(values), dtype=np.int64, count=count)
+    return np.concatenate([np.asarray(value, dtype=np.int64) for value in values])
+
+
+def pad(ids: Ids, mask: Mask, value: int) -> Ids:
+    """``ids`` at the places where ``mask`` [rows, width] is true, row by row, else ``value``.
+
+    One flat fill, which is many times as fast as padding row by row.
+    """
+    padded = np.full(mask.shape, value, dtype=np.int64)
+    padded[mask] = ids
+    return padded
 
 
 class Seq2SeqCollator:
-    """Makes a batch: input_ids and attention_mask [B, S], labels [B, T], all int64.
+    """Makes batches: input_ids and attention_mask [B, S], labels [B, T], all int64.
 
-    Only the columns that the rows have are made; others, such as the text, are left out.
+    A column that no row has is left out, and so are other columns, such as the text.
     decoder_input_ids, decoder_attention_mask and a given attention_mask are padded and kept.
-    Values may be lists, numpy arrays or 1-D tensors. One flat numpy fill for each column, which is
-    many times faster than padding row by row.
+    Values may be lists, numpy arrays or 1-D tensors.
+
+    Args:
+        pad_token_id: for input_ids and decoder_input_ids.
+        label_pad_id: for labels.
+        pad_to_multiple_of: S and T are multiples of this.
+        padding_side: ``right`` or ``left``.
     """
 
     def __init__(
         self,
         pad_token_id: int,
         *,
-        label_pad_id: int = -100,
+        label_pad_id: int = IGNORE_INDEX,
         pad_to_multiple_of: int | None = None,
         padding_side: str = "right",
     ) -> None:
@@ -65,60 +99,39 @@ class Seq2SeqCollator:
             "decoder_attention_mask": 0,
         }
         batch = {}
-        for name, pad in pads.items():
-            values = [row.get(name) for row in rows]
-            missing = sum(value is None for value in values)
-            if missing == len(values):
+        for name, value in pads.items():
+            column = column_of(rows, name)
+            if column is None:
                 continue
-            if missing:
-                raise ValueError(f"'{name}' is missing in {missing} of {len(values)} rows")
-            batch[name], mask = self._pad(values, pad)
+            mask = self._mask(column)
+            batch[name] = pad(flat_ids(column), mask, value)
             if name == "input_ids":
                 batch["attention_mask"] = mask.astype(np.int64)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def _pad(
-        self, values: Sequence[Any], pad: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """The values padded to one width, and where they stand."""
+    def _mask(self, values: Sequence[Any]) -> Mask:
+        """The places of the values once they are padded to one width."""
         lengths = np.fromiter(map(len, values), dtype=np.int64, count=len(values))
         multiple = self.pad_to_multiple_of or 1
         width = max(1, -(-int(lengths.max()) // multiple)) * multiple
         places = np.arange(width)
         if self.padding_side == "right":
-            mask = places < lengths[:, None]
-        else:
-            mask = places >= width - lengths[:, None]
-        array = np.full((len(values), width), pad, dtype=np.int64)
-        array[mask] = flat_ids(values, int(lengths.sum()))
-        return array, mask
-
-
-def count_pads(batch: Mapping[str, Any]) -> tuple[int, int]:
-    """Real source and target tokens of a batch, and their number with pads.
-
-    Rows without a label hold pads alone. (0, 0) for a batch without attention_mask or labels.
-    """
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
-    if not isinstance(mask, torch.Tensor) or not isinstance(labels, torch.Tensor):
-        return 0, 0
-    counted = labels != LABEL_PAD
-    real = mask[counted.any(dim=1)].sum() + counted.sum()
-    return int(real), mask.numel() + labels.numel()
+            return places < lengths[:, None]
+        return places >= width - lengths[:, None]
 
 
 class PadToWidths:
-    """A collator that pads what another one made to the widths its rows came with.
+    """A collator that pads the batches of another one to the widths of their micro-batch.
 
-    Rows without widths (see ``ShapedRows``) are left as the other collator made them. Columns of
-    the target side get the target's width, all others of two dimensions the source's.
+    Batches that are no ``MicroBatch``, or one without widths, are left unchanged. Columns of the
+    target side get the target's width, all other columns of two dimensions the source's.
     """
 
     def __init__(self, collate: Collate, *, pad_token_id: int, padding_side: str = "right") -> None:
         self.collate = collate
         self.pads = {
             "input_ids": pad_token_id,
-            "labels": LABEL_PAD,
+            "labels": IGNORE_INDEX,
             "decoder_input_ids": pad_token_id,
         }
         self.padding_side = padding_side
@@ -126,54 +139,39 @@ class PadToWidths:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """Raises ``ValueError`` for a batch that is wider than its widths."""
         batch = self.collate(rows)
-        widths = getattr(rows, "widths", None)
+        widths = rows.widths if isinstance(rows, MicroBatch) else None
         if widths is None:
             return batch
         for name, tensor in batch.items():
-            if isinstance(tensor, torch.Tensor) and tensor.ndim == 2:
-                width = widths[1] if name in TARGET_SIDE else widths[0]
-                batch[name] = self._padded(name, tensor, width)
+            if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
+                continue
+            width = widths[1] if name in TARGET_SIDE else widths[0]
+            missing = width - tensor.shape[1]
+            if missing < 0:
+                raise ValueError(
+                    f"'{name}' has {tensor.shape[1]} columns; expected at most {width}, the shape "
+                    "that was planned from the rows' lengths: the lengths are wrong, or the "
+                    "collator pads on its own; let it pad to the longest row"
+                )
+            sides = (missing, 0) if self.padding_side == "left" else (0, missing)
+            batch[name] = torch.nn.functional.pad(tensor, sides, value=self.pads.get(name, 0))
         return batch
-
-    def _padded(self, name: str, tensor: torch.Tensor, width: int) -> torch.Tensor:
-        missing = width - tensor.shape[1]
-        if missing < 0:
-            raise ValueError(
-                f"'{name}' has {tensor.shape[1]} columns; expected at most {width}, the shape that "
-                "was planned from the rows' lengths: those do not tell the truth, or the collator "
-                "pads by itself; let it pad to the longest row"
-            )
-        sides = (missing, 0) if self.padding_side == "left" else (0, missing)
-        return torch.nn.functional.pad(tensor, sides, value=self.pads.get(name, 0))
-
-
-def flat_ids(values: Sequence[Any], count: int) -> npt.NDArray[np.int64]:
-    """Lists, arrays or 1-D tensors of token ids, ``count`` ids in all, in one row."""
-    if all(isinstance(value, list) for value in values):
-        return np.fromiter(itertools.chain.from_iterable(values), dtype=np.int64, count=count)
-    return np.concatenate([np.asarray(value, dtype=np.int64) for value in values])
-
-
-SEGMENTS = ("source_segments", "target_segments")
-"""Names of the tensors that say which pair each position belongs to (see ``models.packed``)."""
-
-Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class DecoderStart:
-    """The decoder's first token of each pair: ``token``, or the pair's last label where None."""
+    """The decoder's first token of each pair: ``token``, or the pair's last label if None."""
 
     token: int | None
 
 
 class PackedCollator:
-    """Makes a batch of packed rows, all int64: input_ids, attention_mask and source_segments
-    [R, S]; labels, decoder_input_ids and target_segments [R, T].
+    """Makes batches of packed rows, all int64: input_ids, attention_mask and source_segment_ids
+    [R, S]; labels, decoder_input_ids and target_segment_ids [R, T].
 
-    Segments are 1, 2, … along a row, and 0 for pads. Decoder inputs are the labels of each pair,
-    shifted by one inside it, unless the pairs bring their own. Positions that a pair's own
-    attention_mask or decoder_attention_mask leaves out count as pads.
+    Segment ids are 1, 2, … along a row, and 0 for pads. Decoder inputs are the labels of each pair,
+    shifted by one within it, unless the pairs bring their own. Positions that a pair's own
+    attention_mask or decoder_attention_mask excludes count as pads.
     """
 
     def __init__(self, pad_token_id: int, *, start: DecoderStart) -> None:
@@ -182,29 +180,27 @@ class PackedCollator:
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Raises ``ValueError`` for pairs without input_ids or labels, or with empty ones."""
-        assert isinstance(pairs, PackedExamples), "the packed plan's sampler says the rows"
-        counts = np.array(pairs.counts, dtype=np.int64)
+        assert isinstance(pairs, MicroBatch), "expected a micro-batch of PackedSampler"
+        assert pairs.counts is not None, "expected the number of pairs in each row"
         widths = pairs.widths or (None, None)
-        source = _Side(pairs, "input_ids", counts, width=widths[0])
-        target = _Side(pairs, "labels", counts, width=widths[1])
-        segments = source.segments(_column(pairs, "attention_mask"))
+        source = _PackedSide(pairs, "input_ids", pairs.counts, widths[0])
+        target = _PackedSide(pairs, "labels", pairs.counts, widths[1])
+        segment_ids = source.segment_ids(pairs, "attention_mask")
+        given = column_of(pairs, "decoder_input_ids")
+        decoder_inputs = self._shifted(target) if given is None else flat_ids(given)
         batch = {
-            "input_ids": source.laid_out(source.ids, self.pad_token_id),
-            "attention_mask": (segments > 0).astype(np.int64),
-            "labels": target.laid_out(target.ids, LABEL_PAD),
-            "decoder_input_ids": target.laid_out(
-                self._decoder_inputs(pairs, target), self.pad_token_id
-            ),
-            SEGMENTS[0]: segments,
-            SEGMENTS[1]: target.segments(_column(pairs, "decoder_attention_mask")),
+            "input_ids": pad(source.ids, source.mask, self.pad_token_id),
+            "attention_mask": (segment_ids > 0).astype(np.int64),
+            "labels": pad(target.ids, target.mask, IGNORE_INDEX),
+            "decoder_input_ids": pad(decoder_inputs, target.mask, self.pad_token_id),
+            SEGMENT_IDS[0]: segment_ids,
+            SEGMENT_IDS[1]: target.segment_ids(pairs, "decoder_attention_mask"),
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def _decoder_inputs(self, pairs: PackedExamples, target: _Side) -> Ids:
-        given = _column(pairs, "decoder_input_ids")
-        if given is not None:
-            return given
-        clean = np.where(target.ids == LABEL_PAD, self.pad_token_id, target.ids)
+    def _shifted(self, target: _PackedSide) -> Ids:
+        """The labels of each pair, shifted right by one."""
+        clean = np.where(target.ids == IGNORE_INDEX, self.pad_token_id, target.ids)
         shifted = np.roll(clean, 1)
         if self.start.token is not None:
             shifted[target.starts] = self.start.token
@@ -214,49 +210,48 @@ class PackedCollator:
         return shifted
 
 
-class _Side:
-    """Where the tokens of one side stand: all pairs' ids in a row, and the place of each."""
+class _PackedSide:
+    """One side of packed rows: flat ids, the start of each pair, and the mask [R, width]."""
 
     def __init__(
-        self, pairs: Sequence[Any], name: str, counts: Ids, *, width: int | None = None
+        self, pairs: Sequence[Any], name: str, counts: Sequence[int], width: int | None
     ) -> None:
-        ids = _column(pairs, name)
-        if ids is None and len(pairs):
+        values = column_of(pairs, name)
+        if values is None and len(pairs):
             raise ValueError(f"packed rows need '{name}' in every pair; these have none")
-        self.ids = ids if ids is not None else np.zeros(0, np.int64)
-        lengths = np.array([len(pair[name]) for pair in pairs], dtype=np.int64)
+        values = values or []
+        self.ids = flat_ids(values)
+        lengths = np.array([len(value) for value in values], dtype=np.int64)
         if (lengths == 0).any():
-            raise ValueError(f"a pair has an empty '{name}': it cannot stand in a packed row")
+            raise ValueError(f"a pair has an empty '{name}': it cannot be part of a packed row")
         self.starts = np.cumsum(lengths) - lengths
-        row_ends = np.concatenate([[0], np.cumsum(lengths)])[np.cumsum(counts)]
+        per_row = np.array(counts, dtype=np.int64)
+        row_ends = np.concatenate([[0], np.cumsum(lengths)])[np.cumsum(per_row)]
         filled = np.diff(row_ends, prepend=0)
         widest = max(1, int(filled.max(initial=0)))
         if width is not None and widest > width:
             raise ValueError(
                 f"'{name}' has {widest} tokens in a packed row; expected at most {width}, as "
-                "planned from the rows' lengths: those do not tell the truth"
+                "planned from the rows' lengths: these are wrong"
             )
-        self.places = np.arange(width or widest) < filled[:, None]
-        numbers = np.arange(len(pairs)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.mask = np.arange(width or widest) < filled[:, None]
+        numbers = np.arange(len(pairs)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
         self._numbers = np.repeat(numbers + 1, lengths)
 
-    def laid_out(self, values: Ids, padding: int) -> Ids:
-        """One value for each token, at the tokens' places, and ``padding`` elsewhere."""
-        array = np.full(self.places.shape, padding, dtype=np.int64)
-        array[self.places] = values
-        return array
-
-    def segments(self, mask: Ids | None) -> Ids:
-        """The pair's number in its row at each place; 0 for pads and where ``mask`` is 0."""
-        return self.laid_out(self._numbers if mask is None else self._numbers * mask, 0)
+    def segment_ids(self, pairs: Sequence[Any], mask_name: str) -> Ids:
+        """Each place's pair in its row, from 1; 0 for pads and where the pair's mask is 0."""
+        mask = column_of(pairs, mask_name)
+        return pad(self._numbers if mask is None else self._numbers * flat_ids(mask), self.mask, 0)
 
 
-def _column(pairs: Sequence[Any], name: str) -> Ids | None:
-    """A column of all pairs, one after the other; None where none has it."""
-    values = [pair[name] for pair in pairs if pair.get(name) is not None]
-    if not values:
-        return None
-    if len(values) < len(pairs):
-        missing = len(pairs) - len(values)
-        raise ValueError(f"'{name}' is missing in {missing} of {len(pairs)} pairs")
-    return flat_ids(values, sum(map(len, values)))
+def count_pads(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """Real source and target tokens of a batch, and their number with pads.
+
+    Rows without a label count as pads. (0, 0) for a batch without attention_mask or labels.
+    """
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if not isinstance(mask, torch.Tensor) or not isinstance(labels, torch.Tensor):
+        return 0, 0
+    counted = labels != IGNORE_INDEX
+    real = mask[counted.any(dim=1)].sum() + counted.sum()
+    return int(real), mask.numel() + labels.numel()

@@ -1,4 +1,4 @@
-"""Divides the groups of a step over ranks and micro-batches, within a budget of padded tokens."""
+"""Load balancing: the buckets of a step over ranks and micro-batches, within a token budget."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import numpy as np
 import numpy.typing as npt
 
 from s2s_scale.data.batch_plan import Lengths, Rows
-from s2s_scale.data.buckets import GroupLayout, row_cost
+from s2s_scale.data.buckets import BucketLayout, row_cost
 from s2s_scale.errors import UserError
 
-LEVELLING_ROUNDS = 8
-LEVEL_ENOUGH = 0.01
-"""Difference between the largest and the smallest load, as a share of their mean."""
+MAX_ROUNDS = 8
+TOLERANCE = 0.01
+"""Difference between the largest and the smallest load, relative to their mean."""
 
 Counts = npt.NDArray[np.int64]
 Costs = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """How groups are divided: over ``world_size`` ranks, in ``parts`` micro-batches each.
+class LoadBalancer:
+    """Divides buckets over ``world_size`` ranks, into ``parts`` micro-batches each.
 
-    ``parts`` is the same for every group, so that every rank has as many micro-batches in every
-    step. ``rows``: int64 [groups], with fixed shapes the rows that a micro-batch of the group is
-    filled up to; None with free ones. ``max_tokens``: bound on the padded tokens of a micro-batch.
+    ``parts`` is the same for every bucket, so that every rank has the same number of micro-batches
+    in every step. ``rows``: int64 [buckets], with fixed shapes the rows of a micro-batch of each
+    bucket, fillers included; None with free ones. ``max_tokens``: upper bound on the padded tokens
+    of a micro-batch.
     """
 
     lengths: Lengths
@@ -34,30 +35,30 @@ class Sharing:
     rows: Counts | None
     max_tokens: int | None
 
-    def divide(self, groups: list[tuple[int, Rows]]) -> list[list[Rows]]:
-        """``result[micro_batch][rank]``: row ids of a step's groups, ``parts`` for each group.
+    def divide(self, buckets: list[tuple[int, Rows]]) -> list[list[Rows]]:
+        """``result[micro_batch][rank]``: row ids of a step's buckets, ``parts`` for each bucket.
 
-        Every row is in one of them; a rank's part is empty where a group has too few rows. With
-        fixed shapes a group is divided evenly, since filled-up micro-batches cost the same. With
-        free ones the loads of the ranks, after padding and attention included, are kept level:
-        who got more of the long rows gets less of the short ones.
+        Every row is in exactly one of them; a rank's part is empty if a bucket has too few rows.
+        With fixed shapes a bucket is divided evenly, since micro-batches that are completed with
+        filler rows cost the same. With free ones the loads of the ranks, pads and attention
+        included, are balanced: a rank with more of the long rows gets fewer of the short ones.
         """
         loads = np.zeros(self.world_size)
         result = []
-        for _, rows in groups:
+        for _, rows in buckets:
             if self.rows is not None:
                 parts = np.array_split(rows, self.parts)
                 result += [np.array_split(part, self.world_size) for part in parts]
                 continue
-            split = [np.array_split(share, self.parts) for share in self._level(rows, loads)]
+            split = [np.array_split(share, self.parts) for share in self._balance(rows, loads)]
             result += [list(parts) for parts in zip(*split, strict=True)]
         return result
 
-    def _level(self, rows: Rows, loads: Costs) -> list[Rows]:
+    def _balance(self, rows: Rows, loads: Costs) -> list[Rows]:
         """Each rank's rows, longest first; adds their costs to ``loads``.
 
-        Neighbours in length stay together. A row costs what its share is padded to, which is
-        known once the shares are: hence several rounds.
+        Neighbours in length stay together. The cost of a row depends on the width that its share
+        is padded to, which is only known afterwards: hence several rounds.
         """
         widths = np.stack([side[rows] for side in self.lengths], axis=1).astype(np.int64)
         costs = row_cost(widths)
@@ -65,10 +66,14 @@ class Sharing:
         rows, widths, costs = rows[longest_first], widths[longest_first], costs[longest_first]
         if self.world_size == 1:
             return [rows]
-        room = self._room(widths)
+        # Rows that a rank may take which starts at each place of the bucket: int64 [rows].
+        room = np.full(len(widths), len(widths))
+        if self.max_tokens is not None:
+            longest = np.maximum.accumulate(widths[::-1], axis=0)[::-1]
+            room = self.max_tokens // longest.sum(axis=1) * self.parts
         ranks = np.argsort(loads, kind="stable")
         least, best, after = np.inf, np.zeros(0, np.int64), loads
-        for _ in range(LEVELLING_ROUNDS):
+        for _ in range(MAX_ROUNDS):
             ends = _within(_level_ends(loads[ranks], costs), room)
             counts = np.diff(ends, prepend=0)
             padded = _padded_costs(widths, counts, parts=self.parts)
@@ -76,7 +81,7 @@ class Sharing:
             spread = float(reached.max() - reached.min())
             if spread < least:
                 least, best, after = spread, ends, reached
-            if spread < LEVEL_ENOUGH * reached.mean():
+            if spread < TOLERANCE * reached.mean():
                 break
             costs = np.repeat(padded / np.maximum(counts, 1), counts)
         loads[ranks] = after
@@ -85,29 +90,28 @@ class Sharing:
             shares[rank] = share
         return shares
 
-    def _room(self, widths: Counts) -> Counts:
-        """How many rows a rank may take that starts at each place of the group: int64 [rows]."""
-        if self.max_tokens is None:
-            return np.full(len(widths), len(widths))
-        longest = np.maximum.accumulate(widths[::-1], axis=0)[::-1]
-        return self.max_tokens // longest.sum(axis=1) * self.parts
 
-
-def share_groups(
-    layout: GroupLayout,
+def balance_loads(
+    layout: BucketLayout,
     lengths: Lengths,
     *,
     world_size: int,
     max_tokens: int | None = None,
     rows_multiple: int = 1,
-) -> Sharing:
-    """The fewest micro-batches per group for which none has more than ``max_tokens``.
+) -> LoadBalancer:
+    """A load balancer with the fewest micro-batches per bucket that fit into ``max_tokens``.
 
-    ``max_tokens`` counts padded source and target tokens of one rank's micro-batch; None: no
-    bound, one micro-batch per group. With a layout of fixed shapes the rows of micro-batches are
-    multiples of ``rows_multiple`` and the same for all groups of a shape.
+    Args:
+        layout: the buckets of every epoch.
+        lengths: source and target tokens of each row.
+        world_size: number of ranks.
+        max_tokens: padded source and target tokens of one rank's micro-batch; None: no bound, one
+            micro-batch per bucket.
+        rows_multiple: with fixed shapes the rows of a micro-batch are a multiple of this, the same
+            for all buckets of a shape.
 
-    Raises ``UserError`` where ``rows_multiple`` of the longest rows are more than ``max_tokens``.
+    Raises:
+        UserError: ``rows_multiple`` of the longest rows exceed ``max_tokens``.
     """
     widths = layout.widths.sum(axis=1)
     need = rows_multiple * int(widths.max(initial=0))
@@ -117,23 +121,19 @@ def share_groups(
             f"{need // rows_multiple}, the longest row after padding; raise "
             "--max_tokens_per_device, or lower --max_source_length or --max_target_length"
         )
-    sizes = -(-_largest_of_shape(layout) // world_size)
+    sizes = layout.sizes
+    if layout.shapes is not None:  # those of the largest bucket of the same shape
+        most = np.zeros(int(layout.shapes.max(initial=-1)) + 1, dtype=np.int64)
+        np.maximum.at(most, layout.shapes, layout.sizes)
+        sizes = most[layout.shapes]
+    sizes = -(-sizes // world_size)
     parts = 1
     rows = _round_up(sizes, rows_multiple)
     while max_tokens is not None and (rows * widths > max_tokens).any():
         parts += 1
         rows = _round_up(-(-sizes // parts), rows_multiple)
     fixed = layout.shapes is not None
-    return Sharing(lengths, world_size, parts, rows if fixed else None, max_tokens)
-
-
-def _largest_of_shape(layout: GroupLayout) -> Counts:
-    """Rows of each group; with fixed shapes those of the largest group of the same shape."""
-    if layout.shapes is None:
-        return layout.sizes
-    most = np.zeros(int(layout.shapes.max(initial=-1)) + 1, dtype=np.int64)
-    np.maximum.at(most, layout.shapes, layout.sizes)
-    return most[layout.shapes]
+    return LoadBalancer(lengths, world_size, parts, rows if fixed else None, max_tokens)
 
 
 def _round_up(values: Counts, multiple: int) -> Counts:
@@ -141,12 +141,13 @@ def _round_up(values: Counts, multiple: int) -> Counts:
 
 
 def _level_ends(ascending: Costs, costs: Costs) -> Counts:
-    """Cut rows of these costs so that the loads become level, as water fills a vessel of steps.
+    """The end of each rank's share, for rows of these costs, that makes the loads equal.
 
-    Returns the end of each rank's share among the rows.
+    Water-filling: ``ascending`` are the loads so far, lowest first, and the rows raise the lowest
+    of them to a common level.
     """
     levels = (costs.sum() + np.cumsum(ascending)) / np.arange(1, len(ascending) + 1)
-    # That of the ranks that take part at all: the last one whose own load lies below it.
+    # Only ranks whose load is below the level take part.
     level = levels[np.flatnonzero(ascending <= levels)[-1]]
     wanted = np.cumsum(np.maximum(level - ascending, 0))
     ends = np.searchsorted(np.cumsum(costs) - costs / 2, wanted)
@@ -155,12 +156,12 @@ def _level_ends(ascending: Costs, costs: Costs) -> Counts:
 
 
 def _within(ends: Counts, room: Counts) -> Counts:
-    """The nearest cuts for which a share that starts at ``i`` has at most ``room[i]`` rows.
+    """The nearest ends for which a share that starts at ``i`` has at most ``room[i]`` rows.
 
-    ``room`` must not fall, and shares of ``room[0]`` rows must hold them all.
+    ``room`` must not decrease, and shares of ``room[0]`` rows must hold all rows.
     """
     reach = np.arange(len(room)) + room
-    earliest = [len(room)]  # where each share must at least end, so that the ones after suffice
+    earliest = [len(room)]  # where each share must end at least for the later ones to suffice
     for _ in range(len(ends) - 1):
         earliest.append(int(np.searchsorted(reach, earliest[-1])))
     start, found = 0, []
@@ -172,10 +173,8 @@ def _within(ends: Counts, room: Counts) -> Counts:
 
 
 def _padded_costs(widths: Counts, counts: Counts, *, parts: int) -> Costs:
-    """Cost of each share of so many rows, cut into micro-batches that are padded to their longest.
-
-    Cut as ``numpy.array_split`` cuts.
-    """
+    """Cost of shares of ``counts`` rows, each split as by ``numpy.array_split`` into micro-batches
+    that are padded to their longest row."""
     sizes = counts[:, None] // parts + (np.arange(parts) < counts[:, None] % parts)
     filled = sizes.reshape(-1) > 0
     starts = (np.cumsum(sizes) - sizes.reshape(-1))[filled]

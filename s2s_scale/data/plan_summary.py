@@ -1,21 +1,22 @@
-"""The batch plan in words: steps, rows, shapes and pads of an epoch, before anything is trained."""
+"""Summary of a batch plan: steps, rows, shapes and pads of an epoch, before anything is trained."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from s2s_scale.data.batch_plan import Lengths
 from s2s_scale.data.buckets import padded_to_longest, padded_to_powers
+from s2s_scale.utils import table_console
 
 if TYPE_CHECKING:
-    from s2s_scale.data.samplers import EpochSampler, MicroBatch
+    from rich.console import Console
+
+    from s2s_scale.data.samplers import EpochSampler
 
 Shape = tuple[int, int, int]
 """Rows of one rank's micro-batch, source width, target width."""
@@ -23,14 +24,14 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class StepSize:
-    """What a step costs: rows, real tokens, and tokens after padding (source + target)."""
+    """Size of a step; tokens are those of source and target together, without and with pads."""
 
     rows: int
     micro_batches: int
     tokens: int
     padded_tokens: int
     longest: tuple[int, int]
-    """Longest source and longest target in the step, in tokens."""
+    """Tokens of the longest source and of the longest target."""
 
 
 @dataclass
@@ -43,7 +44,7 @@ class ShapeUse:
 
     @property
     def real_share(self) -> float:
-        """Real tokens over padded ones."""
+        """Share of real tokens among all."""
         return self.tokens / self.padded_tokens if self.padded_tokens else 1.0
 
 
@@ -69,49 +70,48 @@ def summarise(
 ) -> PlanSummary:
     """Measure the current epoch of a sampler on all its ranks.
 
-    With ``most_steps`` only so many of its steps, spread over the epoch.
+    With ``most_steps`` only that many of its steps, evenly spread over the epoch.
     """
     summary = PlanSummary()
     stride = 1 if most_steps is None else -(-sampler.plan.steps // most_steps)
     for step in range(0, sampler.plan.steps, max(1, stride)):
-        batches = list(sampler.divided(step))
-        summary.steps.append(_measure_step(sampler.plan.rows(step), batches, lengths))
-        for batch in batches:
-            if batch.rows is not None and batch.widths is not None:
-                use = summary.shapes.setdefault((batch.rows, *batch.widths), ShapeUse())
-                use.batches += len(batch.parts)
-                use.tokens += sum(_real(part, lengths) for part in batch.parts)
-                use.padded_tokens += sum(batch.padded_tokens(lengths))
+        rows, padded_tokens, micro_batches = sampler.plan.rows(step), 0, 0
+        for batches in sampler.divide(step):
+            micro_batches += 1
+            padded = [batch.padded_tokens(lengths) for batch in batches]
+            padded_tokens += sum(padded)
+            if batches[0].widths is not None:
+                use = summary.shapes.setdefault(batches[0].shape(lengths), ShapeUse())
+                use.batches += len(batches)
+                use.tokens += sum(_real_tokens(batch.rows, lengths) for batch in batches)
+                use.padded_tokens += sum(padded)
+        source, target = (int(side[rows].max()) for side in lengths)
+        summary.steps.append(
+            StepSize(
+                rows=len(rows),
+                micro_batches=micro_batches,
+                tokens=_real_tokens(rows, lengths),
+                padded_tokens=padded_tokens,
+                longest=(source, target),
+            )
+        )
     return summary
 
 
-def _measure_step(rows: np.ndarray, batches: Sequence[MicroBatch], lengths: Lengths) -> StepSize:
-    source, target = lengths
-    return StepSize(
-        rows=len(rows),
-        micro_batches=len(batches),
-        tokens=_real(rows, lengths),
-        padded_tokens=sum(sum(batch.padded_tokens(lengths)) for batch in batches),
-        longest=(int(source[rows].max()), int(target[rows].max())),
-    )
-
-
-def _real(rows: np.ndarray, lengths: Lengths) -> int:
+def _real_tokens(rows: np.ndarray, lengths: Lengths) -> int:
     return sum(int(side[rows].sum()) for side in lengths)
 
 
 def print_plan(sampler: EpochSampler, lengths: Lengths, *, first_steps: int, title: str) -> None:
-    """Print the epoch's totals, its shapes and its first steps."""
+    """Print the size of the epoch, its shapes and its first steps."""
     summary = summarise(sampler, lengths)
-    total = summary.total
-    pads = 1 - total.real_share
-    console = Console()
-    console.print(f"[bold]{title}[/bold]", highlight=False)
+    console = table_console()
+    console.print(title, style="bold", highlight=False)
     micro_batches = Counter(step.micro_batches for step in summary.steps).most_common(1)
     console.print(
         f"{sum(step.rows for step in summary.steps)} rows in {len(summary.steps)} steps; "
         f"{sampler.world_size} rank(s) x {micro_batches[0][0] if micro_batches else 0} "
-        f"micro-batches; share of pads {pads:.1%}",
+        f"micro-batches; share of pads {1 - summary.total.real_share:.1%}",
         highlight=False,
     )
     if summary.shapes:
@@ -120,9 +120,10 @@ def print_plan(sampler: EpochSampler, lengths: Lengths, *, first_steps: int, tit
 
 
 def shape_rows(summary: PlanSummary) -> list[tuple[str, ...]]:
-    """Each shape, smallest widths first, and all together, as the cells of a table.
+    """The cells of a table with a row for each shape, smallest widths first, and one for all.
 
-    Rows of one rank's micro-batch, source width, target width, tokens, batches, real tokens.
+    Rows of one rank's micro-batch, source width, target width, tokens, batches, share of real
+    tokens.
     """
     rows = []
     for (size, source, target), use in sorted(summary.shapes.items(), key=lambda i: i[0][1:]):
@@ -148,7 +149,7 @@ def _print_shapes(console: Console, summary: PlanSummary, lengths: Lengths) -> N
     )
 
 
-def _print_steps(console: Console, sampler: EpochSampler, steps: Sequence[StepSize]) -> None:
+def _print_steps(console: Console, sampler: EpochSampler, steps: list[StepSize]) -> None:
     table = Table()
     for name in ("step", "rows", "micro-batches", "tokens", "padded", "longest", "first rows"):
         table.add_column(name, justify="left" if name == "first rows" else "right")

@@ -1,9 +1,8 @@
-"""Make items in a thread that is ahead of their use.
+"""Input that is ready before it is needed: a thread that prefetches, and rows read without copies.
 
-Token ids straight from the memory-mapped table of a ``datasets.Dataset``.
-
-``datasets`` makes Python lists of numbers, which takes longer than everything else that is done to
-a batch. Here a row is a view of the mapped file: nothing is copied until the batch is made.
+``datasets`` turns rows into Python lists of numbers, which takes longer than all other work on a
+batch. In ``ArrowRows`` a row is a view of the memory-mapped file, and nothing is copied until the
+batch is made.
 """
 
 from __future__ import annotations
@@ -19,18 +18,21 @@ import numpy.typing as npt
 import pyarrow as pa
 from torch.utils.data import Dataset
 
+from s2s_scale.data.compat import has_indices
+
 T = TypeVar("T")
 BATCHES_AHEAD = 4
 STOP_SECONDS = 10.0
+TOKENS = ("input_ids", "labels")
 
 _unfinished: dict[threading.Thread, threading.Event] = {}
 
 
 @atexit.register
 def _stop_all() -> None:
-    """End the threads whose items nobody reads any more, as after an error that ends the program.
+    """Stop threads that are still running, as after an error that ends the program.
 
-    Python would end them wherever they stand, and inside torch that aborts the process.
+    Python would stop them anywhere, and within torch that aborts the process.
     """
     threads = list(_unfinished.items())
     for _, stopped in threads:
@@ -40,7 +42,10 @@ def _stop_all() -> None:
 
 
 def prefetch(items: Iterator[T], *, count: int = BATCHES_AHEAD) -> Iterator[T]:
-    """The same items, made in a thread that is up to ``count`` of them ahead."""
+    """The same items, produced by a thread that is up to ``count`` items ahead.
+
+    An exception in the thread is raised where the items are read.
+    """
     made: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=count)
     stopped = threading.Event()
 
@@ -79,14 +84,13 @@ def prefetch(items: Iterator[T], *, count: int = BATCHES_AHEAD) -> Iterator[T]:
         stopped.set()
 
 
-TOKENS = ("input_ids", "labels")
-
-
 class ArrowRows(Dataset[Mapping[str, Any]]):
-    """The token columns of a data set: a row is a mapping of name to an int32 array, read-only."""
+    """The token columns of a data set: a row maps their names to read-only int32 arrays.
+
+    ``dataset``: a ``datasets.Dataset`` for which ``reads_from_arrow`` is true.
+    """
 
     def __init__(self, dataset: Any) -> None:
-        """``dataset``: a ``datasets.Dataset`` that ``arrow_problem`` has nothing against."""
         self.dataset = dataset
         self.column_names = list(dataset.column_names)
         self._columns: dict[str, _Column] | None = None
@@ -98,7 +102,7 @@ class ArrowRows(Dataset[Mapping[str, Any]]):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[Mapping[str, Any]]:
-        if self._columns is None:  # made where rows are read: a loader's worker maps the file anew
+        if self._columns is None:  # made on first use, since a worker process maps the file itself
             table = self.dataset.data
             self._columns = {name: _Column(table.column(name)) for name in self.column_names}
         sides = {name: column.rows(rows) for name, column in self._columns.items()}
@@ -110,7 +114,7 @@ class ArrowRows(Dataset[Mapping[str, Any]]):
 
 
 class _Column:
-    """A column of lists as flat values, chunk by chunk, and where each row's begin and end."""
+    """A column of lists, as the flat values of each chunk and the offsets of each row in them."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._values, starts, ends, chunks = [], [], [], []
@@ -120,7 +124,10 @@ class _Column:
             starts.append(offsets[:-1])
             ends.append(offsets[1:])
             chunks.append(np.full(len(chunk), number, dtype=np.int32))
-        self._starts, self._ends, self._chunks = map(_joined, (starts, ends, chunks))
+        none = [np.empty(0, dtype=np.int64)]
+        self._starts, self._ends, self._chunks = (
+            np.concatenate(parts or none) for parts in (starts, ends, chunks)
+        )
 
     def rows(self, rows: Sequence[int]) -> list[npt.NDArray[np.int32]]:
         places = np.asarray(rows)
@@ -133,15 +140,11 @@ class _Column:
         return [self._values[chunk][start:end] for chunk, start, end in spans]
 
 
-def _joined(parts: list[Any]) -> Any:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-
 def reads_from_arrow(dataset: Any) -> bool:
-    """Whether rows can be read so: a plain table of token ids, without chosen rows or a format."""
+    """Whether ``ArrowRows`` can read it: a whole table of token ids alone, without a format."""
     import datasets
 
-    if not isinstance(dataset, datasets.Dataset) or dataset._indices is not None:
+    if not isinstance(dataset, datasets.Dataset) or has_indices(dataset):
         return False
     if dataset.format["type"] is not None or set(dataset.column_names) - set(TOKENS):
         return False

@@ -1,10 +1,9 @@
-"""The batch plan as samplers for ``torch.utils.data.DataLoader``, one rank's share each."""
+"""Samplers: the batch plan as micro-batches of one rank, for ``torch.utils.data.DataLoader``."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,73 +22,89 @@ from s2s_scale.data.batch_plan import (
     steps_per_epoch,
 )
 from s2s_scale.data.buckets import (
-    GroupedPlan,
+    BucketPlan,
     ShapeGrid,
     Widths,
     choose_shapes,
-    lay_out_groups,
-    plan_groups,
+    make_buckets,
+    plan_buckets,
 )
-from s2s_scale.data.load_balancing import share_groups
+from s2s_scale.data.load_balancing import balance_loads
+from s2s_scale.utils import IGNORE_INDEX
 
-LABEL_PAD = -100
 
+class MicroBatch(list[Any]):
+    """One rank's micro-batch: row ids, or the examples themselves once they have been fetched.
 
-class ShapedRows(list[int]):
-    """Row ids of a micro-batch, and the widths (source, target) that it is padded to.
+    An id below 0 is ``~row``, a filler row: one that carries no loss (see ``FillerRows``).
 
-    ``widths`` is None where the longest rows decide.
+    Args:
+        items: row ids or examples. In a packed micro-batch these are pairs, row after row.
+        widths: source and target width that every row is padded to; None: to its longest row.
+        counts: in a packed micro-batch the number of pairs in each row, 0 in a filler row.
     """
 
-    def __init__(self, rows: Iterable[int], widths: Widths | None = None) -> None:
-        super().__init__(rows)
+    def __init__(
+        self,
+        items: Iterable[Any] = (),
+        widths: Widths | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(items)
         self.widths = widths
+        self.counts = None if counts is None else list(counts)
 
-    def with_examples(self, examples: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """The rows themselves, with what this list knows of the batch."""
-        return examples if self.widths is None else ShapedExamples(examples, self.widths)
+    def with_items(self, items: Iterable[Any]) -> MicroBatch:
+        """The same micro-batch with examples in place of ids."""
+        return MicroBatch(items, self.widths, self.counts)
+
+    @property
+    def rows(self) -> Rows:
+        """The ids of the rows that carry loss: int64 [rows]."""
+        ids = np.array(self, dtype=np.int64)
+        return ids[ids >= 0]
+
+    def shape(self, lengths: Lengths) -> tuple[int, int, int]:
+        """Rows, source width and target width after padding. Only for a micro-batch of ids."""
+        ids = np.array(self, dtype=np.int64)
+        ids = np.where(ids < 0, ~ids, ids)
+        if self.counts is None:
+            source, target = self.widths or (int(side[ids].max()) for side in lengths)
+            return len(self), source, target
+        row_of_pair = np.repeat(np.arange(len(self.counts)), self.counts)
+        source, target = self.widths or (
+            max(1, int(np.bincount(row_of_pair, weights=side[ids]).max(initial=0)))
+            for side in lengths
+        )
+        return len(self.counts), source, target
+
+    def padded_tokens(self, lengths: Lengths) -> int:
+        """Source and target tokens after padding."""
+        rows, source, target = self.shape(lengths)
+        return rows * (source + target)
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """What all ranks do at once: ``parts[rank]`` are the row ids of that rank.
+def fill(
+    parts: Sequence[Rows], filler: int, *, rows: int | None = None, widths: Widths | None = None
+) -> list[MicroBatch]:
+    """The micro-batches of all ranks, each completed to ``rows`` rows, or else to at least one.
 
-    ``rows`` and ``widths`` say what each rank's part is filled up and padded to; None where that
-    is free. ``spare``: a row that stands, marked, where a rank has none.
+    ``parts``: row ids of each rank. Fillers are copies of a rank's last row, or of row ``filler``
+    for a rank without rows.
     """
-
-    parts: Sequence[Rows]
-    filler_row: int
-    rows: int | None = None
-    widths: Widths | None = None
-
-    def of_rank(self, rank: int) -> ShapedRows:
-        """One rank's row ids, at least one."""
-        ids: list[int] = self.parts[rank].tolist()
-        last = ids[-1] if ids else self.filler_row
-        missing = max(1, self.rows or 1) - len(ids)
-        return ShapedRows(ids + [~last] * missing, self.widths)
-
-    def shapes(self, lengths: Lengths) -> list[tuple[int, int, int]]:
-        """Rows, source width and target width of each rank's part after padding."""
-        found = []
-        for part in self.parts:
-            rows = part if len(part) else np.array([self.filler_row])
-            source, target = self.widths or (int(side[rows].max()) for side in lengths)
-            found.append((self.rows or len(rows), source, target))
-        return found
-
-    def padded_tokens(self, lengths: Lengths) -> list[int]:
-        """Source and target tokens of each rank's part after padding."""
-        return [rows * (source + target) for rows, source, target in self.shapes(lengths)]
+    batches = []
+    for part in parts:
+        ids: list[int] = part.tolist()
+        last = ids[-1] if ids else filler
+        batches.append(MicroBatch(ids + [~last] * (max(1, rows or 1) - len(ids)), widths))
+    return batches
 
 
 class EpochSampler(Sampler[int]):
-    """This rank's row ids of an epoch, in the order in which it trains on them.
+    """This rank's row ids of an epoch, in training order.
 
-    ``plan`` is the current epoch's plan, the same on every rank. An id below 0 is ``~row``: a row
-    that carries no loss (see ``FillerRows``). It stands where a rank has no row left in a
-    micro-batch, and where a micro-batch of fixed shape is filled up.
+    Ids below 0 are filler rows (see ``FillerRows``). They complete micro-batches of fixed shape,
+    and stand in on a rank that has no row in a micro-batch.
     """
 
     accumulation: int
@@ -109,8 +124,8 @@ class EpochSampler(Sampler[int]):
         """The plan of an epoch."""
 
     @abc.abstractmethod
-    def divided(self, step: int) -> Iterator[MicroBatch]:
-        """The micro-batches of a step of the current plan, counted from 0."""
+    def divide(self, step: int) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of a step, counted from 0, each as a list with one per rank."""
 
     @property
     @abc.abstractmethod
@@ -119,7 +134,7 @@ class EpochSampler(Sampler[int]):
 
     @property
     def plan(self) -> EpochPlan:
-        """The plan of the current epoch."""
+        """The plan of the current epoch, the same on every rank."""
         if self._plan is None:
             self._plan = self._make_plan(self.epoch)
         return self._plan
@@ -135,26 +150,30 @@ class EpochSampler(Sampler[int]):
             self.epoch = epoch
             self._plan = None
 
-    def micro_batches(self) -> Iterator[ShapedRows]:
-        """This rank's row ids, micro-batch after micro-batch, none empty."""
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of the epoch. None is empty."""
         for step in range(self.plan.steps):
-            for batch in self.divided(step):
-                yield batch.of_rank(self.rank)
+            for batches in self.divide(step):
+                yield batches[self.rank]
 
     def __iter__(self) -> Iterator[int]:
         for rows in self.micro_batches():
             yield from rows
 
     def __len__(self) -> int:
-        """Row ids of this rank, marked ones included."""
+        """Row ids of this rank, fillers included."""
         return sum(map(len, self.micro_batches()))
 
 
 class PlanSampler(EpochSampler):
     """Steps of ``rows_per_device * accumulation * world_size`` rows.
 
-    With a ``num_buckets`` every micro-batch has exactly ``rows_per_device`` rows and one of at
-    most so many widths, the same on all ranks, chosen from those that the first epoch would have.
+    With ``num_buckets`` every micro-batch has exactly ``rows_per_device`` rows and one of at most
+    that many shapes, the same on all ranks. They are chosen from those that the micro-batches of
+    the first epoch would have.
+
+    Raises:
+        ValueError: a size or rank is out of range, or lengths are missing.
     """
 
     def __init__(
@@ -217,18 +236,18 @@ class PlanSampler(EpochSampler):
         widest = (source.astype(np.int32), target.astype(np.int32))
         return choose_shapes(widest, num_buckets=num_buckets)
 
-    def divided(self, step: int) -> Iterator[MicroBatch]:
+    def divide(self, step: int) -> Iterator[list[MicroBatch]]:
         rows = self.plan.rows(step)
+        filler = int(rows[-1])  # in sortish the shortest row, so it costs the least
         for parts in divide_step(
             rows, world_size=self.world_size, rows_per_device=self.rows_per_device
         ):
-            filler_row = int(rows[-1])  # in sortish the shortest row, so it costs the least
             if self.grid is None or self.lengths is None:
-                yield MicroBatch(parts, filler_row)
+                yield fill(parts, filler)
                 continue
             together = np.concatenate(parts)
             widths = self.grid.holding(*(int(side[together].max()) for side in self.lengths))
-            yield MicroBatch(parts, filler_row, self.rows_per_device, widths)
+            yield fill(parts, filler, rows=self.rows_per_device, widths=widths)
 
     @property
     def steps(self) -> int:
@@ -248,25 +267,26 @@ class PlanSampler(EpochSampler):
         return (self.steps - 1) * self.accumulation + last
 
     def __len__(self) -> int:
-        """Row ids of this rank, marked ones included; every step but the last one is full."""
+        """Row ids of this rank, fillers included."""
         if self.steps == 0:
             return 0
-        full = (self.steps - 1) * self.accumulation * self.rows_per_device
-        return full + sum(len(b.of_rank(self.rank)) for b in self.divided(self.steps - 1))
+        full = (self.steps - 1) * self.accumulation * self.rows_per_device  # all but the last
+        return full + sum(len(batches[self.rank]) for batches in self.divide(self.steps - 1))
 
 
 class TokenSampler(EpochSampler):
     """Steps of about ``tokens_per_step`` real tokens, source and target, over all ranks.
 
-    A step holds ``groups_per_step`` groups of rows of like length (see ``plan_groups``), each cut
-    into the same number of micro-batches on every rank, none with more than ``max_tokens`` padded
-    tokens. With a ``num_buckets`` the micro-batches have at most so many shapes, and their rows
-    are multiples of ``rows_multiple``.
+    A step has ``groups_per_step`` buckets (see ``plan_buckets``), each divided into the same number
+    of micro-batches on every rank, none with more than ``max_tokens`` padded tokens. With
+    ``num_buckets`` the micro-batches have at most that many shapes, and their rows are multiples of
+    ``rows_multiple``.
 
-    Raises ``ValueError`` where the longest row does not fit into a group or a micro-batch.
+    Raises:
+        UserError: the longest row does not fit into a bucket or a micro-batch.
     """
 
-    plan: GroupedPlan
+    plan: BucketPlan
     lengths: Lengths
 
     def __init__(
@@ -291,23 +311,23 @@ class TokenSampler(EpochSampler):
         self.grid = None
         if num_buckets is not None and len(lengths[0]):
             self.grid = choose_shapes(lengths, num_buckets=num_buckets)
-        self.layout = lay_out_groups(
+        self.layout = make_buckets(
             lengths,
             tokens_per_step=tokens_per_step,
             groups_per_step=groups_per_step,
             grid=self.grid,
         )
-        self.sharing = share_groups(
+        self.balancer = balance_loads(
             self.layout,
             lengths,
             world_size=world_size,
             max_tokens=max_tokens,
             rows_multiple=rows_multiple,
         )
-        self.accumulation = self.sharing.parts * groups_per_step
+        self.accumulation = self.balancer.parts * groups_per_step
 
     def _make_plan(self, epoch: int) -> EpochPlan:
-        return plan_groups(
+        return plan_buckets(
             self.layout,
             groups_per_step=self.groups_per_step,
             seed=self.seed,
@@ -315,32 +335,33 @@ class TokenSampler(EpochSampler):
             drop_last=self.drop_last,
         )
 
-    def divided(self, step: int) -> Iterator[MicroBatch]:
-        groups = self.plan.groups_of(step)
-        for number, parts in enumerate(self.sharing.divide(groups)):
-            group, rows = groups[number // self.sharing.parts]
-            filler_row = int(rows[-1])
-            if self.sharing.rows is None:
-                yield MicroBatch(parts, filler_row)
+    def divide(self, step: int) -> Iterator[list[MicroBatch]]:
+        buckets = self.plan.buckets_of(step)
+        for number, parts in enumerate(self.balancer.divide(buckets)):
+            bucket, rows = buckets[number // self.balancer.parts]
+            filler = int(rows[-1])
+            if self.balancer.rows is None:
+                yield fill(parts, filler)
                 continue
-            source, target = self.layout.widths[group].tolist()
-            yield MicroBatch(parts, filler_row, int(self.sharing.rows[group]), (source, target))
+            source, target = self.layout.widths[bucket].tolist()
+            size = int(self.balancer.rows[bucket])
+            yield fill(parts, filler, rows=size, widths=(source, target))
 
     @property
     def n_micro_batches(self) -> int:
-        return len(self.plan.groups) * self.sharing.parts
+        return len(self.plan.buckets) * self.balancer.parts
 
 
 class PlanBatchSampler(Sampler[list[int]]):
-    """A rank's micro-batches as lists of row ids, for ``DataLoader(batch_sampler=...)``.
+    """A rank's micro-batches, for ``DataLoader(batch_sampler=...)``.
 
-    ``len`` is the number of micro-batches of an epoch, the same on every rank. No list is empty.
+    ``len`` is the number of micro-batches of an epoch, the same on every rank.
     """
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
-        # Read by accelerate and by transformers' trainer where they look at a loader; a number of
-        # tokens makes no constant number of rows.
+        # accelerate and transformers' trainer read both attributes. The number of rows is not
+        # constant where tokens are counted.
         self.batch_size = getattr(sampler, "rows_per_device", None)
         self.drop_last = sampler.drop_last
 
@@ -348,25 +369,17 @@ class PlanBatchSampler(Sampler[list[int]]):
         """Plan another epoch, counted from 0."""
         self.sampler.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         yield from self.sampler.micro_batches()
 
     def __len__(self) -> int:
         return self.sampler.n_micro_batches
 
 
-class ShapedExamples(list[Mapping[str, Any]]):
-    """The rows of a micro-batch, and the widths that it is padded to (see ``PadToWidths``)."""
-
-    def __init__(self, rows: Iterable[Mapping[str, Any]], widths: Widths | None = None) -> None:
-        super().__init__(rows)
-        self.widths = widths
-
-
 class FillerRows(Dataset[Mapping[str, Any]]):
-    """A map-style data set in which ``~row`` is that row with all its labels at -100.
+    """A map-style data set in which ``~row`` is a filler row: that row without any loss.
 
-    Its tensors thus have real shapes, and its loss is zero. Ids from 0 on are the row itself.
+    All of its labels are ``IGNORE_INDEX``. Its tensors have real shapes, and its loss is zero.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -379,7 +392,7 @@ class FillerRows(Dataset[Mapping[str, Any]]):
         return self.dataset[row] if row >= 0 else _without_loss(self.dataset[~row])
 
     def __getitems__(self, rows: Sequence[int]) -> list[Mapping[str, Any]]:
-        """Rows of a batch; one read where the data set offers it, as ``datasets`` does."""
+        """The rows of a batch, as a ``MicroBatch`` if ``rows`` is one."""
         real = [row if row >= 0 else ~row for row in rows]
         fetch = getattr(self.dataset, "__getitems__", None)
         found = fetch(real) if fetch and real else [self.dataset[row] for row in real]
@@ -387,11 +400,11 @@ class FillerRows(Dataset[Mapping[str, Any]]):
             value if row >= 0 else _without_loss(value)
             for row, value in zip(rows, found, strict=True)
         ]
-        return rows.with_examples(examples) if isinstance(rows, ShapedRows) else examples
+        return rows.with_items(examples) if isinstance(rows, MicroBatch) else examples
 
     @property
     def column_names(self) -> list[str]:
-        """The data set's columns; ``AttributeError`` where it has no such attribute."""
+        """The columns of the data set; ``AttributeError`` if it has no such attribute."""
         return list(self.dataset.column_names)
 
 
@@ -399,11 +412,11 @@ def _without_loss(row: Mapping[str, Any]) -> Mapping[str, Any]:
     labels = row.get("labels")
     if labels is None:
         return row
-    marked: Any
+    ignored: Any
     if isinstance(labels, torch.Tensor):
-        marked = torch.full_like(labels, LABEL_PAD)
+        ignored = torch.full_like(labels, IGNORE_INDEX)
     elif isinstance(labels, np.ndarray):
-        marked = np.full_like(labels, LABEL_PAD)
+        ignored = np.full_like(labels, IGNORE_INDEX)
     else:
-        marked = [LABEL_PAD] * len(labels)
-    return {**row, "labels": marked}
+        ignored = [IGNORE_INDEX] * len(labels)
+    return {**row, "labels": ignored}

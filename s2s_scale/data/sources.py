@@ -1,8 +1,8 @@
-"""Finds the data the user named and loads its pairs of text.
+"""The data sets that the user named, and their text pairs.
 
-Three kinds of source, of which exactly one is given: a folder of line files (--data_dir), table
-files (--train_file, ...), a saved or hub data set (--dataset_name). Every mistake in them is a
-``UserError`` that names file and line.
+There are three kinds of sources, of which exactly one is given: a folder of line files
+(--data_dir), table files (--train_file, ...), a saved or hub data set (--dataset_name). Every
+mistake in them is a ``UserError`` that names file and line.
 """
 
 from __future__ import annotations
@@ -15,22 +15,14 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from s2s_scale.config import DataArguments
-from s2s_scale.data.readers import (
-    LISTED,
-    ColumnChoice,
-    Problems,
-    check_table_path,
-    check_types,
-    read_lines,
-    read_table,
-)
-from s2s_scale.errors import UserError
+from s2s_scale.data.columns import SCHEMA, ColumnChoice, check_types, report_blank
+from s2s_scale.data.readers import LineReader, PairReader, open_table
+from s2s_scale.errors import Problems, UserError
 
 Split = Literal["train", "val", "test"]
-Place = Callable[[int, str], str]  # (row counted from 0, "source" or "target") -> "file:line"
+Where = Callable[[int, str], str]  # (row counted from 0, "source" or "target") -> "file:line"
 
 SPLITS = ("train", "val", "test")
 FILE_FLAGS = {"train": "train_file", "val": "validation_file", "test": "test_file"}
@@ -46,24 +38,33 @@ FEATURES = {"source": datasets.Value("string"), "target": datasets.Value("string
 def load_pairs(data: DataArguments, split: Split) -> datasets.Dataset:
     """The pairs of a split: columns ``source`` and ``target``, both text, without any prefix.
 
-    At most --n_train, --n_val or --n_test rows. Raises ``UserError`` for everything that is wrong
-    with the files or the settings: see the functions below.
+    At most --n_train, --n_val or --n_test rows.
+
+    Raises:
+        UserError: the settings name no data, or there are mistakes in them.
     """
-    kind = source_kind(data)
     limit = {"train": data.n_train, "val": data.n_val, "test": data.n_test}[split]
     rows = None if limit < 0 else limit
-    if kind == "data_dir":
-        pairs, place, origin = _load_folder(data, split, rows)
-    elif kind == "files":
-        pairs, place, origin = _load_table(data, split, rows)
+    if source_kind(data) == "dataset":
+        pairs, where, origin = _load_dataset(data, split, rows)
     else:
-        pairs, place, origin = _load_dataset(data, split, rows)
+        pairs, where, origin = _load_files(open_reader(data, split), rows)
     if len(pairs) == 0:
         raise UserError(
             f"{origin}: the {split} split has no rows; expected at least 1; add rows or leave "
             f"the split out"
         )
-    _check_texts(pairs, place=place, origin=origin)
+    problems = Problems()
+    tables = pairs.with_format("arrow").iter(batch_size=ROWS_PER_CHECK)
+    for number, table in enumerate(tables):
+        report_blank(
+            table,
+            number * ROWS_PER_CHECK + np.arange(len(table)),
+            where=where,
+            origin=origin,
+            problems=problems,
+        )
+    problems.raise_any()
     return pairs
 
 
@@ -74,14 +75,14 @@ def has_split(data: DataArguments, split: Split) -> bool:
     """
     kind = source_kind(data)
     if kind == "data_dir":
-        return any(path.exists() for path in _pair_files(data, split))
+        return any(path.exists() for path in _line_files(data, split))
     if kind == "files":
         return bool(getattr(data, FILE_FLAGS[split]))
     return any(name in _dataset_splits(data) for name in SPLIT_NAMES[split])
 
 
 def source_kind(data: DataArguments) -> Literal["data_dir", "files", "dataset"]:
-    """Which of the three kinds of source is given; ``UserError`` unless it is exactly one."""
+    """Which of the three kinds of sources is given; ``UserError`` unless it is exactly one."""
     files = [f"--{flag}" for flag in FILE_FLAGS.values() if getattr(data, flag)]
     given = {
         "data_dir": ["--data_dir"] if data.data_dir else [],
@@ -109,36 +110,32 @@ def source_kind(data: DataArguments) -> Literal["data_dir", "files", "dataset"]:
     return kinds[0]  # type: ignore[return-value]
 
 
-def _load_folder(
-    data: DataArguments, split: Split, limit: int | None
-) -> tuple[datasets.Dataset, Place, str]:
-    """Rows of {split}.source and {split}.target: the same number of lines, in UTF-8."""
-    files = _pair_files(data, split)
-    missing = [path for path in files if not path.is_file()]
-    if missing:
-        raise UserError(
-            *(
-                f"{path}: no such file; expected one {path.suffix[1:]} text a line; add it, or "
-                f"correct --data_dir"
-                for path in missing
+def open_reader(data: DataArguments, split: Split) -> PairReader:
+    """The reader of a split's files, for --data_dir and for --train_file and its kin.
+
+    Raises:
+        UserError: a file is missing or of an unknown format.
+    """
+    if source_kind(data) == "data_dir":
+        files = _line_files(data, split)
+        missing = [path for path in files if not path.is_file()]
+        if missing:
+            raise UserError(
+                *(
+                    f"{path}: no such file; expected one {path.suffix[1:]} text a line; add it, or "
+                    f"correct --data_dir"
+                    for path in missing
+                )
             )
-        )
-    problems = Problems()
-    source, target = (read_lines(path, problems=problems) for path in files)
-    problems.raise_any()
-    if len(source) != len(target):
-        problems.add(
-            "line counts",
-            f"{files[0]} has {len(source):,} lines and {files[1]} has {len(target):,}; expected "
-            f"the same number; add the missing lines or delete the surplus ones",
-        )
-        problems.raise_any()
-    table = pa.table({"source": source, "target": target}).slice(0, limit)
-    named = dict(zip(("source", "target"), files, strict=True))
-    return _in_memory(table), lambda row, side: f"{named[side]}:{row + 1}", str(files[0])
+        return LineReader(*files)
+    flag = FILE_FLAGS[split]
+    name = getattr(data, flag)
+    if not name:
+        raise UserError(f"no {split} data: found no --{flag}; expected a file; give --{flag}")
+    return open_table(Path(name).expanduser(), _column_choice(data), flag=f"--{flag}")
 
 
-def _pair_files(data: DataArguments, split: Split) -> tuple[Path, Path]:
+def _line_files(data: DataArguments, split: Split) -> tuple[Path, Path]:
     folder = Path(str(data.data_dir)).expanduser()
     if not folder.is_dir():
         raise UserError(
@@ -148,35 +145,41 @@ def _pair_files(data: DataArguments, split: Split) -> tuple[Path, Path]:
     return folder / f"{split}.source", folder / f"{split}.target"
 
 
-def _load_table(
-    data: DataArguments, split: Split, limit: int | None
-) -> tuple[datasets.Dataset, Place, str]:
-    flag = FILE_FLAGS[split]
-    name = getattr(data, flag)
-    if not name:
-        raise UserError(f"no {split} data: found no --{flag}; expected a file; give --{flag}")
-    path = Path(name).expanduser()
-    check_table_path(path, flag=f"--{flag}")
-    table, place = read_table(path, choice=_column_choice(data), limit=limit)
-    return _in_memory(table), lambda row, side: place(row), str(path)
-
-
 def _column_choice(data: DataArguments) -> ColumnChoice:
     return ColumnChoice(
         wanted=(data.source_column, data.target_column), languages=(data.src_lang, data.tgt_lang)
     )
 
 
-def _in_memory(table: pa.Table) -> datasets.Dataset:
-    return datasets.Dataset(
+def _load_files(reader: PairReader, limit: int | None) -> tuple[datasets.Dataset, Where, str]:
+    """The first ``limit`` rows in memory.
+
+    Line files are read to their ends all the same: if one has fewer lines than the other, rows may
+    be out of step from anywhere on.
+    """
+    problems = Problems()
+    texts, lines = [], [np.empty(0, dtype=np.int64)]
+    stop = None if isinstance(reader, LineReader) else limit
+    for chunk in reader.chunks(problems=problems, limit=stop):
+        texts.append(chunk.texts)
+        lines.append(chunk.lines)
+    problems.raise_any()
+    table = pa.Table.from_batches(texts, schema=SCHEMA).slice(0, limit)
+    line_of_row = np.concatenate(lines)
+    pairs = datasets.Dataset(
         datasets.table.InMemoryTable(table),
         info=datasets.DatasetInfo(features=datasets.Features(FEATURES)),
+    )
+    return (
+        pairs,
+        lambda row, side: reader.where(int(line_of_row[row]), side),
+        str(reader.paths[0]),
     )
 
 
 def _load_dataset(
     data: DataArguments, split: Split, limit: int | None
-) -> tuple[datasets.Dataset, Place, str]:
+) -> tuple[datasets.Dataset, Where, str]:
     """Rows of a folder written by save_to_disk (memory-mapped) or of a data set of the hub."""
     name = str(data.dataset_name)
     origin = f"--dataset_name {name}"
@@ -187,7 +190,13 @@ def _load_dataset(
             f"{origin}: no {split} split; found {', '.join(splits)}; expected "
             f"{' or '.join(SPLIT_NAMES[split])}; rename a split or leave {split} out"
         )
-    rows = _open_dataset(data, found)
+    folder = Path(name).expanduser()
+    if folder.exists():
+        saved = _open_saved(folder)
+        rows = saved[found] if isinstance(saved, datasets.DatasetDict) else saved
+    else:
+        config = data.dataset_config_name
+        rows = _from_hub(data, lambda: datasets.load_dataset(name, config, split=found))
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     rows = rows.with_format(None).flatten()
@@ -206,21 +215,8 @@ def _dataset_splits(data: DataArguments) -> list[str]:
     if folder.exists():
         saved = _open_saved(folder)
         return list(saved) if isinstance(saved, datasets.DatasetDict) else ["train"]
-    names = _from_hub(
-        data, lambda: datasets.get_dataset_split_names(name, data.dataset_config_name)
-    )
-    return list(names)
-
-
-def _open_dataset(data: DataArguments, split: str) -> datasets.Dataset:
-    name = str(data.dataset_name)
-    folder = Path(name).expanduser()
-    if folder.exists():
-        saved = _open_saved(folder)
-        return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-    return _from_hub(
-        data, lambda: datasets.load_dataset(name, data.dataset_config_name, split=split)
-    )
+    config = data.dataset_config_name
+    return list(_from_hub(data, lambda: datasets.get_dataset_split_names(name, config)))
 
 
 def _open_saved(folder: Path) -> datasets.Dataset | datasets.DatasetDict:
@@ -243,26 +239,3 @@ def _from_hub(data: DataArguments, load: Callable[[], Any]) -> Any:
             f"save_to_disk or a data set of the hub; correct the name or --dataset_config_name, "
             f"or check the network"
         ) from error
-
-
-def _check_texts(pairs: datasets.Dataset, *, place: Place, origin: str) -> None:
-    """Raise ``UserError`` for rows whose source or target is missing, empty or all white space."""
-    problems = Problems()
-    start = 0
-    for table in pairs.with_format("arrow").iter(batch_size=ROWS_PER_CHECK):
-        for side in ("source", "target"):
-            column = table.column(side).cast(pa.large_string())
-            blank = pc.or_(pc.equal(pc.binary_length(column), 0), pc.utf8_is_space(column))
-            rows = np.flatnonzero(pc.fill_null(blank, True).to_numpy(zero_copy_only=False))
-            problems.add_many(
-                f"empty {side} lines in {origin}",
-                (
-                    f"{place(start + int(row), side)}: empty {side} text (found "
-                    f"{column[int(row)].as_py()!r}); expected text; fill it in, or delete the row "
-                    f"from source and target"
-                    for row in rows[:LISTED]
-                ),
-                count=len(rows),
-            )
-        start += len(table)
-    problems.raise_any()

@@ -1,4 +1,4 @@
-"""Turns pairs of text into token ids and lengths, once: the result is cached by content."""
+"""Tokenised examples: text pairs as token ids and lengths, cached by content."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ from s2s_scale.data.cache import (
     read_manifest,
     write_entry,
 )
-from s2s_scale.data.readers import LISTED, Problems
+from s2s_scale.errors import LISTED, Problems
+from s2s_scale.utils import IGNORE_INDEX
 
-LABEL_PAD = -100
 ROWS_PER_BATCH = 1000
-# A tokenizer written in Python takes about 0.2 ms a pair on one core (20,000 pairs: 3.6 s, with
-# two processes 2.6 s), and a further process most of a second to start and to be handed its rows.
-# Fast tokenizers spread a batch over all cores by themselves: processes only slowed them down.
 ROWS_PER_WORKER = 20_000
+"""Rows that pay for one more process with a tokenizer written in Python.
+
+It takes about 0.2 ms a pair on one core (20,000 pairs: 3.6 s, with two processes 2.6 s), and
+another process takes most of a second to start and to receive its rows.
+"""
 FEATURES = {
     "source": datasets.Value("string"),
     "target": datasets.Value("string"),
@@ -58,11 +60,14 @@ def tokenize_pairs(
 ) -> datasets.Dataset:
     """The pairs with token ids, memory-mapped from the cache.
 
-    Columns: source and target (the text, without the prefix), input_ids, labels (int32 lists, cut
-    to the given numbers of tokens), source_length, target_length (int32). A second call with the
-    same texts, tokenizer, prefix and lengths, in any process, tokenises nothing. A damaged entry
-    is written anew. Raises ``UserError`` if the cache folder cannot be written, and with
-    ``long_rows="error"`` for rows that would have to be cut.
+    Columns: source and target (the text, without the prefix), input_ids, labels (int32 lists,
+    truncated to the given numbers of tokens), source_length, target_length (int32). A second call
+    with the same texts, tokenizer, prefix and lengths, in any process, reads the cache. A damaged
+    entry is rewritten.
+
+    Raises:
+        UserError: the cache folder cannot be written, or rows are too long and ``long_rows`` is
+            "error".
     """
     settings = {
         "source_prefix": source_prefix,
@@ -79,7 +84,7 @@ def tokenize_pairs(
     if found is not None:
         _refuse_long_rows(found, limits)
         return found
-    workers = num_workers or _workers_that_pay(len(pairs), fast=tokenizer.is_fast)
+    workers = num_workers or useful_workers(len(pairs), fast=tokenizer.is_fast)
 
     def fill(temporary: Path) -> Mapping[str, Any]:
         with _progress_bars(progress):
@@ -135,6 +140,23 @@ def tokenize_rows(
     }
 
 
+def too_long(row: int, side: str, tokens: int, limit: int) -> str:
+    """The problem of a row, counted from 1, with too many tokens."""
+    return (
+        f"row {row}: {tokens} {side} tokens; expected at most {limit}; raise "
+        f"--max_{side}_length, shorten the row, or use --long_rows truncate"
+    )
+
+
+def beyond_vocabulary(row: int, side: str, token: int, size: int) -> str:
+    """The problem of a row, counted from 1, with a token id that the model cannot embed."""
+    return (
+        f"row {row}: {side} token id {token}; expected ids from 0 to {size - 1}, the model's "
+        f"{side} vocabulary; tokenizer and model do not match: give --tokenizer_name the model's "
+        f"own"
+    )
+
+
 def _refuse_long_rows(examples: datasets.Dataset, limits: tuple[int, int]) -> None:
     """Raise ``UserError`` for rows with more source or target tokens than the limits."""
     problems = Problems()
@@ -144,17 +166,14 @@ def _refuse_long_rows(examples: datasets.Dataset, limits: tuple[int, int]) -> No
         rows = np.flatnonzero(lengths > limit)
         problems.add_many(
             f"rows with more than {limit} {side} tokens",
-            (
-                f"row {row + 1}: {lengths[row]} {side} tokens; expected at most {limit}; raise "
-                f"--max_{side}_length, shorten the row, or use --long_rows truncate"
-                for row in rows[:LISTED]
-            ),
+            (too_long(int(row) + 1, side, int(lengths[row]), limit) for row in rows[:LISTED]),
             count=len(rows),
         )
     problems.raise_any()
 
 
-def _workers_that_pay(n_rows: int, *, fast: bool) -> int:
+def useful_workers(n_rows: int, *, fast: bool) -> int:
+    """Processes that make tokenising so many rows faster; fast tokenizers use all cores alone."""
     if fast:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -163,7 +182,7 @@ def _workers_that_pay(n_rows: int, *, fast: bool) -> int:
 
 @contextlib.contextmanager
 def _progress_bars(shown: bool) -> Iterator[None]:
-    """Hide the bars of ``datasets`` for a while; it has no switch for a single call."""
+    """Hide the progress bars of ``datasets``, which has no switch for a single call."""
     if shown or datasets.are_progress_bars_disabled():
         yield
         return
@@ -175,7 +194,7 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 
 
 def _describe(tokens: datasets.Dataset, folder: Path) -> dict[str, Any]:
-    """Save the lengths beside the rows; return the facts that a later start needs of them."""
+    """Save the lengths beside the rows; return the manifest: rows, and the range of token ids."""
     table = tokens.data
     for column, name in (("source_length", SOURCE_LENGTHS), ("target_length", TARGET_LENGTHS)):
         np.save(folder / name, table.column(column).to_numpy().astype(np.int32))
@@ -213,40 +232,39 @@ def check_token_ids(
 ) -> None:
     """Raise ``UserError`` for token ids that the model has no embedding for.
 
-    Names the rows (counted from 1) and the vocabulary. Labels may hold -100. Data that was just
-    loaded from the cache is judged by the saved range of its ids, without reading a row.
+    Names the rows (counted from 1) and the vocabulary. Labels may hold ``IGNORE_INDEX``. For data
+    that was just loaded from the cache the manifest's range of ids decides, and no row is read.
     """
-    sizes = {"input_ids": source_vocab_size, "labels": target_vocab_size}
     entry = entry_of(examples)
     facts = read_manifest(entry) if entry is not None else None
     problems = Problems()
-    for column, size in sizes.items():
+    for column, side, size in (
+        ("input_ids", "source", source_vocab_size),
+        ("labels", "target", target_vocab_size),
+    ):
         in_range = facts is not None and facts[column][0] >= 0 and facts[column][1] < size
         if not in_range and column in examples.column_names:
-            _check_column(examples, column=column, size=size, problems=problems)
+            _check_column(examples, column, side, size, problems)
     problems.raise_any()
 
 
 def _check_column(
-    examples: datasets.Dataset, *, column: str, size: int, problems: Problems
+    examples: datasets.Dataset, column: str, side: str, size: int, problems: Problems
 ) -> None:
-    side = "source" if column == "input_ids" else "target"
     first_row = 0
     for table in examples.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
         for chunk in table.column(0).chunks:
             ids = chunk.flatten().to_numpy(zero_copy_only=False)
             wrong = (ids < 0) | (ids >= size)
             if column == "labels":
-                wrong &= ids != LABEL_PAD
+                wrong &= ids != IGNORE_INDEX
             places = np.flatnonzero(wrong)
             ends = np.cumsum(pc.list_value_length(chunk).to_numpy(zero_copy_only=False))
             rows, firsts = np.unique(np.searchsorted(ends, places, side="right"), return_index=True)
             problems.add_many(
                 f"rows with {side} token ids beyond the vocabulary",
                 (
-                    f"row {first_row + row + 1}: {side} token id {ids[places[first]]}; expected "
-                    f"ids from 0 to {size - 1}, the model's {side} vocabulary; tokenizer and "
-                    f"model do not match: give --tokenizer_name the model's own"
+                    beyond_vocabulary(first_row + int(row) + 1, side, ids[places[first]], size)
                     for row, first in list(zip(rows, firsts, strict=True))[:LISTED]
                 ),
                 count=len(rows),

@@ -1,1 +1,1 @@
-"""The loss of a step, and the projection onto the vocabulary that it begins with."""
+"""Losses of encoder-decoder models, from logits or from hidden states."""

@@ -1,20 +1,19 @@
-"""Cross entropy from hidden states and an output projection, without ever holding all logits.
-
-Shapes used below: B rows, T target positions, D model width, V target vocabulary, n positions of
-one chunk.
+"""Cross entropy from hidden states and an output projection, without materialising all logits.
 
 ``cross_entropy(hidden @ weight.T + bias, labels)`` of ``losses.py`` needs several tensors of
-B * T * V values. Here the positions are cut into chunks, and the gradients of a chunk are computed
-while its logits are there, in the forward pass: the backward pass only multiplies them by the
-loss's own gradient. It needs neither logits nor weights, which is why ZeRO 3, that takes the
-weights away after the forward pass, changes nothing.
+B * T * V values. Here the positions are split into chunks, and the gradients of a chunk are
+computed in the forward pass, while its logits exist. The backward pass only multiplies them by the
+gradient of the loss. It needs neither logits nor weights, so ZeRO 3, which frees the weights after
+the forward pass, makes no difference.
 
-Smoothing needs no pass over the vocabulary of its own. With z = W h + b the smoothed loss is
+Label smoothing needs no extra pass over the vocabulary. With z = W h + b the smoothed loss is
 
     (1 - eps) * nll + eps * (log sum exp z - mean z),    mean z = mean(W) . h + mean(b),
 
 and its gradient by z is softmax(z) - (1 - eps) * onehot - eps / V, whose last term is the same for
-all tokens of the vocabulary and enters as a product of two vectors.
+all tokens of the vocabulary and enters as an outer product.
+
+Shapes: B rows, T target positions, D model width, V target vocabulary, n positions of a chunk.
 """
 
 from __future__ import annotations
@@ -27,22 +26,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from s2s_scale.cpu.ops import SharedCasts, active, add_scaled, can_add_to, usual_count
-from s2s_scale.loss.losses import IGNORE_INDEX, TokenLoss, count_tokens
+from s2s_scale.cpu.ops import SharedCasts, active, add_scaled, can_add_to, padded_count
+from s2s_scale.loss.losses import TokenLoss, count_tokens
+from s2s_scale.utils import IGNORE_INDEX
 
 _CHUNK_VALUES = {"cpu": 2**25}
 _ACCELERATOR_CHUNK_VALUES = 2**26
-"""Logits held at once. The CPU's number is measured; that of accelerators is not."""
+"""Logits of a chunk. The CPU's number is measured; that of accelerators is not."""
 _CACHED_VALUES = 2**19
-"""Logits of which the softmax is computed at once on a CPU: 2 MiB in fp32."""
+"""Logits whose softmax is computed at once on a CPU: 2 MiB in fp32."""
 _LEAST_TRAINING_CHUNK = 128
-"""Fewer positions than this would add up the gradient of a large W too many times. It is as large
-as W, so that these logits stay small beside it."""
+"""Positions of a chunk, at least: with fewer, the gradient of a large W would be accumulated too
+often. It is as large as W, so the logits of a chunk remain small beside it."""
 _LEAST_CHUNK = 16
 
 
 class _Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """Which gradients are needed."""
 
     hidden: bool
     weight: bool
@@ -58,19 +58,19 @@ def linear_cross_entropy(
     smoothing: float = 0.0,
     static_shapes: bool = False,
 ) -> TokenLoss:
-    """Sums over the labels that are not -100, as ``losses.cross_entropy`` gives them for logits.
+    """Sums over the labels that are not -100, equal to ``losses.cross_entropy`` of the logits.
 
-    Products run in autocast's type where autocast is on, else in the tensors' own; softmax, sums
-    and the gradient of ``weight`` are in fp32 (fp64 for fp64 inputs).
+    Matmuls run in the autocast type if autocast is on, else in the type of the tensors; softmax,
+    sums and the gradient of ``weight`` are in fp32 (fp64 for fp64 inputs).
 
     Args:
-        hidden: what the projection would get, [B, T, D].
-        weight: the projection's, [V, D].
-        labels: token ids, [B, T]; positions with -100 count nothing.
+        hidden: input of the output projection, [B, T, D].
+        weight: of the projection, [V, D].
+        labels: token ids, [B, T]; positions with -100 are ignored.
         bias: added to the logits, [V].
-        smoothing: probability mass spread over the whole vocabulary, in [0, 1).
-        static_shapes: keep the positions that count nothing, and mask them, so that no shape
-            depends on the labels' values.
+        smoothing: probability mass distributed over the whole vocabulary, in [0, 1).
+        static_shapes: mask ignored positions instead of leaving them out, so that no shape depends
+            on the values of the labels.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -84,22 +84,22 @@ def linear_cross_entropy(
 
 
 def _counted_only(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions that count, in one row: [1, N, D] and [1, N]."""
+    """The positions that are not ignored, in one row: [1, N, D] and [1, N]."""
     flat = labels.reshape(-1)
     counted = flat.ne(IGNORE_INDEX).nonzero().squeeze(1)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     if counted.numel() < flat.numel():
         hidden, flat = hidden.index_select(0, counted), flat.index_select(0, counted)
     if hidden.device.type == "cpu" and hidden.dtype.itemsize < 4:
-        missing = usual_count(len(flat)) - len(flat)
-        if missing:  # zeros that count nothing
+        missing = padded_count(len(flat)) - len(flat)
+        if missing:  # ignored positions
             hidden = F.pad(hidden, (0, 0, 0, missing))
             flat = F.pad(flat, (0, missing), value=IGNORE_INDEX)
     return hidden.unsqueeze(0), flat.unsqueeze(0)
 
 
 def chunk_positions(vocabulary: int, *, device: str, training: bool) -> int:
-    """How many positions share a chunk."""
+    """Number of positions of a chunk."""
     values = _CHUNK_VALUES.get(device, _ACCELERATOR_CHUNK_VALUES)
     least = _LEAST_TRAINING_CHUNK if training else _LEAST_CHUNK
     return max(values // vocabulary // 64 * 64, least)
@@ -123,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             sums = _Sums(weight, bias, dtype=hidden.dtype, smoothing=smoothing, needs=needs)
             positions = chunk_positions(len(weight), device=device, training=any(needs))
-            # Along T, so that a batch whose rows lie on several devices stays where it is.
+            # Along T, so that rows that are sharded over devices stay where they are.
             width = max(1, min(positions // max(1, hidden.shape[0]), hidden.shape[1]))
             parts = [sums.add(*chunk) for chunk in _chunks(hidden, labels, width)]
             ctx.gradients = (_joined(parts, hidden) if needs.hidden else None, *sums.gradients())
@@ -137,10 +137,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, by_loss: Tensor, _by_nll: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "the loss's gradients were used already: they are scaled in place, so that a "
-                "second backward pass through the same loss is not possible; compute it again"
+                "trying to backward through the loss a second time: its gradients are scaled in "
+                "place and can be used only once; compute the loss again"
             )
-        # Not kept: what nobody else holds becomes the parameters' gradient without a copy.
+        # Not kept: a tensor without another reference becomes ``.grad`` without a copy.
         gradients, ctx.gradients = ctx.gradients, None
         if ctx.kept_in is not None and can_add_to(ctx.kept_in):
             add_scaled(ctx.kept_in, gradients[1], by_loss)
@@ -163,11 +163,11 @@ def _joined(parts: list[Tensor | None], hidden: Tensor) -> Tensor:
     return torch.cat([part.view(rows, -1, width) for part in parts if part is not None], dim=1)
 
 
-def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
+def _transposed_matmul(left: Tensor, right: Tensor) -> Tensor:
     """``left.T @ right``, of [n, V] and [n, D].
 
-    Below fp32 on a CPU the smaller one is turned around: oneDNN multiplies with a contiguous left
-    side in two thirds of the time (1,024 x 32,128 and 512, one thread: 39 ms against 63).
+    Below fp32 on a CPU the smaller one is transposed: oneDNN takes two thirds of the time if the
+    left side is contiguous (1,024 x 32,128 and 512, one thread: 39 ms instead of 63).
     """
     if left.device.type == "cpu" and left.dtype.itemsize < 4:
         return (right.t().contiguous() @ left).t()
@@ -175,7 +175,7 @@ def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _Sums:
-    """Loss and gradients of one batch, added up chunk by chunk."""
+    """Loss and gradients of one batch, accumulated chunk by chunk."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class _Sums:
         self._buffers: dict[str, Tensor] = {}
 
     def add(self, hidden: Tensor, labels: Tensor) -> Tensor | None:
-        """Take in a chunk, hidden [n, D] and labels [n]; the gradient by ``hidden``, if needed."""
+        """Add a chunk, hidden [n, D] and labels [n]; returns the gradient by hidden if needed."""
         keep = labels.ne(IGNORE_INDEX).to(self._exact)
         target = labels.clamp(min=0).unsqueeze(1)
         logits = torch.mm(hidden, self._weight.t(), out=self._logits_buffer(len(hidden)))
@@ -214,7 +214,7 @@ class _Sums:
             mean_logit = mean_logit + self._bias.mean()
         by_logits, log_sum = self._softmax(logits, target)
         nll = log_sum - at_target
-        # `where` and not a product: what stands at places that don't count may be infinite.
+        # `where` instead of a multiplication: at ignored positions values may be infinite.
         self.nll += torch.where(keep > 0, nll, 0.0).sum()
         loss = (1.0 - self._smoothing) * nll + self._smoothing * (log_sum - mean_logit)
         self.loss += torch.where(keep > 0, loss, 0.0).sum()
@@ -223,10 +223,10 @@ class _Sums:
         return self._add_gradients(by_logits, hidden, keep)
 
     def _softmax(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss's gradient by logits, less what smoothing spreads, and their log sum exp [n].
+        """Gradient by the logits without the smoothing term, and log sum exp of the logits [n].
 
-        softmax - (1 - eps) * onehot, [n, V]. On CPUs it takes the place of ``logits``, a few rows
-        at a time so that what is computed in fp32 stays in the cache.
+        softmax - (1 - eps) * onehot, [n, V]. On CPUs it overwrites ``logits``, a few rows at a
+        time, so that values in fp32 stay in the cache.
         """
         if logits.device.type != "cpu":
             whole = logits if self._bias is None else logits + self._bias
@@ -241,7 +241,7 @@ class _Sums:
                 exact += self._bias
             largest = exact.amax(1)
             torch.softmax(exact, 1, out=exact)
-            # Where the logit is the largest, softmax is 1 over the sum of exp(z - largest).
+            # At the largest logit, softmax is 1 over the sum of exp(z - largest).
             sums.append(largest - exact.amax(1).log_())
             self._less_target(exact, at)
             if exact is not part:
@@ -253,7 +253,7 @@ class _Sums:
         return softmax.scatter_add_(1, target, onehot)
 
     def _add_gradients(self, by_logits: Tensor, hidden: Tensor, keep: Tensor) -> Tensor | None:
-        """``by_logits`` [n, V]: the loss's gradient without the part that smoothing spreads."""
+        """``by_logits`` [n, V]: gradient without the smoothing term; returns it by ``hidden``."""
         counted = hidden * keep.unsqueeze(1).to(hidden.dtype)
         low = by_logits.to(hidden.dtype)
         if self._needs.weight:
@@ -267,9 +267,9 @@ class _Sums:
         return (by_hidden * keep.unsqueeze(1)).to(hidden.dtype)
 
     def _add_to_weight(self, low: Tensor, counted: Tensor) -> None:
-        """``low.T @ counted``, and what smoothing spreads, added to the gradient of the weight."""
+        """Add ``low.T @ counted``, and the smoothing term, to the gradient of the weight."""
         if self._smoothing and "logits" in self._buffers:
-            # One more position, at which all tokens have the same gradient: no pass of its own.
+            # As one more position, at which all tokens have the same gradient.
             low = self._buffers["logits"][: len(low) + 1]
             low[-1] = -self._smoothing / low.shape[1]
             counted = torch.cat([counted, counted.sum(0, keepdim=True)])
@@ -278,16 +278,16 @@ class _Sums:
         if low.dtype == self._exact and self._by_weight is not None:
             self._by_weight.addmm_(low.t(), counted)
             return
-        added = _transposed_product(low, counted)
+        added = _transposed_matmul(low, counted)
         if self._by_weight is None:
             self._by_weight = added.to(self._exact, memory_format=torch.contiguous_format)
         else:
             self._by_weight += added
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """By weight and by bias, each in its own type; call it once, after all chunks."""
+        """Gradients by weight and bias, in their own types; to be called once, after all chunks."""
         by_weight, by_bias = self._by_weight, self._by_bias
-        if self._needs.weight and by_weight is None:  # there was no position that counts
+        if self._needs.weight and by_weight is None:  # all positions were ignored
             by_weight = torch.zeros_like(self._weight, dtype=self._exact)
         share = self._smoothing / len(self._weight)
         if by_weight is not None and self._smoothing and "logits" not in self._buffers:
@@ -299,9 +299,9 @@ class _Sums:
         return by_weight, by_bias
 
     def _logits_buffer(self, rows: int) -> Tensor | None:
-        """Room for logits [rows, V] that chunks share, on CPUs: large new memory costs much there.
+        """A buffer for logits [rows, V] that chunks share, on CPUs, where allocation is expensive.
 
-        Behind it there is room for one row more.
+        It has room for one more row.
         """
         if self._weight.device.type != "cpu":
             return None
@@ -311,7 +311,7 @@ class _Sums:
         return self._buffers["logits"][:rows]
 
     def _exact_buffer(self, part: Tensor) -> Tensor:
-        """``part`` in the exact type, in memory that parts share."""
+        """``part`` in the exact type, in a buffer that parts share."""
         if "exact" not in self._buffers:
             self._buffers["exact"] = torch.empty_like(part, dtype=self._exact)
         return self._buffers["exact"][: len(part)].copy_(part)

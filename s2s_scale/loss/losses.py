@@ -1,10 +1,10 @@
 """Token losses of encoder-decoder models: sums over target tokens, pads excluded.
 
-Shapes used below: B rows, T target positions, V target vocabulary.
+Every function returns sums, never means. The loss of a step is its sum divided by the number of
+target tokens in the whole step (all micro-batches, all ranks), which only the trainer knows; the
+loss and its gradient then do not depend on how the step is divided.
 
-Every function returns sums, never means: only the trainer knows how many target tokens the whole
-step holds (all micro-batches, all ranks), and only dividing the sum by that number gives a loss and
-a gradient that do not depend on how the step was cut.
+Shapes: B rows, T target positions, V target vocabulary.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from s2s_scale.utils import IGNORE_INDEX
 
 
 class TokenLoss(NamedTuple):
     """Sums over the counted target tokens of a batch; all three are scalars."""
 
     loss: Tensor
-    """What training minimises (smoothed, where smoothing is on), in nats."""
+    """The training objective, label-smoothed if smoothing is on, in nats."""
     nll: Tensor
-    """Plain negative log-likelihood, in nats, detached where it is not what is minimised."""
+    """Negative log-likelihood without smoothing, in nats, detached."""
     tokens: Tensor
     """Number of counted target tokens, int64."""
 
@@ -32,7 +32,7 @@ class TokenLoss(NamedTuple):
 def label_smoothed_nll_loss(
     lprobs: Tensor, target: Tensor, epsilon: float, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
-    """Label-smoothed negative log-likelihood, as sums, with fairseq's definition.
+    """Sums of the label-smoothed negative log-likelihood, in fairseq's definition.
 
     ``loss = (1 - epsilon) * nll + epsilon / V * sum over the vocabulary of -lprobs``
     (fairseq ``criterions/label_smoothed_cross_entropy.py``, first version; the same as
@@ -40,17 +40,17 @@ def label_smoothed_nll_loss(
 
     Args:
         lprobs: log-probabilities, [..., V].
-        target: token ids, [...] or [..., 1]; positions equal to ``ignore_index`` count nothing.
-        epsilon: probability mass spread over the whole vocabulary, in [0, 1).
+        target: token ids, [...] or [..., 1]; positions equal to ``ignore_index`` are ignored.
+        epsilon: probability mass distributed over the whole vocabulary, in [0, 1).
         ignore_index: -100, or the pad token id.
 
     Returns:
-        ``(loss, nll)``, two scalars: sums over the positions that count.
+        ``(loss, nll)``, two scalars: sums over the positions that are not ignored.
     """
     if target.dim() == lprobs.dim() - 1:
         target = target.unsqueeze(-1)
     ignored = target.eq(ignore_index)
-    # gather needs a valid index everywhere; what it reads at ignored places is masked out below.
+    # gather needs a valid index everywhere; ignored places are masked out below.
     nll = -lprobs.gather(dim=-1, index=target.masked_fill(ignored, 0))
     nll_sum = nll.masked_fill(ignored, 0.0).sum()
     spread = -lprobs.sum(dim=-1, keepdim=True)
@@ -62,8 +62,8 @@ def label_smoothed_nll_loss(
 def mask_pads(labels: Tensor, pad_id: int, eos_id: int | None = None) -> Tensor:
     """Labels [B, T] with every pad replaced by -100; labels may already hold -100.
 
-    Where EOS doubles as the pad token, the first EOS of a row is a target that the model must
-    learn (else it never stops) and only those after it are pads.
+    If EOS is also the pad token, the first EOS of a row is a target, without which the model would
+    never learn to stop, and only those after it are pads.
     """
     pads = labels.eq(pad_id)
     if pad_id == eos_id:
@@ -79,8 +79,8 @@ def count_tokens(labels: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> TokenLoss:
     """Summed cross entropy of ``logits`` [B, T, V] against ``labels`` [B, T], -100 ignored.
 
-    Computed in fp32 whatever the logits' type: in bf16 a sum over a large vocabulary loses the
-    digits that smoothing is made of.
+    Computed in fp32 whatever the type of the logits: in bf16 a sum over a large vocabulary loses
+    the digits that matter for smoothing.
     """
     tokens = count_tokens(labels)
     logits = logits.float()
@@ -98,8 +98,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> 
 
 
 def of_model_mean(loss: Tensor, labels: Tensor) -> TokenLoss:
-    """The sum behind a model's own loss: its mean over labels [B, T] other than -100, undone."""
+    """A model's own loss, a mean over labels [B, T] other than -100, as a sum."""
     tokens = count_tokens(labels)
-    # A batch with no target at all gives a 0/0 mean in the model; its sum is zero.
+    # The mean of a batch without a target is 0/0; its sum is zero.
     total = torch.where(tokens > 0, loss * tokens, torch.zeros_like(loss))
     return TokenLoss(total, total.detach(), tokens)

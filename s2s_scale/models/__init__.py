@@ -1,15 +1,17 @@
-"""Models: the table of family differences, loading, and making fresh ones.
+"""Encoder-decoder models: the table of families, loading, new models, packed attention.
 
-``families`` is the table, ``loading`` reads a saved model with its tokenizer, ``files`` checks its
-folder, ``new_model`` makes a model from nothing, ``tokenizers`` trains the tokenizer for it, and
-``tiny`` makes the small models that machines and tests are tried with.
+``families``          the table of differences between families
+``loading``           a saved model with its config and tokenizer
+``create``            a new model with its tokenizer, trained by ``tokenizers``
+``loss_head``         a model that ends in its loss instead of logits
+``packed_attention``  a model that runs on packed rows
+``tiny``              small random models for ``doctor`` and for tests
 """
 
 from __future__ import annotations
 
 from s2s_scale.models.families import (
     FAMILIES,
-    LABEL_PAD_ID,
     Family,
     apply_dropout_settings,
     check_precision,
@@ -33,7 +35,6 @@ from s2s_scale.models.loss_head import LossHead, loss_head_problem
 
 __all__ = [
     "FAMILIES",
-    "LABEL_PAD_ID",
     "Family",
     "Loaded",
     "LossHead",

@@ -1,4 +1,4 @@
-"""Make a fresh model and tokenizer of one of six architectures from the user's texts."""
+"""Creates a new model and tokenizer of one of six architectures from the user's texts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from s2s_scale.models.tokenizers import TokenizerSettings, train_tokenizer
 from s2s_scale.utils import as_any_new_file
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("bart", "t5", "mbart", "fsmt", "pegasus", "marian")
 SIZES = ("tiny", "small", "base")
-#: tokens at which generation stops unless told otherwise (transformers' own default is 20)
+#: maximum length of generated texts (transformers' own default is 20 tokens)
 GENERATION_MAX_LENGTH = 200
-#: spread of T5's relative position biases in a new model
+#: standard deviation of T5's relative position biases in a new model
 RELATIVE_POSITION_STD = 2.5
 
 
@@ -43,7 +42,7 @@ class Shape:
 
 _TINY = Shape(d_model=128, ffn=512, heads=4, layers=2)
 _SMALL = Shape(d_model=256, ffn=1024, heads=4, layers=4)
-#: base is the published base shape: bart-base, t5-base, the Pegasus paper's base, opus-mt and
+#: ``base`` is the published base shape: bart-base, t5-base, the Pegasus paper's base, opus-mt and
 #: wmt16-en-de (transformer base); mBART was published in one size only and takes bart-base's here
 SHAPES: dict[str, dict[str, Shape]] = {
     "bart": {"tiny": _TINY, "small": _SMALL, "base": Shape(768, 3072, 12, 6)},
@@ -53,9 +52,9 @@ SHAPES: dict[str, dict[str, Shape]] = {
     "pegasus": {"tiny": _TINY, "small": _SMALL, "base": Shape(768, 3072, 12, 12)},
     "marian": {"tiny": _TINY, "small": _SMALL, "base": Shape(512, 2048, 8, 6)},
 }
-#: what the published models of a family set besides their shape; all but mBART's scaled
-#: embeddings: beside them fresh position embeddings are too faint to learn word order from
-#: (copying, 300 steps: 63 to 94 % of rows exact with the scale, 100 % without)
+#: what the published models of a family set besides their shape. mBART's scaled embeddings are left
+#: out: new position embeddings are too small beside them to learn word order from (copying, 300
+#: steps: 63 to 94 % of rows exact with the scale, 100 % without)
 PUBLISHED: dict[str, dict[str, Any]] = {
     "bart": {"activation_function": "gelu"},
     "t5": {"feed_forward_proj": "relu"},
@@ -79,20 +78,36 @@ def new_model(
     split_digits: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Train a tokenizer on ``texts`` (source and target rows) and write it with a fresh model.
+    """Train a tokenizer on ``texts`` (source and target rows) and save it with a new model.
 
-    The folder loads with ``AutoModelForSeq2SeqLM`` and ``AutoTokenizer``; the same arguments give
-    the same files. It appears only once everything is written. ``vocab_size`` counts special
-    tokens and is an upper bound. Raises ``UserError`` for unknown names, a vocabulary too small
-    for the texts, no text, and a folder that is not empty without ``overwrite``, which replaces
-    the files of the same names and leaves others alone.
+    The folder can be loaded with ``AutoModelForSeq2SeqLM`` and ``AutoTokenizer``. The same
+    arguments give the same files. The folder appears once it is complete.
+
+    Args:
+        architecture: one of ``ARCHITECTURES``.
+        size: one of ``SIZES``.
+        texts: source and target rows.
+        vocab_size: largest number of tokens, special ones included.
+        output_dir: folder to write to.
+        src_lang: source language code, for mBART and FSMT.
+        tgt_lang: target language code.
+        seed: of the weights and of the tokenizer's sample of texts.
+        split_digits: make every digit a token.
+        overwrite: replace files of the same names in a folder that is not empty.
+
+    Raises:
+        UserError: a name is unknown, the vocabulary is too small for the texts, there is no text,
+            or the folder is not empty and ``overwrite`` is not given.
     """
+    from transformers import CONFIG_MAPPING
+
     output_dir = Path(output_dir)
     check_request(architecture, size, vocab_size, output_dir, overwrite=overwrite)
     if architecture == "mbart":
         src_lang, tgt_lang = src_lang or "en_XX", tgt_lang or "de_DE"
     with _staged(output_dir) as folder:
-        _write_model_type(architecture, folder)
+        # AutoTokenizer reads the family from a config.json.
+        CONFIG_MAPPING[architecture]().save_pretrained(folder)
         settings = TokenizerSettings(vocab_size, folder, src_lang, tgt_lang, seed, split_digits)
         tokenizer = train_tokenizer(architecture, texts, settings)
         config = fresh_config(architecture, size, tokenizer)
@@ -103,7 +118,7 @@ def new_model(
 def check_request(
     architecture: str, size: str, vocab_size: int, output_dir: Path, *, overwrite: bool
 ) -> None:
-    """Raise one ``UserError`` for every part of the request that cannot be met."""
+    """Raise one ``UserError`` for all invalid arguments of ``new_model``."""
     problems: list[str] = []
     if architecture not in FAMILIES:
         problems += unknown_name("architecture", architecture, ARCHITECTURES).problems
@@ -124,7 +139,7 @@ def check_request(
 def fresh_config(
     architecture: str, size: str, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedConfig:
-    """The config of a new model of this architecture and size for ``tokenizer``."""
+    """The config of a new model of an architecture and size for ``tokenizer``."""
     from transformers import CONFIG_MAPPING
 
     shape = SHAPES[architecture][size]
@@ -147,10 +162,10 @@ def run_new_model(
     split_digits: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """``new_model`` on the training split that ``data`` names, its source prefix included.
+    """``new_model`` on the training split that ``data`` names, with its source prefix.
 
-    Language codes come from the arguments, else from ``data``. Raises the ``UserError``s of
-    ``new_model`` and of ``load_pairs``.
+    Language codes default to those of ``data``. Raises the ``UserError``s of ``new_model`` and of
+    ``load_pairs``.
     """
     from s2s_scale.data.sources import load_pairs
 
@@ -178,7 +193,7 @@ def run_new_model(
 
 
 class _staged:
-    """A scratch folder beside ``target`` whose files move there if the block succeeds."""
+    """A scratch folder beside ``target``, whose files are moved there if the block succeeds."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -205,13 +220,6 @@ class _staged:
             shutil.rmtree(self.scratch)
 
 
-def _write_model_type(architecture: str, folder: Path) -> None:
-    """A first config.json: AutoTokenizer asks it which family the tokenizer is of."""
-    from transformers import CONFIG_MAPPING
-
-    CONFIG_MAPPING[architecture]().save_pretrained(folder)
-
-
 def _write_model(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -228,24 +236,16 @@ def _write_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForSeq2SeqLM.from_config(config)
-        _redraw_relative_positions(model)
+        # transformers draws T5's position biases, its only sense of word order, with a deviation of
+        # 1/sqrt(d_model), which training from scratch takes long to outgrow: copying, 300 steps,
+        # 8 % of rows exact with 0.09 and over 90 % with 2.5.
+        for name, parameter in model.named_parameters():
+            if name.endswith("relative_attention_bias.weight"):
+                torch.nn.init.normal_(parameter, std=RELATIVE_POSITION_STD)
     model.generation_config.max_length = GENERATION_MAX_LENGTH
     set_languages(model, tokenizer, src_lang=languages[0], tgt_lang=languages[1])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _redraw_relative_positions(model: torch.nn.Module) -> None:
-    """Draw T5's position biases, its only sense of word order, wide enough to learn from.
-
-    transformers draws them with a deviation of 1/sqrt(d_model), which training from scratch takes
-    long to outgrow: copying, 300 steps, 8 % of rows exact with 0.09 and over 90 % with 2.5.
-    """
-    import torch
-
-    for name, parameter in model.named_parameters():
-        if name.endswith("relative_attention_bias.weight"):
-            torch.nn.init.normal_(parameter, std=RELATIVE_POSITION_STD)
 
 
 def _token_fields(architecture: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def _token_fields(architecture: str, tokenizer: PreTrainedTokenizerBase) -> dict
     if architecture in ("bart", "mbart", "fsmt"):
         fields["bos_token_id"] = tokenizer.convert_tokens_to_ids("<s>")
     if architecture == "mbart":
-        return fields  # its start token is the target language's code: set_languages
+        return fields  # set_languages makes the target language's code its start token
     start = eos if architecture in ("bart", "fsmt") else pad
     return {**fields, "decoder_start_token_id": start}
 
@@ -281,9 +281,9 @@ def _t5_fields(shape: Shape) -> dict[str, Any]:
 def _bart_like_fields(shape: Shape) -> dict[str, Any]:
     return {
         "d_model": shape.d_model,
-        # Xavier's deviation for square matrices, and scaled embeddings of size 1, as the position
-        # signal's. The families' own 0.02 fits a width of 1024 and more; at 128 the position
-        # signal drowns the words.
+        # Xavier's deviation for square matrices. It gives scaled embeddings a magnitude of 1, like
+        # the position embeddings. The families' own 0.02 suits a width of 1024 and more; at 128 the
+        # positions would drown the words.
         "init_std": shape.d_model**-0.5,
         "max_position_embeddings": shape.positions,
         **{

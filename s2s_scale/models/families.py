@@ -1,4 +1,4 @@
-"""The one table of differences between encoder-decoder families, and what is read from it.
+"""The table of differences between encoder-decoder families, and what follows from it.
 
 Shapes: B rows, T target positions.
 """
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from s2s_scale.errors import UserError, raise_problems
+from s2s_scale.utils import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
-LABEL_PAD_ID = -100
 DECODER_INPUTS = Literal["start_token", "wrap_last_token", "model"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between encoder-decoder families. ``None`` for a field: the family has none."""
+    """What differs between encoder-decoder families. ``None``: the family has no such field."""
 
     model_type: str
     #: names of the config fields that hold these settings
@@ -39,8 +39,8 @@ class Family:
     #: the module that turns hidden states into logits, and what the model adds to these (a buffer)
     output_projection: str = "lm_head"
     logits_bias: str | None = "final_logits_bias"
-    #: attention takes masks of queries and keys only when its modules are given them directly, and
-    #: position embeddings give pads a place of their own, before the first
+    #: masks of queries and keys must be passed to the attention modules directly, and position
+    #: embeddings have a position for pads, before the first one
     masks_in_attention: bool = False
     positions_skip_pads: bool = False
     #: the forward pass masks the decoder's future only when told ``use_cache=False``
@@ -83,7 +83,7 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a model's config; a generic one for encoder-decoders outside the table.
 
-    Raises ``UserError`` for a model that is no encoder-decoder.
+    Raises ``UserError`` for a model that is not an encoder-decoder.
     """
     model_type = str(getattr(config, "model_type", "") or "unknown")
     if model_type in FAMILIES:
@@ -111,10 +111,10 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def check_precision(config: PreTrainedConfig, *, fp16: bool) -> None:
-    """Refuse fp16 where a family's activations do not fit it.
+    """Refuse fp16 for a family whose activations exceed its range.
 
-    T5 was trained in bfloat16, whose range is fp32's; its feed-forward layers reach values that
-    fp16 has no room for (transformers issue 9295).
+    T5 was trained in bfloat16, which has the range of fp32; the values of its feed-forward layers
+    overflow in fp16 (transformers issue 9295).
 
     Raises:
         UserError: names bf16 in its place.
@@ -127,12 +127,12 @@ def check_precision(config: PreTrainedConfig, *, fp16: bool) -> None:
 
 
 def target_vocab_size(config: PreTrainedConfig) -> int:
-    """Number of target tokens that the model can score (the width of its logits)."""
+    """Number of target tokens: the width of the logits."""
     return int(getattr(config, family_of(config).target_vocab_size))
 
 
 def source_vocab_size(config: PreTrainedConfig) -> int:
-    """Number of source tokens that the encoder can embed."""
+    """Number of source tokens: the rows of the encoder's embedding."""
     return int(getattr(config, family_of(config).source_vocab_size))
 
 
@@ -144,10 +144,10 @@ def apply_dropout_settings(
     encoder_layerdrop: float | None = None,
     decoder_layerdrop: float | None = None,
 ) -> None:
-    """Write the given probabilities into the config's fields, under the family's own names.
+    """Write the given probabilities into the config, under the family's own names.
 
-    Must run before the model is built: modules copy their probability then. Raises one
-    ``UserError`` for every value outside [0, 1) and every setting that the family lacks.
+    To be called before the model is built, since modules copy their probability. Raises one
+    ``UserError`` for all values outside [0, 1) and all settings that the family does not have.
     """
     family = family_of(config)
     given = {
@@ -176,17 +176,25 @@ def apply_dropout_settings(
 
 
 def decoder_inputs_from_labels(model: Any, labels: torch.Tensor, pad_token_id: int) -> torch.Tensor:
-    """Decoder inputs LongTensor[B, T] for ``labels`` LongTensor[B, T], which stay untouched.
+    """Decoder inputs LongTensor[B, T] for ``labels`` LongTensor[B, T], which are not modified.
 
-    Labels may be padded with -100, with the pad id or with both. Equal to what the transformers
-    model makes of labels itself; FSMT, which would feed its decoder the source, gets fairseq's
-    shift of the labels. ``model`` may be any object with the model's ``config``. Raises
-    ``UserError`` where the config has no decoder start token but the family needs one.
+    Labels may be padded with -100, with the pad id or with both. The result is what the model of
+    transformers derives from labels itself, except for FSMT, which would feed its decoder the
+    source and gets fairseq's shift of the labels. ``model`` may be any object with the model's
+    ``config``. Raises ``UserError`` if the family needs a decoder start token that the config does
+    not have.
     """
     family = family_of(model.config)
-    clean = labels.masked_fill(labels == LABEL_PAD_ID, pad_token_id)
+    clean = labels.masked_fill(labels == IGNORE_INDEX, pad_token_id)
     if family.decoder_inputs == "model":
-        return _by_the_model(model, clean)
+        derive = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if derive is None:
+            raise UserError(
+                f"models of type '{model.config.model_type}' do not say how labels become decoder "
+                "inputs; give batches with decoder_input_ids"
+            )
+        derived: torch.Tensor = derive(labels=clean)
+        return derived
     shifted = clean.new_empty(clean.shape)
     shifted[:, 1:] = clean[:, :-1]
     if family.decoder_inputs == "wrap_last_token":
@@ -198,7 +206,7 @@ def decoder_inputs_from_labels(model: Any, labels: torch.Tensor, pad_token_id: i
 
 
 def start_token(config: PreTrainedConfig) -> int:
-    """The decoder's first token in families that have one; ``UserError`` where it is not set."""
+    """The decoder's first token in families that have one; ``UserError`` if it is not set."""
     start = config.decoder_start_token_id
     if start is None:
         raise UserError(
@@ -206,14 +214,3 @@ def start_token(config: PreTrainedConfig) -> int:
             f"'{config.model_type}' need in training; set it in config.json"
         )
     return int(start)
-
-
-def _by_the_model(model: Any, labels: torch.Tensor) -> torch.Tensor:
-    derive = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if derive is None:
-        raise UserError(
-            f"models of type '{model.config.model_type}' do not say how labels become decoder "
-            "inputs; give batches with decoder_input_ids"
-        )
-    shifted: torch.Tensor = derive(labels=labels)
-    return shifted

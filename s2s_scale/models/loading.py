@@ -1,7 +1,4 @@
-"""Load a model with its config and tokenizer, checked before any weight is read.
-
-What a model's folder must hold, checked without reading weights, each mistake in one line.
-"""
+"""Loads a model with its config and tokenizer, checked before any weight is read."""
 
 from __future__ import annotations
 
@@ -25,6 +22,7 @@ from s2s_scale.models.families import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -46,8 +44,239 @@ VOCABULARY_FILES = (
 CLASSES_WITHOUT_VOCABULARY = ("ByT5Tokenizer",)
 
 
+class Loaded(NamedTuple):
+    """A model in fp32, its config (``model.config``) and its tokenizer."""
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+
+
+def load(
+    model_args: ModelArguments,
+    *,
+    src_lang: str | None = None,
+    tgt_lang: str | None = None,
+    task: str | None = None,
+    dropout: float | None = None,
+    attention_dropout: float | None = None,
+    encoder_layerdrop: float | None = None,
+    decoder_layerdrop: float | None = None,
+    fp16: bool = False,
+) -> Loaded:
+    """Load config, tokenizer and model, in this order, cheap checks first.
+
+    Args:
+        model_args: names of the model, its config and tokenizer, and where they are.
+        src_lang: source language code, for families that have them.
+        tgt_lang: target language code.
+        task: the task whose ``task_specific_params`` of the config are applied.
+        dropout: see ``apply_dropout_settings``, as for the next three.
+        attention_dropout: probability.
+        encoder_layerdrop: probability.
+        decoder_layerdrop: probability.
+        fp16: whether the model will run in half precision, which some families cannot.
+
+    Raises:
+        UserError: a folder, config, tokenizer or weights are missing or unreadable; the model is
+            not an encoder-decoder; weights do not fit the config; a task or language code is
+            unknown; the family lacks a dropout setting; or there is neither a pad token nor EOS.
+    """
+    name = _required_name(model_args)
+    check_folder(name, what="model", weights=True)
+    config = load_config(model_args)
+    check_precision(config, fp16=fp16)
+    generation_values = apply_task_parameters(config, task)
+    apply_dropout_settings(
+        config,
+        dropout=dropout,
+        attention_dropout=attention_dropout,
+        encoder_layerdrop=encoder_layerdrop,
+        decoder_layerdrop=decoder_layerdrop,
+    )
+    tokenizer = load_tokenizer(model_args, config)
+    settle_pad_token(config, tokenizer)
+    model = _load_weights(model_args, config)
+    for key, value in generation_values.items():
+        setattr(model.generation_config, key, value)
+    set_languages(model, tokenizer, src_lang=src_lang, tgt_lang=tgt_lang)
+    if model_args.freeze_embeds:
+        freeze_embeddings(model)
+    if model_args.freeze_encoder:
+        freeze_encoder(model)
+    return Loaded(model.config, tokenizer, model)
+
+
+def load_config(model_args: ModelArguments) -> PreTrainedConfig:
+    """The config; ``UserError`` if it is missing, invalid or not an encoder-decoder's."""
+    from transformers import AutoConfig
+
+    name = model_args.config_name or _required_name(model_args)
+    check_folder(name, what="config", weights=False)
+    with readable(f"config of '{name}'", name):
+        config = AutoConfig.from_pretrained(name, **_hub_options(model_args))
+    family_of(config)
+    return config
+
+
+def load_tokenizer(
+    model_args: ModelArguments, config: PreTrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer; ``UserError`` if its files are missing or unreadable."""
+    from transformers import AutoTokenizer
+
+    name = model_args.tokenizer_name or _required_name(model_args)
+    folder = Path(name)
+    if folder.is_dir() and not has_vocabulary(folder):
+        # transformers 5 would go on silently with an empty vocabulary
+        raise UserError(
+            f"{name}: no tokenizer in this folder; expected one of {', '.join(VOCABULARY_FILES)}; "
+            "copy the tokenizer there or give --tokenizer_name"
+        )
+    if not folder.is_dir():
+        check_folder(name, what="tokenizer", weights=False)
+    options = _hub_options(model_args)
+    if config is not None and model_args.config_name:
+        options["config"] = config
+    with readable(f"tokenizer of '{name}'", name):
+        return AutoTokenizer.from_pretrained(name, **options)
+
+
+def settle_pad_token(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Make sure that tokenizer and config have a pad token; return its id.
+
+    A tokenizer without one takes the config's, else EOS, with a warning. Raises ``UserError`` if
+    there is no EOS either.
+    """
+    if tokenizer.pad_token_id is None:
+        if config.pad_token_id is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        elif tokenizer.eos_token is not None:
+            logger.warning(
+                "The tokenizer has no pad token: its EOS token '%s' is used for padding.",
+                tokenizer.eos_token,
+            )
+            tokenizer.pad_token = tokenizer.eos_token
+        else:
+            raise UserError(
+                "the tokenizer has neither a pad token nor an EOS token; expected at least one; "
+                "add pad_token to its tokenizer_config.json"
+            )
+    pad = int(tokenizer.pad_token_id)
+    if config.pad_token_id is None:
+        config.pad_token_id = pad
+    elif config.pad_token_id != pad:
+        logger.warning(
+            "The tokenizer pads with id %d, the model's config says %d: do they belong together?",
+            pad,
+            config.pad_token_id,
+        )
+    return pad
+
+
+def apply_task_parameters(config: PreTrainedConfig, task: str | None) -> dict[str, Any]:
+    """Apply ``config.task_specific_params[task]`` to ``config``; return its generation settings.
+
+    These belong in the model's generation config. A ``prefix`` is set as ``config.prefix``. Raises
+    ``UserError`` if the config does not have the task.
+    """
+    from transformers import GenerationConfig
+
+    if task is None:
+        return {}
+    tasks: dict[str, dict[str, Any]] = getattr(config, "task_specific_params", None) or {}
+    if not tasks:
+        raise UserError(
+            f"task '{task}': the model's config has no task_specific_params; leave --task out"
+        )
+    if task not in tasks:
+        raise unknown_name("task", task, tasks)
+    generation_fields = vars(GenerationConfig())
+    generation = {k: v for k, v in tasks[task].items() if k in generation_fields}
+    for key, value in tasks[task].items():
+        if key not in generation:
+            setattr(config, key, value)
+    return generation
+
+
+def set_languages(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    src_lang: str | None,
+    tgt_lang: str | None,
+) -> None:
+    """Set the language codes of a multilingual model's tokenizer and generation config.
+
+    mBART's first tokenizer ends rows with the code, so decoding starts with it; those of mBART-50,
+    M2M100 and NLLB begin rows with it, so it is the first generated token. Does nothing for
+    families without language codes. Raises ``UserError`` for an unknown code, naming near ones, and
+    if a code is missing.
+    """
+    if not family_of(model.config).languages:
+        return
+    codes = language_ids(tokenizer)
+    src_lang = src_lang or getattr(tokenizer, "src_lang", None)
+    tgt_lang = tgt_lang or getattr(tokenizer, "tgt_lang", None)
+    if not tgt_lang or not src_lang:
+        raise UserError(
+            f"models of type '{model.config.model_type}' need language codes; give --src_lang "
+            "and --tgt_lang, such as en_XX and de_DE"
+        )
+    for flag, code in (("src_lang", src_lang), ("tgt_lang", tgt_lang)):
+        if code not in codes:
+            raise _unknown_language(flag, code, codes)
+    tokenizer.src_lang = src_lang
+    tokenizer.tgt_lang = tgt_lang
+    language = codes[tgt_lang]
+    generation = model.generation_config
+    if _language_comes_last(tokenizer, tgt_lang):
+        # Labels "X </s> code" make decoder inputs "code X </s>": the code is the start token.
+        # Forcing it again in second place would generate what never occurs in training.
+        model.config.decoder_start_token_id = language
+        generation.decoder_start_token_id = language
+        generation.forced_bos_token_id = None
+        return
+    # Labels "code X </s>" make decoder inputs "</s> code X": the code is generated first.
+    start = model.config.decoder_start_token_id
+    start = model.config.eos_token_id if start is None else start
+    model.config.decoder_start_token_id = start
+    generation.decoder_start_token_id = start
+    generation.forced_bos_token_id = language
+
+
+def language_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Token id of each language code that is in the tokenizer's vocabulary."""
+    codes: Iterable[str] = getattr(tokenizer, "lang_code_to_id", None) or [
+        token for token in tokenizer.all_special_tokens if "_" in token
+    ]
+    ids = {code: _token_id(tokenizer, code) for code in codes}
+    if hasattr(tokenizer, "get_lang_id"):  # M2M100 keeps code and token apart: de, __de__
+        ids = {code: int(tokenizer.get_lang_id(code)) for code in codes}
+    return {code: index for code, index in ids.items() if index != tokenizer.unk_token_id}
+
+
+def freeze_embeddings(model: PreTrainedModel) -> None:
+    """Freeze token and position embeddings of encoder and decoder, and output projections tied to
+    them."""
+    for part in (model.get_encoder(), model.get_decoder(), model.base_model):
+        for name in ("embed_tokens", "embed_positions", "shared"):
+            module = getattr(part, name, None)
+            if module is not None:
+                module.requires_grad_(False)
+
+
+def freeze_encoder(model: PreTrainedModel) -> None:
+    """Freeze the encoder, except for embeddings that it shares with the decoder."""
+    encoder = model.get_encoder()
+    shared = {id(p) for p in model.get_decoder().parameters()}
+    for parameter in encoder.parameters():
+        if id(parameter) not in shared:
+            parameter.requires_grad_(False)
+
+
 def check_folder(name: str, *, what: str, weights: bool) -> None:
-    """Raise ``UserError`` for a folder that is missing or lacks config or weights; hub ids pass."""
+    """Raise ``UserError`` for a missing folder, config or weight file; hub ids pass."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.exists():
@@ -96,7 +325,7 @@ def _check_weight_files(folder: Path) -> None:
 
 
 def has_vocabulary(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer that can cut text."""
+    """Whether the folder holds a tokenizer with a vocabulary, or one that needs none."""
     if any((folder / name).is_file() for name in VOCABULARY_FILES):
         return True
     try:
@@ -108,7 +337,7 @@ def has_vocabulary(folder: Path) -> bool:
 
 @contextmanager
 def readable(what: str, name: str) -> Iterator[None]:
-    """Turn what transformers raises for unusable files or hub ids into one line."""
+    """Turn the exceptions of transformers for unusable files or hub ids into a ``UserError``."""
     from safetensors import SafetensorError
 
     try:
@@ -135,229 +364,6 @@ def readable(what: str, name: str) -> Iterator[None]:
                 "reach; give a folder that exists or connect to the hub"
             )
         raise UserError(f"could not load the {what}: {remedy} ({reason})") from error
-
-
-logger = logging.getLogger(__name__)
-
-
-class Loaded(NamedTuple):
-    """A model in fp32 with what belongs to it; ``config`` is ``model.config``."""
-
-    config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel
-
-
-def load(
-    model_args: ModelArguments,
-    *,
-    src_lang: str | None = None,
-    tgt_lang: str | None = None,
-    task: str | None = None,
-    dropout: float | None = None,
-    attention_dropout: float | None = None,
-    encoder_layerdrop: float | None = None,
-    decoder_layerdrop: float | None = None,
-    fp16: bool = False,
-) -> Loaded:
-    """Config, tokenizer and model as the settings ask, in that order, cheap checks first.
-
-    ``fp16`` says that the model will compute in half precision, which some families cannot.
-
-    Raises ``UserError`` for: folder, config, tokenizer or weights missing or unreadable; a model
-    that is no encoder-decoder; weights that do not fit the config; an unknown task or language
-    code; a dropout setting that the family lacks; no pad token and no EOS to take its place.
-    """
-    name = _required_name(model_args)
-    check_folder(name, what="model", weights=True)
-    config = load_config(model_args)
-    check_precision(config, fp16=fp16)
-    generation_values = apply_task_parameters(config, task)
-    apply_dropout_settings(
-        config,
-        dropout=dropout,
-        attention_dropout=attention_dropout,
-        encoder_layerdrop=encoder_layerdrop,
-        decoder_layerdrop=decoder_layerdrop,
-    )
-    tokenizer = load_tokenizer(model_args, config)
-    settle_pad_token(config, tokenizer)
-    model = _load_weights(model_args, config)
-    for key, value in generation_values.items():
-        setattr(model.generation_config, key, value)
-    set_languages(model, tokenizer, src_lang=src_lang, tgt_lang=tgt_lang)
-    if model_args.freeze_embeds:
-        freeze_embeddings(model)
-    if model_args.freeze_encoder:
-        freeze_encoder(model)
-    return Loaded(model.config, tokenizer, model)
-
-
-def load_config(model_args: ModelArguments) -> PreTrainedConfig:
-    """The config alone; ``UserError`` if it is missing, invalid or of no encoder-decoder."""
-    from transformers import AutoConfig
-
-    name = model_args.config_name or _required_name(model_args)
-    check_folder(name, what="config", weights=False)
-    with readable(f"config of '{name}'", name):
-        config = AutoConfig.from_pretrained(name, **_hub_options(model_args))
-    family_of(config)
-    return config
-
-
-def load_tokenizer(
-    model_args: ModelArguments, config: PreTrainedConfig | None = None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer alone; ``UserError`` if its files are missing or unreadable."""
-    from transformers import AutoTokenizer
-
-    name = model_args.tokenizer_name or _required_name(model_args)
-    folder = Path(name)
-    if folder.is_dir() and not has_vocabulary(folder):
-        # transformers 5 would go on silently with an empty vocabulary
-        raise UserError(
-            f"{name}: no tokenizer in this folder; expected one of {', '.join(VOCABULARY_FILES)}; "
-            "copy the tokenizer there or give --tokenizer_name"
-        )
-    if not folder.is_dir():
-        check_folder(name, what="tokenizer", weights=False)
-    options = _hub_options(model_args)
-    if config is not None and model_args.config_name:
-        options["config"] = config
-    with readable(f"tokenizer of '{name}'", name):
-        return AutoTokenizer.from_pretrained(name, **options)
-
-
-def settle_pad_token(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give tokenizer and config a pad token where one lacks it; return its id.
-
-    A missing pad token becomes the config's, else EOS with a warning. Raises ``UserError`` when
-    there is no EOS either.
-    """
-    if tokenizer.pad_token_id is None:
-        if config.pad_token_id is not None:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
-        elif tokenizer.eos_token is not None:
-            logger.warning(
-                "The tokenizer has no pad token: its EOS token '%s' is used for padding.",
-                tokenizer.eos_token,
-            )
-            tokenizer.pad_token = tokenizer.eos_token
-        else:
-            raise UserError(
-                "the tokenizer has neither a pad token nor an EOS token; expected at least one; "
-                "add pad_token to its tokenizer_config.json"
-            )
-    pad = int(tokenizer.pad_token_id)
-    if config.pad_token_id is None:
-        config.pad_token_id = pad
-    elif config.pad_token_id != pad:
-        logger.warning(
-            "The tokenizer pads with id %d, the model's config says %d: do they belong together?",
-            pad,
-            config.pad_token_id,
-        )
-    return pad
-
-
-def apply_task_parameters(config: PreTrainedConfig, task: str | None) -> dict[str, Any]:
-    """Apply ``config.task_specific_params[task]`` to ``config``; return its generation values.
-
-    The returned ones belong into the model's generation config. A ``prefix`` lands in
-    ``config.prefix``. Raises ``UserError`` for a task that the config does not know.
-    """
-    from transformers import GenerationConfig
-
-    if task is None:
-        return {}
-    tasks: dict[str, dict[str, Any]] = getattr(config, "task_specific_params", None) or {}
-    if not tasks:
-        raise UserError(
-            f"task '{task}': the model's config has no task_specific_params; leave --task out"
-        )
-    if task not in tasks:
-        raise unknown_name("task", task, tasks)
-    generation_fields = vars(GenerationConfig())
-    generation = {k: v for k, v in tasks[task].items() if k in generation_fields}
-    for key, value in tasks[task].items():
-        if key not in generation:
-            setattr(config, key, value)
-    return generation
-
-
-def set_languages(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    src_lang: str | None,
-    tgt_lang: str | None,
-) -> None:
-    """Set tokenizer and generation of a multilingual model to a pair of language codes.
-
-    mBART's first tokenizer ends rows with the code, so that decoding starts with it; those of
-    mBART-50, M2M100 and NLLB begin rows with it, so that it is the first token generated.
-    Families without language codes are left alone. Raises ``UserError`` for an unknown code,
-    naming near ones, and where no target code is known at all.
-    """
-    if not family_of(model.config).languages:
-        return
-    codes = language_ids(tokenizer)
-    src_lang = src_lang or getattr(tokenizer, "src_lang", None)
-    tgt_lang = tgt_lang or getattr(tokenizer, "tgt_lang", None)
-    if not tgt_lang or not src_lang:
-        raise UserError(
-            f"models of type '{model.config.model_type}' need language codes; give --src_lang "
-            "and --tgt_lang, such as en_XX and de_DE"
-        )
-    for flag, code in (("src_lang", src_lang), ("tgt_lang", tgt_lang)):
-        if code not in codes:
-            raise _unknown_language(flag, code, codes)
-    tokenizer.src_lang = src_lang
-    tokenizer.tgt_lang = tgt_lang
-    language = codes[tgt_lang]
-    generation = model.generation_config
-    if _language_comes_last(tokenizer, tgt_lang):
-        # labels "X </s> code" make decoder inputs "code X </s>": the code is the start, and
-        # forcing it once more in second place would generate what training never showed
-        model.config.decoder_start_token_id = language
-        generation.decoder_start_token_id = language
-        generation.forced_bos_token_id = None
-        return
-    # labels "code X </s>" make decoder inputs "</s> code X": the code is generated first
-    start = model.config.decoder_start_token_id
-    start = model.config.eos_token_id if start is None else start
-    model.config.decoder_start_token_id = start
-    generation.decoder_start_token_id = start
-    generation.forced_bos_token_id = language
-
-
-def language_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Language code -> token id, for the codes that are in the tokenizer's vocabulary."""
-    codes: Iterable[str] = getattr(tokenizer, "lang_code_to_id", None) or [
-        token for token in tokenizer.all_special_tokens if "_" in token
-    ]
-    ids = {code: _token_id(tokenizer, code) for code in codes}
-    if hasattr(tokenizer, "get_lang_id"):  # M2M100 keeps code and token apart: de, __de__
-        ids = {code: int(tokenizer.get_lang_id(code)) for code in codes}
-    return {code: index for code, index in ids.items() if index != tokenizer.unk_token_id}
-
-
-def freeze_embeddings(model: PreTrainedModel) -> None:
-    """Stop training token and position embeddings of encoder and decoder (tied heads too)."""
-    for part in (model.get_encoder(), model.get_decoder(), model.base_model):
-        for name in ("embed_tokens", "embed_positions", "shared"):
-            module = getattr(part, name, None)
-            if module is not None:
-                module.requires_grad_(False)
-
-
-def freeze_encoder(model: PreTrainedModel) -> None:
-    """Stop training the encoder; embeddings that the decoder shares stay trained."""
-    encoder = model.get_encoder()
-    shared = {id(p) for p in model.get_decoder().parameters()}
-    for parameter in encoder.parameters():
-        if id(parameter) not in shared:
-            parameter.requires_grad_(False)
 
 
 def _required_name(model_args: ModelArguments) -> str:
@@ -434,7 +440,7 @@ def _unknown_language(flag: str, code: str, codes: Iterable[str]) -> UserError:
 
 
 def _language_comes_last(tokenizer: PreTrainedTokenizerBase, tgt_lang: str) -> bool:
-    """Whether target rows end with the language code, as mBART's first tokenizer writes them."""
+    """Whether target rows end with the language code, as those of mBART's first tokenizer do."""
     ids = tokenizer(text_target="a")["input_ids"]
     return bool(ids) and ids[-1] == _token_id(tokenizer, tgt_lang)
 

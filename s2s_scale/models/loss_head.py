@@ -1,10 +1,10 @@
-"""Lets a stock model's forward pass end in its loss where it would otherwise build logits.
+"""Makes the forward pass of a stock model end in its loss instead of logits.
 
-A model computes logits with one module, its output projection. For the span of one call that
-module's ``forward`` is replaced by one that takes the hidden states and gives the sums of the loss.
-The module is still called by the model: what hangs hooks on it works as ever (ZeRO 3 gathers its
-weight before and fetches it again for the backward pass), and so does what wraps the whole model
-(DistributedDataParallel, autocast), because the sums leave it as its output.
+A model computes logits with one module, its output projection. For the duration of one call its
+``forward`` is replaced by a function that takes the hidden states and returns the sums of the loss.
+The module is still called by the model, so hooks on it work (ZeRO 3 gathers its weight before the
+call and again for the backward pass). And the sums are the output of the model, so wrappers of the
+whole model work, too (DistributedDataParallel, autocast).
 
 Shapes: B rows, T target positions, D model width, V target vocabulary.
 """
@@ -25,14 +25,14 @@ from s2s_scale.models.families import FAMILIES
 
 
 def loss_head_problem(model: Any) -> str | None:
-    """Why ``model`` cannot end in its loss; None where it can.
+    """Why ``model`` cannot end in its loss; None if it can.
 
-    The rule: a model of a family in the table, with transformers' own forward method, whose output
-    projection is a plain ``nn.Linear``. In every other case what happens between hidden states and
-    logits is not known.
+    It can if its family is in the table, its forward method is transformers' own, and its output
+    projection is a plain ``nn.Linear``. In all other cases it is unknown what happens between
+    hidden states and logits.
     """
     if not isinstance(model, PreTrainedModel):
-        return f"{type(model).__name__} is no transformers model"
+        return f"{type(model).__name__} is not a transformers model"
     family = FAMILIES.get(model.config.model_type)
     if family is None:
         return f"models of type '{model.config.model_type}' are not in the table of families"
@@ -48,14 +48,14 @@ def loss_head_problem(model: Any) -> str | None:
 
 
 class LossHead:
-    """The output projection of ``model``, able to give the loss in place of logits.
+    """The output projection of ``model``, which can compute the loss instead of logits.
 
     Args:
-        model: one for which ``loss_head_problem`` is None; not what it was wrapped in.
+        model: a model for which ``loss_head_problem`` is None, without its wrappers.
         smoothing: label smoothing epsilon.
         static_shapes: see ``linear_cross_entropy``.
-        compiled: the model is one of ``torch.compile``. It cannot trace the loss, which then runs
-            between two of its graphs.
+        compiled: whether ``torch.compile`` was applied to the model. It cannot trace the loss,
+            which then runs between two graphs.
     """
 
     def __init__(
@@ -73,21 +73,21 @@ class LossHead:
         self._smoothing, self._static_shapes = smoothing, static_shapes
         self._labels: Tensor | None = None
         self._logits_bias: Tensor | None = None
-        # One function object for all calls: torch.compile compiles anew for another one.
+        # One function object for all calls: torch.compile would recompile for another one.
         self._forward = torch.compiler.disable(self._sums) if compiled else self._sums
         self._no_bias: Tensor | None = None
 
     @contextmanager
     def ends_in_loss(self, labels: Tensor) -> Iterator[None]:
-        """Context in which one call of the model gives sums instead of logits; see ``read``.
+        """Context in which one call of the model returns sums instead of logits; see ``read``.
 
-        ``labels`` [B, T] are its targets, -100 where none counts. The model must not be given
-        labels itself, as it would compute a loss from what it takes for logits.
+        ``labels`` [B, T] are the targets; -100 is ignored. The model must not be given labels, or
+        it would compute a loss from what it takes for logits.
         """
         self._labels = labels
         self._projection.forward = self._forward
         if self._bias_name is not None:
-            # The model adds it to what comes out of the projection: here it goes in.
+            # The model adds it to the output of the projection; here the loss takes it.
             self._logits_bias = getattr(self.model, self._bias_name)
             if self._no_bias is None or self._no_bias.device != self._logits_bias.device:
                 self._no_bias = self._logits_bias.new_zeros(1, 1)
@@ -101,17 +101,18 @@ class LossHead:
             self._labels = self._logits_bias = None
 
     def read(self, output: Tensor, labels: Tensor) -> TokenLoss:
-        """What a call in ``ends_in_loss`` has left in the place of logits."""
+        """The loss from the ``logits`` of a call in ``ends_in_loss``."""
         if output.shape != (1, 1, 2):
             raise RuntimeError(
-                f"{type(self.model).__name__} gave {tuple(output.shape)} for the sums of its loss, "
-                "expected (1, 1, 2): it does not use its output projection as the table says"
+                f"{type(self.model).__name__} returned {tuple(output.shape)} for the sums of its "
+                "loss, expected (1, 1, 2): it does not use its output projection as the table of "
+                "families says"
             )
         loss, nll = output.flatten().unbind()
         return TokenLoss(loss, nll.detach(), count_tokens(labels))
 
     def _sums(self, hidden: Tensor) -> Tensor:
-        """Loss and NLL [1, 1, 2] of hidden states [B, T, D], in the place of logits [B, T, V]."""
+        """Loss and NLL [1, 1, 2] of hidden states [B, T, D], instead of logits [B, T, V]."""
         assert self._labels is not None
         biases = [
             bias.flatten()

@@ -1,9 +1,8 @@
-"""Tiny models of the six families, made in code: for doctor's parity runs and for tests.
+"""Tiny random models of the six families, for ``doctor`` and for tests.
 
-Special ids, whatever the vocabulary (fields of ``_special_fields``), follow the published models:
-T5 and Pegasus pad with 0 and end with 1, Marian pads with its last id and ends with 0, the others
-pad with 1 and end with 2. Ids from ``FIRST_WORD_ID`` up to ``last_word_id(model)`` are plain words
-in each of them.
+Special ids follow the published models, whatever the vocabulary: T5 and Pegasus pad with 0 and end
+with 1, Marian pads with its last id and ends with 0, the others pad with 1 and end with 2. Ids from
+``FIRST_WORD_ID`` to ``last_word_id(model)`` are plain words in all of them.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ def tiny_model(
     """A random model of family ``name``: the same weights for the same arguments, in eval mode.
 
     ``vocab_size`` is the target vocabulary; FSMT's source vocabulary is 8 larger, so that a test
-    which confuses the two fails. ``dropout`` goes to every dropout field of the family.
-    ``overrides`` are config fields. The caller's random state is left as it was.
+    which confuses the two fails. ``dropout`` sets every dropout field of the family. ``overrides``
+    are config fields. The caller's random state is not changed.
     """
     config_class, model_class = _CLASSES[name]
     fields = _t5_fields if name == "t5" else _bart_like_fields
@@ -69,7 +68,7 @@ def tiny_model(
 
 
 def last_word_id(model: PreTrainedModel) -> int:
-    """The largest id that is a plain target word in ``model`` (Marian's last id is its pad)."""
+    """The largest id of a plain target word (Marian's last id is its pad)."""
     size: int = getattr(model.config, "tgt_vocab_size", None) or model.config.vocab_size
     return size - 2 if model.config.model_type == "marian" else size - 1
 
@@ -119,7 +118,7 @@ def _bart_like_fields(*, dropout: float, d_model: int, layers: int) -> dict[str,
 
 
 def _special_fields(name: str, vocab_size: int) -> dict[str, Any]:
-    """Vocabulary sizes and special ids, laid out as in the published models."""
+    """Vocabulary sizes and special ids, as in the published models."""
     if name == "fsmt":
         return {
             "src_vocab_size": vocab_size + 8,

@@ -1,9 +1,9 @@
-"""Train a tokenizer of each family on the user's texts.
+"""Trains a tokenizer of each family on the user's texts.
 
-One vocabulary serves source and target. Four families cut text with a unigram model trained by
-sentencepiece, whose pieces then stand between the family's special tokens; BART merges bytes and
-FSMT merges letters of Moses words. Text is not normalised, so that decoding gives it back; T5 and
-mBART still turn every kind of space into a plain one, FSMT normalises punctuation.
+Source and target share one vocabulary. Four families segment text with a unigram model trained by
+sentencepiece, whose pieces are placed between the family's special tokens; BART merges bytes, and
+FSMT merges letters of Moses words. Text is not normalised, so that decoding restores it; but T5 and
+mBART turn every kind of space into a plain one, and FSMT normalises punctuation.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: lines kept for training, drawn evenly from all; bounds memory and time on large corpora
+#: lines of a training sample, drawn uniformly from all texts; bounds memory and time
 MAX_LINES = 1_000_000
-#: results of sentencepiece depend on the number of threads, so it is fixed
+#: fixed, since the results of sentencepiece depend on it
 SENTENCEPIECE_THREADS = 4
 LANGUAGE_CODE = re.compile(r"^>>.+?<<")
 
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What a tokenizer is trained with. ``vocab_size`` counts special tokens."""
+    """Settings of a new tokenizer. ``vocab_size`` includes special tokens."""
 
     vocab_size: int
     folder: Path
@@ -50,9 +50,9 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Train a tokenizer, save it in ``settings.folder`` and return it as loaded from there.
 
-    Its vocabulary may be smaller than asked for where the texts support no more (a warning says
-    so). Raises ``UserError`` for no texts at all, a vocabulary too small for the letters in them
-    and an unknown language code.
+    Its vocabulary is smaller than requested if the texts support no more, with a warning. Raises
+    ``UserError`` if there are no texts, the vocabulary is too small for the letters in them, or a
+    language code is unknown.
     """
     from transformers import AutoTokenizer
 
@@ -74,7 +74,7 @@ def train_tokenizer(
 
 
 def draw_lines(texts: Iterable[str], *, seed: int, limit: int = MAX_LINES) -> list[str]:
-    """At most ``limit`` non-empty texts, each equally likely to be among them; order is free."""
+    """A uniform random sample of at most ``limit`` non-empty texts, in arbitrary order."""
     chance = random.Random(seed)
     lines: list[str] = []
     seen = 0
@@ -256,14 +256,14 @@ def _train_fsmt(lines: list[str], settings: TokenizerSettings) -> None:
 
 
 def _digits(settings: TokenizerSettings) -> list[Any]:
-    """Keeps digits apart while merges are learnt; without such merges they stay apart later."""
+    """Keeps digits apart while merges are learnt, so that no merge joins them later."""
     from tokenizers import pre_tokenizers
 
     return [pre_tokenizers.Digits(individual_digits=True)] if settings.split_digits else []
 
 
 def _plain_language(code: str | None, default: str) -> str:
-    """``de`` for ``de_DE``: what Moses calls a language."""
+    """``de`` for ``de_DE``: the language code of Moses."""
     return (code or default).split("_")[0].lower()
 
 

@@ -24,8 +24,9 @@ from s2s_scale.config import (
 )
 from s2s_scale.cpu import bf16_is_native
 from s2s_scale.data.collators import Seq2SeqCollator
+from s2s_scale.data.readers import PairReader
 from s2s_scale.data.sources import Split
-from s2s_scale.data.streaming import PairStream, StreamedExamples
+from s2s_scale.data.streaming import StreamedExamples
 from s2s_scale.data.tokenize import check_token_ids, tokenize_pairs
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.evaluation.text import TextEvaluation
@@ -182,7 +183,7 @@ def tokenize_with(
     )
 
 
-def stream_examples(run: Run, loaded: models.Loaded, pairs: PairStream) -> StreamedExamples:
+def stream_examples(run: Run, loaded: models.Loaded, pairs: PairReader) -> StreamedExamples:
     """The training split, read and tokenised as training goes on."""
     data = run.data_args
     return StreamedExamples(

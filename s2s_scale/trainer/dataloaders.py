@@ -23,9 +23,9 @@ from s2s_scale.backends import Backend
 from s2s_scale.config import DEFAULT_BUCKETS
 from s2s_scale.data.batch_plan import (
     Lengths,
+    default_buckets_per_step,
+    default_tokens_per_step,
     row_lengths,
-    usual_groups_per_step,
-    usual_tokens_per_step,
 )
 from s2s_scale.data.collators import (
     Collate,
@@ -47,7 +47,7 @@ from s2s_scale.data.samplers import (
 from s2s_scale.data.streaming import StreamedExamples
 from s2s_scale.errors import UserError
 from s2s_scale.models import source_vocab_size, target_vocab_size
-from s2s_scale.models.packed import decoder_start
+from s2s_scale.models.packed_attention import decoder_start
 from s2s_scale.trainer.auto_batch import Trial, kept_or_found
 from s2s_scale.trainer.compat import allow_graphs
 from s2s_scale.trainer.evaluation import EvaluationLoader
@@ -415,8 +415,8 @@ def token_sizes(
     args: Seq2SeqTrainingArguments, lengths: Lengths, *, fixed_shapes: bool
 ) -> tuple[int, int]:
     """``tokens_per_step`` and ``groups_per_step`` as given, else what suits the data."""
-    tokens = args.tokens_per_step or usual_tokens_per_step(lengths)
-    usual = usual_groups_per_step(lengths, tokens, fixed_shapes=fixed_shapes)
+    tokens = args.tokens_per_step or default_tokens_per_step(lengths)
+    usual = default_buckets_per_step(lengths, tokens, fixed_shapes=fixed_shapes)
     return tokens, args.groups_per_step or usual
 
 

@@ -27,7 +27,7 @@ from s2s_scale.data.batch_plan import (
     row_lengths,
 )
 from s2s_scale.data.buckets import ShapeGrid, Widths, choose_shapes
-from s2s_scale.data.samplers import FillerRows, ShapedRows
+from s2s_scale.data.samplers import FillerRows, MicroBatch
 from s2s_scale.errors import UserError
 from s2s_scale.evaluation.text import in_data_order
 from s2s_scale.generation.shrinking import generate
@@ -98,7 +98,7 @@ class EvaluationLoader(DataLoader):  # type: ignore[type-arg]
         super().__init__(
             FillerRows(dataset),
             batch_sampler=[
-                ShapedRows(shares[rank].tolist(), width)
+                MicroBatch(shares[rank].tolist(), width)
                 for shares, width in zip(dealt, widths, strict=True)
             ],
             collate_fn=collate,

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from s2s_scale.data.collators import SEGMENTS
+from s2s_scale.data.collators import SEGMENT_IDS
 from s2s_scale.errors import UserError
 from s2s_scale.loss.losses import TokenLoss, count_tokens, cross_entropy, mask_pads, of_model_mean
 from s2s_scale.models import LossHead, decoder_inputs_from_labels, loss_head_problem
-from s2s_scale.models.packed import PackedModel, packing_problem
+from s2s_scale.models.packed_attention import PackedModel, packing_problem
 
 SMOOTHED, CROSS_ENTROPY, MODEL = "smoothed", "cross_entropy", "model"
 """Modes: label-smoothed NLL, cross entropy without pads, the loss that the model computes."""
@@ -212,14 +212,14 @@ class LossComputer:
         self, inputs: Mapping[str, Any], plain: Any
     ) -> Iterator[Mapping[str, Any]]:
         """The inputs that the model takes; for packed rows, with masks that separate the pairs."""
-        if SEGMENTS[0] not in inputs:
+        if SEGMENT_IDS[0] not in inputs:
             yield inputs
             return
         if self._packed_model is None or self._packed_model.model is not plain:
             self._packed_model = PackedModel(plain)
-        left_out = {*SEGMENTS, "attention_mask"}
+        left_out = {*SEGMENT_IDS, "attention_mask"}
         rest = {name: value for name, value in inputs.items() if name not in left_out}
-        with self._packed_model.packs(*(inputs[name] for name in SEGMENTS)) as masks:
+        with self._packed_model.packs(*(inputs[name] for name in SEGMENT_IDS)) as masks:
             yield {**rest, **masks}
 
     def share(

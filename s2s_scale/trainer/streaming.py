@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.data.prefetch import prefetch
 from s2s_scale.data.samplers import EpochSampler, FillerRows, MicroBatch
@@ -109,16 +107,16 @@ class StreamLoader:
                     skipped -= 1
                     continue
                 for batch in self._micro_batches(sampler, number):
-                    yield self._collate(rows.__getitems__(batch.of_rank(sampler.rank)))
+                    yield self._collate(rows.__getitems__(batch))
 
     def _micro_batches(self, sampler: EpochSampler, step: int) -> Iterator[MicroBatch]:
-        batches = list(sampler.divided(step))
-        nothing = [np.empty(0, dtype=np.int64)] * sampler.world_size
-        filler_row = MicroBatch(nothing, batches[-1].filler_row)
+        """This rank's micro-batches of a step, completed with filler rows."""
+        batches = [batches[sampler.rank] for batches in sampler.divide(step)]
+        filler = MicroBatch([~int(sampler.plan.rows(step)[-1])])
         missing = self._accumulation - len(batches)
         if missing < 0:
             raise RuntimeError(f"{len(batches)} micro-batches in a step of {self._accumulation}")
-        return itertools.chain(batches, itertools.repeat(filler_row, missing))
+        return itertools.chain(batches, itertools.repeat(filler, missing))
 
 
 class _Rows:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
-from s2s_scale.data.collators import SEGMENTS, Seq2SeqCollator
+from s2s_scale.data.collators import SEGMENT_IDS, Seq2SeqCollator
 from s2s_scale.doctor.compat import forget_accelerate_settings
 from s2s_scale.models.tiny import ragged_rows, tiny_model
 from tests.support.training import settings
@@ -46,8 +46,8 @@ class Ledger(TrainerCallback):
             return  # reading it would be one more graph
         sides = (batch[name].tolist() for name in ("input_ids", "labels"))
         for number, (source, labels) in enumerate(zip(*sides, strict=True)):
-            if SEGMENTS[0] in batch:
-                ids = [batch[name][number].tolist() for name in SEGMENTS]
+            if SEGMENT_IDS[0] in batch:
+                ids = [batch[name][number].tolist() for name in SEGMENT_IDS]
                 self._see_packed(source, labels, *ids)
                 continue
             key = tuple(t for t in source if t != pad), tuple(t for t in labels if t != -100)

@@ -30,6 +30,7 @@ from s2s_scale.checkpoint.tensors import TensorWriter
 from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.doctor.compat import forget_accelerate_settings
 from s2s_scale.models.tiny import ragged_rows
+from s2s_scale.trainer import checkpointing
 from tests.support.limits import limited
 from tests.support.training import settings
 

@@ -16,15 +16,15 @@ from s2s_scale.cpu.ops import (
     attention,
     can_add_to,
     dropout,
+    dropout_mask,
     dropped_levels,
-    kept_at_random,
     pad_rows,
-    usual_count,
+    padded_count,
 )
-from s2s_scale.cpu.packed_attention import SegmentedAttention
+from s2s_scale.cpu.packed_attention import PackedAttention
 from s2s_scale.data.collators import Seq2SeqCollator
 from s2s_scale.models import decoder_inputs_from_labels
-from s2s_scale.models.packed import MASKED, additive, same_segment
+from s2s_scale.models.packed_attention import MASKED, additive, same_segment
 from tests.support.adam import GRADIENT_ERROR
 from tests.support.families import FAMILY_NAMES
 from tests.support.training import fresh, history, our_trainer, ragged_rows
@@ -48,7 +48,7 @@ def test_dropout_drops_as_many_as_it_says_and_keeps_the_mean(p, dtype):
 def test_dropped_places_are_independent_of_each_other():
     """Chi-square of the 16 patterns that four neighbours, of one random number, can show."""
     torch.manual_seed(1)
-    kept = kept_at_random(torch.empty(400_000), dropped_levels(0.3)).view(-1, 4).long()
+    kept = dropout_mask(torch.empty(400_000), dropped_levels(0.3)).view(-1, 4).long()
     patterns = (kept * torch.tensor([8, 4, 2, 1])).sum(1)
     found = torch.bincount(patterns, minlength=16).double()
     ones = torch.tensor([bin(number).count("1") for number in range(16)])
@@ -61,7 +61,7 @@ def test_dropped_places_are_independent_of_each_other():
 def test_each_of_the_four_parts_of_a_random_number_is_uniform():
     torch.manual_seed(2)
     for levels in (2**14, 2**15, 3 * 2**14):
-        kept = kept_at_random(torch.empty(400_000), levels).view(-1, 4).double().mean(0)
+        kept = dropout_mask(torch.empty(400_000), levels).view(-1, 4).double().mean(0)
         assert torch.allclose(kept, torch.full((4,), 1 - levels / 65536).double(), atol=0.006)
 
 
@@ -113,7 +113,7 @@ def test_attention_with_dropout_is_the_formula_with_the_places_that_were_drawn()
     torch.manual_seed(5)
     levels = dropped_levels(0.25)
     weights = torch.softmax(query @ key.transpose(2, 3) / math.sqrt(8), -1)
-    kept = kept_at_random(weights.detach(), levels)
+    kept = dropout_mask(weights.detach(), levels)
     reference = (weights * kept * (65536 / (65536 - levels))) @ value
     assert torch.allclose(own, reference, atol=1e-6)
     inputs = (query, key, value)
@@ -260,7 +260,7 @@ def test_attention_by_pairs_is_attention_under_the_mask_of_the_pairs(kind):
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     mask = additive(same_segment(queries, keys, causal=causal), torch.float64)
     real = (queries > 0)[:, None, :, None]
-    by_pairs = SegmentedAttention(queries, keys, causal=causal, masked=MASKED)
+    by_pairs = PackedAttention(queries, keys, causal=causal, masked=MASKED)
     ours = by_pairs(
         *inputs, lambda *sides: F.scaled_dot_product_attention(*sides[:3], sides[3].double())
     )
@@ -277,7 +277,7 @@ def test_attention_by_pairs_is_attention_under_the_mask_of_the_pairs(kind):
 
 def test_counts_of_positions_are_few_and_not_much_larger():
     """Below 2,048 there are at most 48 of them, and from 512 on at most a sixteenth is added."""
-    counts = {n: usual_count(n) for n in range(1, 20_000)}
+    counts = {n: padded_count(n) for n in range(1, 20_000)}
     assert all(n <= usual for n, usual in counts.items())
     assert all(usual <= n * 17 / 16 for n, usual in counts.items() if n >= 512)
     assert len({usual for n, usual in counts.items() if n < 2_048}) <= 48

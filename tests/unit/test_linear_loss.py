@@ -13,10 +13,11 @@ from s2s_scale import Seq2SeqTrainer
 from s2s_scale.errors import UserError
 from s2s_scale.loss import linear_cross_entropy as linear_loss
 from s2s_scale.loss.linear_cross_entropy import chunk_positions, linear_cross_entropy
-from s2s_scale.loss.losses import IGNORE_INDEX, mask_pads
+from s2s_scale.loss.losses import mask_pads
 from s2s_scale.models import LossHead, decoder_inputs_from_labels, loss_head_problem
 from s2s_scale.models.loading import freeze_embeddings
 from s2s_scale.trainer import loss as trainer_loss
+from s2s_scale.utils import IGNORE_INDEX
 from tests.support.families import FAMILY_NAMES, tiny_batch
 from tests.support.training import fresh, history, our_trainer, ragged_rows
 

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from s2s_scale.loss.losses import (
-    IGNORE_INDEX,
     count_tokens,
     cross_entropy,
     label_smoothed_nll_loss,
     mask_pads,
     of_model_mean,
 )
+from s2s_scale.utils import IGNORE_INDEX
 
 B, T, V, PAD = 3, 7, 11, 1
 

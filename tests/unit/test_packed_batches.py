@@ -14,11 +14,11 @@ import transformers
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from s2s_scale.data.buckets import row_cost
 from s2s_scale.data.collators import PackedCollator, Seq2SeqCollator
-from s2s_scale.data.packing import PackedExamples, PackedRows, PackedSampler
-from s2s_scale.data.samplers import FillerRows
+from s2s_scale.data.packing import PackedSampler
+from s2s_scale.data.samplers import FillerRows, MicroBatch
 from s2s_scale.errors import UserError
 from s2s_scale.models import decoder_inputs_from_labels
-from s2s_scale.models.packed import decoder_start
+from s2s_scale.models.packed_attention import decoder_start
 from s2s_scale.trainer.dataloaders import make_sampler
 from tests.support.adam import assert_same_weights
 from tests.support.families import FAMILY_NAMES
@@ -122,12 +122,11 @@ def test_shares_of_ranks(world, static):
     seen = []
     for step in range(first.steps):
         rows_of_step: list[int] = []
-        for batch in first.divided(step):
+        for of_ranks in first.divide(step):
             together = [found.pop(0) for found in batches]
-            assert max(batch.padded_tokens(lengths)) <= 2_500
-            for rank, rows in enumerate(together):
-                assert isinstance(rows, PackedRows)
-                assert rows == batch.of_rank(rank) and rows.counts == batch.of_rank(rank).counts
+            for rows, same in zip(together, of_ranks, strict=True):
+                assert rows.padded_tokens(lengths) <= 2_500
+                assert rows == same and rows.counts == same.counts
                 assert sum(rows.counts) == len(rows) and len(rows.counts) >= 1
                 rows_of_step += rows
             if static:
@@ -147,16 +146,15 @@ def test_loads_of_eight_ranks_are_level_and_pads_few():
     worst = 0.0
     for step in range(sampler.steps):
         load = np.zeros(ranks)
-        for batch in sampler.divided(step):
-            tokens = batch.padded_tokens(lengths)
-            assert max(tokens) <= 9_000
-            padded += sum(tokens)
-            for rank, (rows, source, target) in enumerate(batch.shapes(lengths)):
-                part, counts = batch.parts[rank], batch.counts[rank]
-                real += sum(int(side[part].sum()) for side in lengths)
-                ends = np.cumsum(counts) - 1
-                sums = [np.diff(np.cumsum(side[part])[ends], prepend=0) for side in lengths]
-                assert (rows, source, target) == (len(counts), *(side.max() for side in sums))
+        for batches in sampler.divide(step):
+            for rank, batch in enumerate(batches):
+                assert batch.padded_tokens(lengths) <= 9_000
+                padded += batch.padded_tokens(lengths)
+                real += sum(int(side[batch.rows].sum()) for side in lengths)
+                rows, source, target = batch.shape(lengths)
+                ends = np.cumsum(batch.counts) - 1
+                sums = [np.diff(np.cumsum(side[batch])[ends], prepend=0) for side in lengths]
+                assert (rows, source, target) == (len(ends), *(side.max() for side in sums))
                 load[rank] += rows * row_cost(np.array([source, target]))
         worst = max(worst, load.max() / load.mean() - 1)
     print(f"pads {1 - real / padded:.2%}, worst load {worst:.2%} above the mean")
@@ -166,34 +164,34 @@ def test_loads_of_eight_ranks_are_level_and_pads_few():
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_rows_are_laid_out_pair_by_pair(family):
+def test_rows_hold_their_pairs_one_after_the_other(family):
     model = fresh(family)
     pad = model.config.pad_token_id
     pairs = ragged_rows(model, 6)
     counts = [3, 1, 0, 2]
     collate = PackedCollator(pad, start=decoder_start(model.config))
-    batch = collate(PackedExamples(pairs, None, counts))
-    fixed = collate(PackedExamples(pairs, (40, 50), counts))
+    batch = collate(MicroBatch(pairs, None, counts))
+    fixed = collate(MicroBatch(pairs, (40, 50), counts))
     assert fixed["input_ids"].shape == (4, 40) and fixed["labels"].shape == (4, 50)
     pads = {"input_ids": pad, "labels": -100, "decoder_input_ids": pad}
     for name, tensor in batch.items():
         width = tensor.shape[1]
         assert torch.equal(fixed[name][:, :width], tensor)
         assert (fixed[name][:, width:] == pads.get(name, 0)).all()
-    assert (batch["attention_mask"] == (batch["source_segments"] > 0)).all()
+    assert (batch["attention_mask"] == (batch["source_segment_ids"] > 0)).all()
     number = 0
     for row, count in enumerate(counts):
         for segment in range(1, count + 1):
             pair = pairs[number]
             labels = torch.tensor([pair["labels"]])
             expected = decoder_inputs_from_labels(model, labels, pad)[0].tolist()
-            source = batch["source_segments"][row] == segment
-            target = batch["target_segments"][row] == segment
+            source = batch["source_segment_ids"][row] == segment
+            target = batch["target_segment_ids"][row] == segment
             assert batch["input_ids"][row][source].tolist() == pair["input_ids"]
             assert batch["labels"][row][target].tolist() == pair["labels"]
             assert batch["decoder_input_ids"][row][target].tolist() == expected
             number += 1
-        for name in ("source_segments", "target_segments"):
+        for name in ("source_segment_ids", "target_segment_ids"):
             used = batch[name][row][batch[name][row] > 0].tolist()
             assert used == sorted(used) and set(used) == set(range(1, count + 1))
     assert number == 6
@@ -210,17 +208,17 @@ def test_what_pairs_bring_along_is_kept():
         }
     ] * 2
     collate = PackedCollator(0, start=decoder_start(fresh("t5").config))
-    batch = collate(PackedExamples(pairs, None, [2]))
-    assert batch["source_segments"].tolist() == [[1, 1, 0, 2, 2, 0]]
+    batch = collate(MicroBatch(pairs, None, [2]))
+    assert batch["source_segment_ids"].tolist() == [[1, 1, 0, 2, 2, 0]]
     assert batch["decoder_input_ids"].tolist() == [[9, 7, 9, 7]]
     with pytest.raises(ValueError, match="packed rows need 'labels'"):
-        collate(PackedExamples([{"input_ids": [1]}], None, [1]))
+        collate(MicroBatch([{"input_ids": [1]}], None, [1]))
     with pytest.raises(ValueError, match="empty 'labels'"):
-        collate(PackedExamples([{"input_ids": [1], "labels": []}], None, [1]))
+        collate(MicroBatch([{"input_ids": [1], "labels": []}], None, [1]))
     with pytest.raises(ValueError, match="'labels' is missing in 1 of 2"):
-        collate(PackedExamples([{"input_ids": [1]}, pairs[0]], None, [2]))
+        collate(MicroBatch([{"input_ids": [1]}, pairs[0]], None, [2]))
     with pytest.raises(ValueError, match="'input_ids' has 6 tokens in a packed row; expected at"):
-        collate(PackedExamples(pairs, (5, 9), [2]))
+        collate(MicroBatch(pairs, (5, 9), [2]))
 
 
 def test_a_rank_without_pairs_trains_on_nothing(tmp_path):
@@ -234,7 +232,7 @@ def test_a_rank_without_pairs_trains_on_nothing(tmp_path):
     assert loss.item() == 0
     assert all(p.grad is None or (p.grad == 0).all() for p in trainer.model.parameters())
     rows = FillerRows(trainer.train_dataset)
-    assert rows.__getitems__(PackedRows([], None, [0])).counts == [0]
+    assert rows.__getitems__(MicroBatch([], None, [0])).counts == [0]
 
 
 def test_one_shape_where_shapes_must_be_few(tmp_path):
@@ -255,9 +253,10 @@ def test_pads_are_counted_as_planned_and_evaluation_is_unpacked(tmp_path):
     sampler = trainer.parts.loaders.train_sampler
     real = sum(int(side.sum()) for side in sampler.lengths)
     padded = sum(
-        sum(batch.padded_tokens(sampler.lengths))
+        batch.padded_tokens(sampler.lengths)
         for step in range(sampler.steps)
-        for batch in sampler.divided(step)
+        for batches in sampler.divide(step)
+        for batch in batches
     )
     share = trainer.state.log_history[-1]["train_pad_share"]
     assert share == pytest.approx(1 - real / padded)

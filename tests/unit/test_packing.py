@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2s_scale.data import packing
-from s2s_scale.data.packing import lay_out_packed, plan_packed, spread
+from s2s_scale.data.packing import distribute, packed_layout, plan_packed
 from s2s_scale.errors import UserError
 from tests.support.lengths import long_tailed, share_of_pads_at_random
 
@@ -44,7 +44,7 @@ def loads(lengths, plan):
 @settings(max_examples=60, deadline=None)
 def test_each_pair_once_and_no_row_over_its_width(count, tokens, seed, epoch):
     lengths = some_lengths(count, seed)
-    layout = lay_out_packed(lengths, tokens_per_step=tokens)
+    layout = packed_layout(lengths, tokens_per_step=tokens)
     plan = plan_packed(layout, seed=seed, epoch=epoch)
     assert sorted(plan.order.tolist()) == list(range(count))
     assert plan.steps == layout.steps == len(plan.offsets) - 1
@@ -64,7 +64,7 @@ def test_each_pair_once_and_no_row_over_its_width(count, tokens, seed, epoch):
 def test_long_tailed_pairs_leave_at_most_two_percent_pads(count, tokens):
     lengths = long_tailed(count)
     started = time.process_time()
-    layout = lay_out_packed(lengths, tokens_per_step=tokens)
+    layout = packed_layout(lengths, tokens_per_step=tokens)
     plans = [plan_packed(layout, seed=1, epoch=epoch) for epoch in range(2)]
     seconds = (time.process_time() - started) / 2
     real = sum(int(side.sum()) for side in lengths)
@@ -82,7 +82,7 @@ def test_long_tailed_pairs_leave_at_most_two_percent_pads(count, tokens):
 
 def test_pairs_of_like_length_change_rows_and_steps_between_epochs():
     lengths = long_tailed(3_000)
-    layout = lay_out_packed(lengths, tokens_per_step=16_384)
+    layout = packed_layout(lengths, tokens_per_step=16_384)
     first, same, other = (plan_packed(layout, seed=4, epoch=epoch) for epoch in (0, 0, 1))
     assert first.order.tolist() == same.order.tolist()
     partners = [
@@ -100,7 +100,7 @@ def test_pairs_of_like_length_change_rows_and_steps_between_epochs():
 
 def test_every_step_holds_short_and_long_pairs():
     lengths = long_tailed(20_000)
-    plan = plan_packed(lay_out_packed(lengths, tokens_per_step=32_768), seed=0, epoch=0)
+    plan = plan_packed(packed_layout(lengths, tokens_per_step=32_768), seed=0, epoch=0)
     tokens = sum(lengths)
     shares = np.quantile(tokens, [0.25, 0.5, 0.75])
     for rows in plan:
@@ -110,7 +110,7 @@ def test_every_step_holds_short_and_long_pairs():
 
 def test_rows_that_do_not_fit_take_those_that_do(monkeypatch):
     lengths = long_tailed(5_000)
-    layout = lay_out_packed(lengths, tokens_per_step=32_768)
+    layout = packed_layout(lengths, tokens_per_step=32_768)
     base = plan_packed(layout, seed=3, epoch=7)
     tight = packing.replace(layout, widths=tuple(width - 2 for width in layout.widths))
     assert packing._chunks_within_widths(tight, packing.random_state(3, 7)) is None
@@ -122,12 +122,12 @@ def test_rows_that_do_not_fit_take_those_that_do(monkeypatch):
 
 def test_pairs_that_fill_rows_exactly_share_them():
     sizes = np.array([[6.0, 4, 10, 5, 5], [2.0, 8, 10, 6, 4]])
-    rows = spread(sizes, 3)
+    rows = distribute(sizes, 3)
     assert [np.bincount(rows, weights=side).tolist() for side in sizes] == [[10.0] * 3] * 2
 
 
 def test_the_plan_is_that_of_the_first_release():
-    layout = lay_out_packed(some_lengths(24, 5), tokens_per_step=320)
+    layout = packed_layout(some_lengths(24, 5), tokens_per_step=320)
     plan = plan_packed(layout, seed=7, epoch=1)
     found = [[row.tolist() for row in plan.rows_of(step)] for step in range(plan.steps)]
     assert found == GOLDEN
@@ -136,9 +136,9 @@ def test_the_plan_is_that_of_the_first_release():
 def test_sizes_that_hold_no_pair_are_refused():
     lengths = np.array([3, 20], np.int32), np.array([9, 4], np.int32)
     with pytest.raises(UserError, match="tokens_per_step=20: expected at least 24, the longest"):
-        lay_out_packed(lengths, tokens_per_step=20)
+        packed_layout(lengths, tokens_per_step=20)
     with pytest.raises(UserError, match="tokens_per_row=28: expected at least 29"):
-        lay_out_packed(lengths, tokens_per_step=90, tokens_per_row=28)
+        packed_layout(lengths, tokens_per_step=90, tokens_per_row=28)
     with pytest.raises(UserError, match="tokens_per_step=90: expected at least 100, one row"):
-        lay_out_packed(lengths, tokens_per_step=90, tokens_per_row=100)
-    assert lay_out_packed(lengths, tokens_per_step=90, tokens_per_row=29).steps == 1
+        packed_layout(lengths, tokens_per_step=90, tokens_per_row=100)
+    assert packed_layout(lengths, tokens_per_step=90, tokens_per_row=29).steps == 1

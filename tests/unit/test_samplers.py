@@ -1,4 +1,4 @@
-"""Samplers of all ranks together hold the plan; marked rows carry no loss."""
+"""Samplers of all ranks together hold the plan; filler rows carry no loss."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_ranks_together_have_every_row_once(
     real = [row for row in ids if row >= 0]
     assert sorted(real) == sorted(ranks[0].plan.order.tolist())
     assert drop or len(real) == count
-    marked = [row for row in ids if row < 0]
-    assert {~row for row in marked} <= set(real)
+    fillers = [row for row in ids if row < 0]
+    assert {~row for row in fillers} <= set(real)
     if world == 1:
-        assert not marked
+        assert not fillers
     for rank, found in zip(ranks, batches, strict=True):
         assert list(rank) == [row for batch in found for row in batch]
         assert len(rank) == len(list(rank))
@@ -68,7 +68,7 @@ def test_micro_batches_make_up_the_steps() -> None:
     assert [rank[-1] for rank in batches] == [[row] for row in ranks[0].plan.rows(4).tolist()]
 
 
-def test_a_rank_without_a_row_gets_a_marked_one() -> None:
+def test_a_rank_without_a_row_gets_a_filler() -> None:
     ranks = samplers(9, 4, rows_per_device=2, mode="sequential")
     assert [list(PlanBatchSampler(rank))[-1] for rank in ranks] == [[8], [~8], [~8], [~8]]
 
@@ -96,29 +96,29 @@ def test_mistakes() -> None:
 ROWS = [{"input_ids": [row, row + 1], "labels": [row, 3, -100][: row + 1]} for row in range(3)]
 
 
-def test_marked_rows_through_a_loader() -> None:
+def test_filler_rows_through_a_loader() -> None:
     """The shapes are those of the row; all labels are -100; the data itself is untouched."""
-    marked = FillerRows(datasets.Dataset.from_list(ROWS))
-    assert len(marked) == 3
-    assert marked.column_names == ["input_ids", "labels"]
+    fillers = FillerRows(datasets.Dataset.from_list(ROWS))
+    assert len(fillers) == 3
+    assert fillers.column_names == ["input_ids", "labels"]
     collate = Seq2SeqCollator(0)
-    loader = DataLoader(marked, batch_sampler=[[2, ~2], [0, 1], [~0]], collate_fn=collate)
+    loader = DataLoader(fillers, batch_sampler=[[2, ~2], [0, 1], [~0]], collate_fn=collate)
     first, second, third = list(loader)
     assert first["input_ids"].tolist() == [[2, 3], [2, 3]]
     assert first["labels"].tolist() == [[2, 3, -100], [-100] * 3]
     assert second["labels"].tolist() == [[0, -100], [1, 3]]
     assert third["input_ids"].tolist() == [[0, 1]]
     assert third["labels"].tolist() == [[-100]]
-    assert marked[2] == ROWS[2]
-    assert marked[~1]["labels"] == [-100, -100]
+    assert fillers[2] == ROWS[2]
+    assert fillers[~1]["labels"] == [-100, -100]
 
 
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor])
-def test_marked_rows_of_plain_data_sets(make: Any) -> None:
+def test_filler_rows_of_plain_data_sets(make: Any) -> None:
     rows = [{"input_ids": make([1, 2]), "labels": make([5, 6])}, {"input_ids": make([1])}]
-    marked = FillerRows(rows)
-    assert not hasattr(marked, "column_names")
-    one, other, bare = marked.__getitems__([0, ~0, ~1])
+    fillers = FillerRows(rows)
+    assert not hasattr(fillers, "column_names")
+    one, other, bare = fillers.__getitems__([0, ~0, ~1])
     assert one is rows[0]
     assert bare is rows[1]
     assert type(other["labels"]) is type(rows[0]["labels"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from s2s_scale.config import DataArguments
 from s2s_scale.data import readers, sources
 from s2s_scale.data.sources import has_split, load_pairs
-from s2s_scale.errors import UserError
+from s2s_scale.errors import Problems, UserError
 from tests.support.pairs import write_folder
 
 SOURCE = ["one", 'two "quoted", words', "tab\there?", "ünï\u2028cödé \U0001f600", "five"]
@@ -100,9 +101,13 @@ def test_blocks_do_not_change_the_lines(
     content = "äöü\r\n\r\n\n\r\rx\n".encode() + b"long line " * 9 + b"\n\x00\ny"
     path = tmp_path / "lines"
     path.write_bytes(content)
-    problems = readers.Problems()
+    problems = Problems()
     expected = [line.removesuffix("\r") for line in content.decode().split("\n")]
-    assert readers.read_lines(path, problems=problems).to_pylist() == expected
+    blocks = list(readers.read_lines(path, problems=problems))
+    assert [text for texts, _ in blocks for text in texts.to_pylist()] == expected
+    ends = [end for _, ends in blocks for end in ends.tolist()]
+    lines = [content[start:end] for start, end in itertools.pairwise([0, *ends])]
+    assert b"".join(lines) == content and all(line.endswith(b"\n") for line in lines[:-1])
     assert not problems
 
 
@@ -165,9 +170,14 @@ def test_a_character_cut_by_a_newline_is_invalid(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_invalid_utf8_in_table_files(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"source,target\na,\xf6\n")
+    """Nothing else is said of what follows: it would look wrong, whatever it is."""
+    first = b"source,target" if name == "a.csv" else b'{"source": "a", "target": "b"}'
+    (tmp_path / name).write_bytes(first + b"\na,\xf6\nand more\n")
     (line,) = problems_of(train_file=str(tmp_path / name))
     assert line.startswith(f"{tmp_path / name}:2: byte 0xf6 at position 3")
+    (tmp_path / name).write_text("source,target\na,b\n" * 9, encoding="utf-16")
+    (line,) = problems_of(train_file=str(tmp_path / name))
+    assert line.startswith(f"{tmp_path / name}:1: byte 0xff") and "iconv -f UTF-16" in line
 
 
 def test_missing_folder_file_and_empty_split(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch.utils.data import IterableDataset
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from s2s_scale.data.batch_plan import usual_groups_per_step, usual_tokens_per_step
+from s2s_scale.data.batch_plan import default_buckets_per_step, default_tokens_per_step
 from s2s_scale.data.collators import PadToWidths, Seq2SeqCollator
 from s2s_scale.data.packing import PackedSampler
 from s2s_scale.data.plan_summary import shape_rows
-from s2s_scale.data.samplers import PlanSampler, ShapedExamples, TokenSampler
+from s2s_scale.data.samplers import MicroBatch, PlanSampler, TokenSampler
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.dataloaders import make_sampler
 from tests.support.lengths import long_tailed, share_of_pads_at_random
@@ -91,7 +91,7 @@ def test_shares_of_hosts_and_devices(
     shapes = set()
     seen = []
     for step in range(plan.steps):
-        count = len(list(samplers[0].divided(step)))
+        count = len(list(samplers[0].divide(step)))
         assert count == samplers[0].accumulation or step == plan.steps - 1
         ids_of_step = []
         for _ in range(count):
@@ -307,26 +307,28 @@ def test_settings_without_effect_are_refused() -> None:
 )
 def test_steps_are_smaller_where_data_are_few(rows: int, expected: int) -> None:
     lengths = long_tailed(rows)
-    tokens = usual_tokens_per_step(lengths)
+    tokens = default_tokens_per_step(lengths)
     assert tokens == pytest.approx(expected, rel=0.01)
-    groups = usual_groups_per_step(lengths, tokens, fixed_shapes=False)
+    groups = default_buckets_per_step(lengths, tokens, fixed_shapes=False)
     sampler = TokenSampler(lengths, tokens_per_step=tokens, groups_per_step=groups)
     assert sampler.steps >= min(256, sum(int(side.sum()) for side in lengths) // 4_200)
     few = (lengths[0][:40] * 30, lengths[1][:40] * 30)
-    assert usual_tokens_per_step(few) == 4 * int((few[0] + few[1]).max()) > 4_096
-    assert usual_groups_per_step(few, usual_tokens_per_step(few), fixed_shapes=False) == 4
+    assert default_tokens_per_step(few) == 4 * int((few[0] + few[1]).max()) > 4_096
+    assert default_buckets_per_step(few, default_tokens_per_step(few), fixed_shapes=False) == 4
 
 
-def test_a_step_has_as_many_groups_as_have_room() -> None:
+def test_a_step_has_as_many_buckets_as_have_room() -> None:
     lengths = long_tailed(20_000)
     longest, mean = int(sum(lengths).max()), float(sum(lengths).mean())
     for fixed in (False, True):
-        assert usual_groups_per_step(lengths, 131_072, fixed_shapes=fixed) == 16
-    assert usual_groups_per_step(lengths, 3 * longest, fixed_shapes=False) == 3
+        assert default_buckets_per_step(lengths, 131_072, fixed_shapes=fixed) == 16
+    assert default_buckets_per_step(lengths, 3 * longest, fixed_shapes=False) == 3
     tokens = round(7.5 * 16 * mean)
-    assert usual_groups_per_step(lengths, tokens, fixed_shapes=True) == 7
-    assert usual_groups_per_step(lengths, tokens, fixed_shapes=False) == min(16, tokens // longest)
-    assert usual_groups_per_step(lengths, 9, fixed_shapes=False) == 1
+    assert default_buckets_per_step(lengths, tokens, fixed_shapes=True) == 7
+    assert default_buckets_per_step(lengths, tokens, fixed_shapes=False) == min(
+        16, tokens // longest
+    )
+    assert default_buckets_per_step(lengths, 9, fixed_shapes=False) == 1
 
 
 def test_too_small_budgets_are_refused(tmp_path: Path) -> None:
@@ -345,7 +347,7 @@ def test_the_collator_pads_to_the_widths_of_its_rows(side: str) -> None:
     collate = PadToWidths(Seq2SeqCollator(0, padding_side=side), pad_token_id=0, padding_side=side)
     plain = collate(rows)
     assert plain["input_ids"].shape == (2, 2)
-    batch = collate(ShapedExamples(rows, (4, 3)))
+    batch = collate(MicroBatch(rows, (4, 3)))
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 4)
     assert batch["labels"].shape == batch["decoder_input_ids"].shape == (2, 3)
     for name, pad in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
@@ -355,4 +357,4 @@ def test_the_collator_pads_to_the_widths_of_its_rows(side: str) -> None:
         assert torch.equal(kept, plain[name])
         assert (rest == pad).all()
     with pytest.raises(ValueError, match="'labels' has 2 columns; expected at most 1"):
-        collate(ShapedExamples(rows, (4, 1)))
+        collate(MicroBatch(rows, (4, 1)))

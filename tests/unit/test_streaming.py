@@ -15,7 +15,7 @@ from s2s_scale import cli
 from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.config import DataArguments
 from s2s_scale.data.sources import load_pairs
-from s2s_scale.data.streaming import BEGIN, BlockPlace, StreamedExamples, open_stream
+from s2s_scale.data.streaming import FIRST_BLOCK, BlockPlace, StreamedExamples, open_stream
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.dataloaders import make_sampler
 from s2s_scale.trainer.streaming import StreamLoader
@@ -78,11 +78,11 @@ def test_rows_are_those_of_loading_from_every_place_on(tmp_path: Any, kind: str)
     wanted = list(zip(loaded["source"], loaded["target"], strict=True))
     assert len(wanted) == ROWS
     stream = open_stream(data)
-    pairs = list(stream.read())
+    pairs = list(stream.pairs())
     assert [(pair.source, pair.target) for pair in pairs] == wanted
     assert [pair.after.rows for pair in pairs] == list(range(1, ROWS + 1))
     for start in (1, 10, 26, ROWS - 1, ROWS):
-        rest = list(stream.read(pairs[start - 1].after))
+        rest = list(stream.pairs(pairs[start - 1].after))
         assert rest == pairs[start:]
 
 
@@ -90,9 +90,13 @@ def test_rows_are_those_of_loading_from_every_place_on(tmp_path: Any, kind: str)
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"source": "a", "target": "b"}\n[1]\n', "a.jsonl:2: no JSON object"),
-        ("a.jsonl", '{"source": "a", "target": "b"}\n{"source": "a"}', "a.jsonl:2: target is"),
+        (
+            "a.jsonl",
+            '{"source": "a", "target": "b"}\n{"source": "a"}',
+            "a.jsonl:2: column 'target' is missing",
+        ),
         ("a.jsonl", '{"source": "a", "target": " "}\n', "a.jsonl:1: empty target text"),
-        ("a.json", '[{"source": "a", "target": "b"}]', "one array cannot be|array cannot be"),
+        ("a.json", '[{"source": "a", "target": "b"}]', "is one array cannot be streamed"),
         ("a.csv", "source,target\na,b\na\n", "a.csv:3: 1 cells; expected 2"),
         ("a.tsv", 'source\ttarget\na\t"b"c\n', "a.tsv:2"),
         ("a.csv", b"source,target\na,\xff\n", "a.csv:2: byte 0xff"),
@@ -103,16 +107,15 @@ def test_rows_are_those_of_loading_from_every_place_on(tmp_path: Any, kind: str)
 def test_mistakes_name_file_and_line(tmp_path: Any, name: str, content: Any, message: str) -> None:
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    stream = open_stream(DataArguments(train_file=str(path), streaming=True))
     with pytest.raises(UserError, match=message):
-        list(examples(stream))
+        list(examples(open_stream(DataArguments(train_file=str(path), streaming=True))))
 
 
 def test_files_of_different_length_are_named(tmp_path: Any) -> None:
     (tmp_path / "train.source").write_text("a\nb\nc\n")
     (tmp_path / "train.target").write_text("a\nb\n")
-    with pytest.raises(UserError, match=r"train.target: ends after 2 lines, but .*source goes on"):
-        list(open_stream(DataArguments(data_dir=str(tmp_path), streaming=True)).read())
+    with pytest.raises(UserError, match=r"train.source has 3 lines and .*target has 2;"):
+        list(open_stream(DataArguments(data_dir=str(tmp_path), streaming=True)).pairs())
 
 
 def examples(stream: Any, **options: Any) -> StreamedExamples:
@@ -286,4 +289,4 @@ def test_the_command_trains_on_a_stream(tmp_path: Any, capsys: Any) -> None:
 def test_a_buffer_without_a_stream_has_no_effect() -> None:
     with pytest.raises(UserError, match="shuffle_buffer=5: has no effect without --streaming"):
         DataArguments(data_dir="d", shuffle_buffer=5).validate()
-    assert BEGIN.as_json() == {"epoch": 0, "block": 0, "rows": 0, "lines": 0, "offsets": ()}
+    assert FIRST_BLOCK.as_json() == {"epoch": 0, "block": 0, "rows": 0, "lines": 0, "offsets": ()}

@@ -1,9 +1,9 @@
-"""Several pairs in one row on stock models: each attends to itself, and counts its own positions.
+"""Packed attention on stock models: several pairs in one row, each of which attends to itself.
 
-A packed row holds pairs one after the other. ``segments`` say which pair each position belongs to:
-1, 2, … from left to right, in source and target alike, and 0 for pads. For the span of one call the
-modules that look at positions, and those that build attention masks, get values made from the
-segments; everything else is the model's own code, called as ever.
+A packed row holds pairs one after the other. Its segment ids number the pair of each position: 1,
+2, … from left to right, the same in source and target, and 0 for pads. For the duration of one call
+position embeddings get positions that restart at each pair, and attention gets masks that keep the
+pairs apart; all other code of the model is unchanged.
 
 Shapes: R packed rows, S source positions, T target positions.
 """
@@ -18,32 +18,31 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from s2s_scale.cpu.packed_attention import attended_by_pairs
+from s2s_scale.cpu.packed_attention import packed_attention
 from s2s_scale.data.collators import DecoderStart
 from s2s_scale.errors import UserError
+from s2s_scale.models.compat import attention_of
 from s2s_scale.models.families import FAMILIES, start_token
 
 ATTENTION = ("eager", "sdpa")
-
-
 MASKED = -3e4
-"""Added to scores that must not count: softmax makes it 0. Finite in every type, fp16 included: a
-pad that may look at nothing would become NaN with infinity."""
+"""Added to scores that must not count, so that their softmax is 0. Finite in every type, fp16
+included: with infinity, a pad without any key would become NaN."""
 
 
-def positions_within(segments: Tensor) -> Tensor:
-    """Each position's number in its segment, from 0, for ``segments`` [R, S]."""
-    places = torch.arange(segments.shape[1], device=segments.device)
-    begins = torch.ones_like(segments)
-    begins[:, 1:] = segments[:, 1:].ne(segments[:, :-1])
+def positions_within(segment_ids: Tensor) -> Tensor:
+    """Each position's number in its segment, from 0, for ``segment_ids`` [R, S]."""
+    places = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    begins = torch.ones_like(segment_ids)
+    begins[:, 1:] = segment_ids[:, 1:].ne(segment_ids[:, :-1])
     number = begins.cumsum(dim=1)
     # A segment begins after all positions of earlier ones. A running maximum would be shorter, but
-    # XLA cannot divide its rows over devices.
+    # XLA cannot shard its rows over devices.
     return places - number.unsqueeze(1).lt(number.unsqueeze(2)).sum(dim=2)
 
 
 def same_segment(queries: Tensor, keys: Tensor, *, causal: bool = False) -> Tensor:
-    """Bool [R, 1, Q, K]: which ``keys`` [R, K] each of ``queries`` [R, Q] may look at."""
+    """Bool [R, 1, Q, K]: which keys each query attends to, from segment ids [R, Q] and [R, K]."""
     mask = queries.unsqueeze(2) == keys.unsqueeze(1)
     if causal:
         mask = mask.tril()
@@ -51,31 +50,31 @@ def same_segment(queries: Tensor, keys: Tensor, *, causal: bool = False) -> Tens
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as numbers added to attention scores: 0 where it is true, else ``MASKED``."""
+    """The mask as values added to attention scores: 0 where it is true, else ``MASKED``."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, MASKED)
 
 
 def packing_problem(model: Any) -> str | None:
-    """Why ``model`` cannot run on packed rows; None where it can.
+    """Why ``model`` cannot run on packed rows; None if it can.
 
-    The rule: a model of a family in the table, with transformers' own forward method, whose
-    attention takes a mask of queries and keys.
+    It can if its family is in the table, its forward method is transformers' own, and its attention
+    takes a mask of queries and keys.
     """
     if not isinstance(model, PreTrainedModel):
-        return f"{type(model).__name__} is no transformers model"
+        return f"{type(model).__name__} is not a transformers model"
     if model.config.model_type not in FAMILIES:
         names = ", ".join(sorted(FAMILIES))
         return f"models of type '{model.config.model_type}' are not among those that can: {names}"
     if not type(model).forward.__module__.startswith("transformers.models."):
         return f"{type(model).__name__} has a forward method of its own"
-    attention = getattr(model.config, "_attn_implementation", None)
+    attention = attention_of(model.config)
     if attention not in (None, *ATTENTION):
         return f"attention '{attention}' takes no masks of pairs, expected {' or '.join(ATTENTION)}"
     return None
 
 
 def decoder_start(config: PreTrainedConfig) -> DecoderStart:
-    """What each pair's decoder inputs begin with. Raises ``UserError`` where the config lacks it"""
+    """What each pair's decoder inputs begin with; ``UserError`` if the config does not say."""
     if FAMILIES[config.model_type].decoder_inputs == "wrap_last_token":
         return DecoderStart(None)
     return DecoderStart(start_token(config))
@@ -85,7 +84,7 @@ class PackedModel:
     """Runs a stock ``model`` on packed rows.
 
     Raises:
-        UserError: the model is not one of those that can.
+        UserError: the model cannot (see ``packing_problem``).
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -98,9 +97,10 @@ class PackedModel:
 
     @contextmanager
     def packs(self, source: Tensor, target: Tensor) -> Iterator[dict[str, Tensor]]:
-        """Context of one call of the model; gives keywords that this call needs beside token ids.
+        """Context of one call of the model; yields keyword arguments for it, besides token ids.
 
-        ``source`` [R, S] and ``target`` [R, T] are segments. The model gets no masks but these.
+        ``source`` [R, S] and ``target`` [R, T] are segment ids. The model must not be given other
+        masks.
         """
         device = source.device.type
         low = torch.is_autocast_enabled(device)
@@ -115,54 +115,45 @@ class PackedModel:
                     (decoder, target, target, True),
                     (cross, target, source, False),
                 ]
-                replaced.enter_context(attended_by_pairs(masks, MASKED))
-            for side, segments in (("encoder", source), ("decoder", target)):
-                self._place(replaced, getattr(self._parts, side), segments)
-            if self._family.masks_in_attention:
-                self._mask_attention(replaced, encoder, decoder, cross)
-                yield {}
-            else:
-                replaced.enter_context(
-                    _replaced(self._parts.encoder, _with(attention_mask=encoder))
-                )
+                replaced.enter_context(packed_attention(masks, MASKED))
+            parts = self._parts
+            for side, segment_ids in ((parts.encoder, source), (parts.decoder, target)):
+                self._restart_positions(replaced, side, segment_ids)
+            if not self._family.masks_in_attention:
+                replaced.enter_context(_replaced(parts.encoder, _with(attention_mask=encoder)))
                 yield {"attention_mask": cross, "decoder_attention_mask": decoder}
+                return
+            attentions = [(layer.self_attn, encoder) for layer in parts.encoder.layers]
+            for layer in parts.decoder.layers:
+                attentions += [(layer.self_attn, decoder), (layer.encoder_attn, cross)]
+            for module, mask in attentions:
+                masked = _with(attn_mask=mask, key_padding_mask=None)
+                replaced.enter_context(_replaced(module, masked))
+            yield {}
 
     @property
     def _parts(self) -> Any:
-        """The module that holds ``encoder`` and ``decoder``."""
+        """The module with the attributes ``encoder`` and ``decoder``."""
         return self.model if hasattr(self.model, "encoder") else self.model.model
 
-    def _place(self, replaced: ExitStack, side: Any, segments: Tensor) -> None:
-        """Positions that begin anew with each pair; relative ones (T5) do that by themselves."""
+    def _restart_positions(self, replaced: ExitStack, side: Any, segment_ids: Tensor) -> None:
+        """Make positions restart at each pair; relative ones (T5's) need no change."""
         module = getattr(side, "embed_positions", None)
         if module is None:
             return
-        positions = positions_within(segments)
+        positions = positions_within(segment_ids)
         if self._family.positions_skip_pads:
-            positions = (positions + 1).masked_fill(segments == 0, 0) + module.padding_idx
+            positions = (positions + 1).masked_fill(segment_ids == 0, 0) + module.padding_idx
 
-        def embedded(original: Callable[..., Tensor], *_args: Any, **_options: Any) -> Tensor:
-            del original
+        def embed(_original: Callable[..., Tensor], *_args: Any, **_options: Any) -> Tensor:
             offset = getattr(module, "offset", 0)
             return nn.Embedding.forward(module, positions + offset)
 
-        replaced.enter_context(_replaced(module, embedded))
-
-    def _mask_attention(
-        self, replaced: ExitStack, encoder: Tensor, decoder: Tensor, cross: Tensor
-    ) -> None:
-        """Masks for attention modules that get no mask of both queries and keys otherwise."""
-        for layer in self._parts.encoder.layers:
-            masked = _with(attn_mask=encoder, key_padding_mask=None)
-            replaced.enter_context(_replaced(layer.self_attn, masked))
-        for layer in self._parts.decoder.layers:
-            for module, mask in ((layer.self_attn, decoder), (layer.encoder_attn, cross)):
-                masked = _with(attn_mask=mask, key_padding_mask=None)
-                replaced.enter_context(_replaced(module, masked))
+        replaced.enter_context(_replaced(module, embed))
 
 
 def _with(**fixed: Any) -> Callable[..., Any]:
-    """A call of the original with these keywords, whatever the caller gave for them."""
+    """A call of the original with these keyword arguments in place of the caller's."""
 
     def call(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return original(*args, **{**options, **fixed})
@@ -172,7 +163,7 @@ def _with(**fixed: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """``forward`` in the place of the module's own, which it gets as its first argument."""
+    """Replaces the ``forward`` of a module; the original is passed as the first argument."""
     before = vars(module).get("forward")
     original = module.forward
 

@@ -217,9 +217,9 @@ def test_slow_tokenizers_and_several_processes(
     assert row_lengths(found)[0].tolist() == [6, 5, 6] * 4
 
 
-def test_workers_that_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_useful_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenize.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    count = tokenize._workers_that_pay
+    count = tokenize.useful_workers
     assert [count(n, fast=False) for n in (1, 39_999, 40_000, 10**7)] == [1, 1, 2, 8]
     assert count(10**7, fast=True) == 1
 

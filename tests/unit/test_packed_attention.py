@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from s2s_scale.cpu import CpuFunctions
-from s2s_scale.cpu.packed_attention import SegmentedAttention
+from s2s_scale.cpu.packed_attention import PackedAttention
 from s2s_scale.errors import UserError
 from s2s_scale.models import LossHead, decoder_inputs_from_labels
-from s2s_scale.models.packed import PackedModel, positions_within, same_segment
+from s2s_scale.models.packed_attention import PackedModel, positions_within, same_segment
 from s2s_scale.models.tiny import FIRST_WORD_ID, last_word_id
 from tests.support.families import FAMILY_NAMES
 from tests.support.training import fresh
@@ -83,9 +83,9 @@ def test_packed_rows_give_what_their_pairs_give_alone(family, implementation, mo
         pairs, model.config.pad_token_id
     )
     assert (target_segments == 0).any() and (source_segments == 0).any()
-    by_pairs, plain = [], SegmentedAttention.__call__
+    by_pairs, plain = [], PackedAttention.__call__
     monkeypatch.setattr(
-        SegmentedAttention, "__call__", lambda *args: by_pairs.append(1) or plain(*args)
+        PackedAttention, "__call__", lambda *args: by_pairs.append(1) or plain(*args)
     )
     with (
         CpuFunctions(in_place=True) if own else nullcontext(),

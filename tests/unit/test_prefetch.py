@@ -60,7 +60,7 @@ def test_rows_are_those_of_datasets(mapped):
     assert again[3000]["labels"].tolist() == mapped[3000]["labels"]
 
 
-def test_marked_rows_and_batches_are_the_same(mapped):
+def test_filler_rows_and_batches_are_the_same(mapped):
     collate = Seq2SeqCollator(1)
     ids = [5, ~9, 2600, 1]
     one, other = (

@@ -1,4 +1,4 @@
-"""Token-budgeted plans: every row once, near-equal steps, level loads, budgets kept."""
+"""Token-budgeted plans: every row once, near-equal steps, balanced loads, budgets kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2s_scale.data.buckets import choose_shapes, lay_out_groups, plan_groups, row_cost
+from s2s_scale.data.buckets import choose_shapes, make_buckets, plan_buckets, row_cost
 from s2s_scale.data.samplers import TokenSampler
 from s2s_scale.errors import UserError
 from tests.support.lengths import long_tailed
@@ -47,28 +47,28 @@ def samplers(lengths: Any, world: int, **options: Any) -> list[TokenSampler]:
     st.booleans(),
 )
 def test_every_row_is_in_one_step(
-    count: int, seed: int, epoch: int, groups: int, buckets: int | None, drop: bool
+    count: int, seed: int, epoch: int, each: int, buckets: int | None, drop: bool
 ) -> None:
     lengths = some_lengths(count, seed)
     grid = choose_shapes(lengths, num_buckets=buckets) if buckets and count else None
-    layout = lay_out_groups(lengths, tokens_per_step=800, groups_per_step=groups, grid=grid)
-    plan = plan_groups(layout, groups_per_step=groups, seed=seed, epoch=epoch, drop_last=drop)
-    whole = plan_groups(layout, groups_per_step=groups, seed=seed, epoch=epoch)
+    layout = make_buckets(lengths, tokens_per_step=800, groups_per_step=each, grid=grid)
+    plan = plan_buckets(layout, groups_per_step=each, seed=seed, epoch=epoch, drop_last=drop)
+    whole = plan_buckets(layout, groups_per_step=each, seed=seed, epoch=epoch)
     assert sorted(whole.order.tolist()) == list(range(count))
     assert plan.order.tolist() == whole.order.tolist()[: len(plan.order)]
     assert plan.steps in (whole.steps, whole.steps - drop)
     for step in range(whole.steps):
-        parts = whole.groups_of(step)
-        assert len(parts) == groups or step == whole.steps - 1
+        parts = whole.buckets_of(step)
+        assert len(parts) == each or step == whole.steps - 1
         assert np.concatenate([rows for _, rows in parts]).tolist() == whole.rows(step).tolist()
-        for group, rows in parts:
+        for bucket, rows in parts:
             assert len(rows) > 0
-            for side, width in zip(lengths, layout.widths[group], strict=True):
+            for side, width in zip(lengths, layout.widths[bucket], strict=True):
                 assert side[rows].max() <= width
             if grid is not None:
-                assert tuple(layout.widths[group].tolist()) in grid.widths
+                assert tuple(layout.widths[bucket].tolist()) in grid.widths
     with pytest.raises(IndexError):
-        whole.groups_of(whole.steps)
+        whole.buckets_of(whole.steps)
 
 
 @settings(deadline=None)
@@ -104,7 +104,7 @@ def test_ranks_have_equal_micro_batches_within_the_budget(
         assert len(shapes) <= buckets
     sampler = ranks[0]
     for step in range(sampler.steps - 1):
-        assert len(list(sampler.divided(step))) == sampler.accumulation
+        assert len(list(sampler.divide(step))) == sampler.accumulation
 
 
 def test_the_plan_does_not_know_the_ranks() -> None:
@@ -129,42 +129,42 @@ def test_the_plan_does_not_know_the_ranks() -> None:
 
 def test_epochs_differ_and_have_equal_sizes() -> None:
     lengths = long_tailed(5000)
-    layout = lay_out_groups(lengths, tokens_per_step=10_000, groups_per_step=4)
+    layout = make_buckets(lengths, tokens_per_step=10_000, groups_per_step=4)
 
     def plan(seed: int, epoch: int) -> Any:
-        return plan_groups(layout, groups_per_step=4, seed=seed, epoch=epoch)
+        return plan_buckets(layout, groups_per_step=4, seed=seed, epoch=epoch)
 
     assert plan(3, 2).order.tolist() == plan(3, 2).order.tolist()
     plans = [plan(seed, epoch) for seed in range(3) for epoch in range(3)]
     assert len({tuple(p.order.tolist()) for p in plans}) == 9
     assert {p.steps for p in plans} == {plans[0].steps}
-    # The same rows must not always come together: two rows of the first epoch's first group.
-    companions = [set(plans[e].groups_of(1)[1][1].tolist()) for e in range(3)]
+    # The same rows must not always come together: two rows of the first epoch's first bucket.
+    companions = [set(plans[e].buckets_of(1)[1][1].tolist()) for e in range(3)]
     assert len(companions[0] & companions[1]) < len(companions[0])
 
 
 def test_golden_plan() -> None:
     lengths = some_lengths(40, 0)
-    layout = lay_out_groups(lengths, tokens_per_step=400, groups_per_step=2)
-    plan = plan_groups(layout, groups_per_step=2, seed=42, epoch=1)
+    layout = make_buckets(lengths, tokens_per_step=400, groups_per_step=2)
+    plan = plan_buckets(layout, groups_per_step=2, seed=42, epoch=1)
     assert [rows.tolist() for rows in plan] == GOLDEN
 
 
 def test_steps_have_near_equal_tokens_and_mixed_lengths() -> None:
     lengths = long_tailed(50_000)
     tokens = sum(lengths)
-    layout = lay_out_groups(lengths, tokens_per_step=32_768, groups_per_step=4)
-    plan = plan_groups(layout, groups_per_step=4, seed=0, epoch=0)
+    layout = make_buckets(lengths, tokens_per_step=32_768, groups_per_step=4)
+    plan = plan_buckets(layout, groups_per_step=4, seed=0, epoch=0)
     per_step = np.array([tokens[rows].sum() for rows in plan])
     assert per_step.max() <= 32_768 * 1.02
     assert per_step.min() >= 32_768 * 0.97
-    # Each step holds short and long rows: its mean length varies far less than a group's does.
+    # Each step holds short and long rows: its mean length varies far less than a bucket's does.
     source = lengths[0]
     of_steps = [source[rows].mean() for rows in plan]
-    of_groups = [source[rows].mean() for s in range(plan.steps) for _, rows in plan.groups_of(s)]
-    assert np.std(of_steps) < np.std(of_groups) / 4
+    of_buckets = [source[rows].mean() for s in range(plan.steps) for _, rows in plan.buckets_of(s)]
+    assert np.std(of_steps) < np.std(of_buckets) / 4
     for step in range(plan.steps):
-        means = [source[rows].mean() for _, rows in plan.groups_of(step)]
+        means = [source[rows].mean() for _, rows in plan.buckets_of(step)]
         assert max(means) > 1.5 * min(means)
 
 
@@ -178,27 +178,28 @@ def test_the_longest_rows_come_first() -> None:
             sampler.set_epoch(epoch)
             first = next(sampler.micro_batches())
             longest = row_cost(sampler.layout.widths).max()
-            group = sampler.plan.groups_of(0)[0]
-            assert row_cost(sampler.layout.widths[group[0]]) == longest
-            assert set(first) <= set(group[1].tolist())
+            bucket = sampler.plan.buckets_of(0)[0]
+            assert row_cost(sampler.layout.widths[bucket[0]]) == longest
+            assert set(first) <= set(bucket[1].tolist())
 
 
-@pytest.mark.parametrize(("groups", "budget"), [(4, None), (4, 6000), (16, None)])
-def test_loads_of_eight_ranks_are_level(groups: int, budget: int | None) -> None:
+@pytest.mark.parametrize(("each", "budget"), [(4, None), (4, 6000), (16, None)])
+def test_loads_of_eight_ranks_are_balanced(each: int, budget: int | None) -> None:
     """Padded cost, source, target and attention, of every rank in every step: within 3 %."""
     lengths = long_tailed(60_000)
     sampler = TokenSampler(
-        lengths, tokens_per_step=131_072, groups_per_step=groups, world_size=8, max_tokens=budget
+        lengths, tokens_per_step=131_072, groups_per_step=each, world_size=8, max_tokens=budget
     )
     padded = real = 0
     for step in range(sampler.steps):
         loads = np.zeros(8)
-        for batch in sampler.divided(step):
-            for rank, part in enumerate(batch.parts):
-                widths = np.array([side[part].max() for side in lengths])
-                loads[rank] += len(part) * row_cost(widths)
-                padded += len(part) * widths.sum()
-                real += sum(side[part].sum() for side in lengths)
+        for batches in sampler.divide(step):
+            for rank, batch in enumerate(batches):
+                rows = batch.rows
+                widths = np.array([side[rows].max() for side in lengths])
+                loads[rank] += len(rows) * row_cost(widths)
+                padded += len(rows) * widths.sum()
+                real += sum(side[rows].sum() for side in lengths)
         assert (loads.max() - loads.min()) / loads.mean() < 0.03
     assert 1 - real / padded < 0.06
 
@@ -209,10 +210,10 @@ def test_fixed_shapes_have_near_equal_tokens() -> None:
         lengths, tokens_per_step=131_072, groups_per_step=4, world_size=8, num_buckets=8
     )
     tokens = {
-        batch.rows * sum(batch.widths)
+        len(batch) * sum(batch.widths)
         for step in range(sampler.steps)
-        for batch in sampler.divided(step)
-        if batch.rows is not None and batch.widths is not None
+        for batches in sampler.divide(step)
+        for batch in batches
     }
     assert len(tokens) <= 8
     assert max(tokens) < 2 * min(tokens)
