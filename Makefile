@@ -3,6 +3,7 @@
 #                make test-cpu   the newest versions;   make test-fast   of these the quick ones
 #                make test-xla   torch-xla, and the oldest versions that are supported
 # make lint      ruff and mypy
+# make docs      the documentation site, in site/
 # make install   the environment of the first lane alone, make install-xla that of the second
 #                (the others do it by themselves)
 #
@@ -40,7 +41,7 @@ GATE := -m tests.support.coverage_gate .coverage.json --lines 90
 # Run in the second lane alone.
 XLA_FILES := $(wildcard s2s_scale/backends/xla/*.py)
 
-.PHONY: help install install-xla demo test test-cpu test-xla test-fast lint format clean
+.PHONY: help install install-xla demo test test-cpu test-xla test-fast lint format docs clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -90,6 +91,11 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Strict: a broken link or a reference to something that is gone is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html; with search: $(BIN)/python -m mkdocs serve"
+
 # The environment and the runs stay: they cost minutes.
 clean:
-	rm -rf build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache
