@@ -1,7 +1,7 @@
 """MkDocs hook: reference pages made from the code, and files of the site from outside ``docs/``.
 
 A page holds ``<!-- generate: NAME -->`` where generated text goes: ``commands``, ``command train``
-(or any other command), ``profiles``, ``profile keys``, ``deepspeed`` or ``versions``.
+(or any other command), ``profiles``, ``deepspeed`` or ``versions``.
 
 Links are written as they work in the repository, such as ``../benchmarks/results/learning.png``.
 Files that match ``PUBLISHED`` are part of the site at the same path, and links to and from them
@@ -15,6 +15,7 @@ import html
 import posixpath
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,8 @@ if str(ROOT) not in sys.path:
 from s2s_scale import __version__  # noqa: E402
 from s2s_scale.cli.help import FIRST_GROUPS, command_help  # noqa: E402
 from s2s_scale.settings.commands import Command, all_commands  # noqa: E402
-from s2s_scale.settings.options import Option, options_of  # noqa: E402
-from s2s_scale.settings.profiles import LauncherProfile, resolve, shipped_folder  # noqa: E402
+from s2s_scale.settings.options import Option  # noqa: E402
+from s2s_scale.settings.profiles import resolve, shipped_folder  # noqa: E402
 from s2s_scale.utils import package_version  # noqa: E402
 
 if TYPE_CHECKING:
@@ -34,10 +35,16 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-PUBLISHED = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/results/*.md", "benchmarks/results/*.png")
+PUBLISHED = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "benchmarks/results/*.md",
+    "benchmarks/results/*.png",
+)
 """Files outside ``docs/`` that the site has too, as patterns below the repository's root."""
 MARKER = re.compile(r"^<!-- generate: ([\w -]+) -->$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s:#]+)(#[^)\s]*)?\)")
+ETC = "[--flag\xa0value\xa0…]"
 TYPE_NAMES = {"int": "N", "float": "X", "str": "TEXT", "dict": "JSON"}
 
 
@@ -57,6 +64,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in the generated parts, and rewrite the links that leave or enter ``docs/``."""
     return site_links(expand(markdown), page.file.src_uri)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Mark inline code that is a flag, which must not be broken after its dashes."""
+    return re.sub(r"<code>(--\w+)</code>", r'<code class="flag">\1</code>', html)
 
 
 # ---- Links ----
@@ -102,7 +114,6 @@ def expand(markdown: str) -> str:
         return {
             "commands": commands_table,
             "profiles": profiles_table,
-            "profile keys": profile_keys,
             "deepspeed": deepspeed_files,
             "versions": versions,
         }[match[1]]()
@@ -127,12 +138,14 @@ def commands_table() -> str:
 
 def command_section(command: Command) -> str:
     """Usage, description, examples and all options of a command, grouped as in ``--help``."""
-    usage = command_help(command, width=10_000).splitlines()[0].removeprefix("usage: ")
+    usage = command_help(command, width=10_000).partition("\n")[0].removeprefix("usage: ")
+    kept = re.sub(r"(--\S+) ([A-Z]+)", "\\1\xa0\\2", usage).replace("[--flag value …]", ETC)
+    wrapped = textwrap.wrap(kept, 76, subsequent_indent="    ", break_on_hyphens=False)
     lines = [
         escape(command.description),
         "",
         "```text",
-        usage,
+        *(line.replace("\xa0", " ") for line in wrapped),
         "```",
         "",
         "```bash",
@@ -159,7 +172,7 @@ def definition(option: Option, names: frozenset[str]) -> str:
     facts = [f"type: {kinds}"]
     if option.required:
         facts.append("**required**")
-    elif option.default in (None, "", []):
+    elif option.default in (None, "", [], {}):
         facts.append("default: not set")
     else:
         values = option.default if isinstance(option.default, list) else [option.default]
@@ -187,7 +200,7 @@ def value_of(option: Option) -> str:
 def profiles_table() -> str:
     """A row per profile that ships with the package."""
     lines = [
-        "| profile | what for | backend | launcher | device | processes | precision |",
+        "| profile | backend | launcher | device | processes | precision | what for |",
         "|---|---|---|---|---|---|---|",
     ]
     for path in sorted((shipped_folder("launchers") / "profiles").glob("*.yaml")):
@@ -195,18 +208,8 @@ def profiles_table() -> str:
         values = (found.backend, found.launcher, found.device, found.processes)
         precision = "bf16" if found.arguments.get("bf16") else found.precision
         cells = " | ".join(f"`{value}`" for value in (*values, precision))
-        lines.append(f"| `{found.name}` | {escape(found.description)} | {cells} |")
+        lines.append(f"| `{found.name}` | {cells} | {escape(found.description)} |")
     return "\n".join(lines)
-
-
-def profile_keys() -> str:
-    """The keys of a profile's file."""
-    keys = [option for option in options_of(LauncherProfile) if option.group == "profile"]
-    names = frozenset(option.name for option in keys)
-    return "\n".join(
-        definition(option, names).replace("`--", "`", 1).replace(value_of(option) + "`", "`", 1)
-        for option in keys
-    )
 
 
 def deepspeed_files() -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on this machine's CPU with as many threads as there are cores.
+# Train on this machine's CPU, with one thread per core.
 # Usage: launchers/cpu.sh SETTINGS.yaml [--flag value ...]
 #        THREADS=4 launchers/cpu.sh --model models/new --data_dir data --output_dir runs/first
 set -euo pipefail

@@ -1,7 +1,7 @@
 """Portable checkpoints: weights and optimizer state by parameter name, whatever wrote them.
 
-Everything is safetensors or JSON; ``docs/checkpoints.md`` describes the files. Weights are saved
-under the keys that transformers uses, so that ``from_pretrained`` reads them.
+Everything is safetensors or JSON; ``docs/reference/checkpoint-format.md`` describes the files.
+Weights are saved under the keys that transformers uses, so that ``from_pretrained`` reads them.
 """
 
 from __future__ import annotations

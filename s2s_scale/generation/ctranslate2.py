@@ -36,7 +36,7 @@ _LIKE_BART = {
 _LIKE_T5 = ("t5", "mt5")
 PATIENCE = 2
 """With ``early_stopping=False`` a row goes on until twice as many texts as beams have ended: that
-gives the texts of transformers most often (see docs/decisions.md)."""
+gives the texts of transformers most often (see docs/explanation/decisions.md)."""
 
 
 @contextmanager

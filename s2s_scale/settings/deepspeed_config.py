@@ -125,7 +125,7 @@ def contradictions(
 ) -> list[str]:
     """One line for each value in ``config`` that differs from what the training flags say.
 
-    Adafactor under ZeRO is one too: see docs/decisions.md.
+    Adafactor under ZeRO is one too: see docs/explanation/decisions.md.
 
     Args:
         values: training arguments that were given; others have their defaults.

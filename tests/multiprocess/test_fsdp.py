@@ -19,7 +19,7 @@ COMMON = {
     "max_grad_norm": 0.5,
     "label_smoothing": 0.1,
     "loss_spike_factor": 3.0,
-    "adam_epsilon": 1e-6,  # see docs/decisions.md
+    "adam_epsilon": 1e-6,  # see docs/explanation/decisions.md
 }
 
 

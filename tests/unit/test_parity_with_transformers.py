@@ -55,7 +55,7 @@ def test_twenty_steps_have_the_losses_of_transformers(family, mode, tmp_path):
 
 
 def test_transformers_multiplies_the_loss_by_the_accumulation_steps_and_ours_does_not(tmp_path):
-    """The trap that ``README.md`` shows; if transformers mends it, the table there must change."""
+    """The table of ``docs/results.md``, which must change if transformers fixes this."""
     first = {}
     for rows_per_device, accumulation in ((8, 1), (4, 2)):
         values = {

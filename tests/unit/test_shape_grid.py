@@ -75,7 +75,7 @@ def test_no_chain_of_shapes_is_better(rows: list[tuple[int, int]], buckets: int)
 def test_shapes_on_long_tailed_lengths() -> None:
     """Random batches of 32 hold 65 to 70 % pads; padding to the longest and to powers beside it.
 
-    A row in one of 8 shapes cannot do better than about 0.85 here: see docs/decisions.md.
+    A row in one of 8 shapes cannot do better than about 0.85: docs/explanation/batch-plan.md.
     """
     lengths = long_tailed(200_000)
     assert 0.65 < share_of_pads_at_random(lengths) < 0.70
