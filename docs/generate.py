@@ -200,15 +200,16 @@ def value_of(option: Option) -> str:
 def profiles_table() -> str:
     """A row per profile that ships with the package."""
     lines = [
-        "| profile | backend | launcher | device | processes | precision | what for |",
-        "|---|---|---|---|---|---|---|",
+        "| profile | what for | backend, launcher | processes | precision |",
+        "|---|---|---|---|---|",
     ]
     for path in sorted((shipped_folder("launchers") / "profiles").glob("*.yaml")):
         found = resolve(str(path))
-        values = (found.backend, found.launcher, found.device, found.processes)
         precision = "bf16" if found.arguments.get("bf16") else found.precision
-        cells = " | ".join(f"`{value}`" for value in (*values, precision))
-        lines.append(f"| `{found.name}` | {cells} | {escape(found.description)} |")
+        lines.append(
+            f"| `{found.name}` | {escape(found.description)} | `{found.backend}`, "
+            f"`{found.launcher}` | `{found.processes}` | `{precision}` |"
+        )
     return "\n".join(lines)
 
 
