@@ -63,7 +63,8 @@ def main() -> int:
             exact = profile == "cpu" and same
             cell, fine = _judge(run, family, exact=exact)
             known = (family, profile) in KNOWN
-            table[family, profile] = cell + (" (known)" if known and not fine else "")
+            note = (" (mended: take it out of KNOWN)" if fine else " (known)") if known else ""
+            table[family, profile] = cell + note
             good = good and (fine != known)
             print(f"{family} {profile}: {table[family, profile]}", file=sys.stderr)
         shown = Table("figures / weights", *(f"{name} x {RANKS[name]}" for name in profiles))

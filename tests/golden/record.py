@@ -159,6 +159,8 @@ def record_trajectories(cells: Sequence[tuple[str, str]], folder: Path, *, xla_p
             failing[profile] = run.cause
         else:
             figures[profile] = run.figures
+    for figures in golden["figures"].values():
+        figures.update({name: figures.pop(name) for name in RANKS if name in figures})
     write_json(TRAJECTORIES, golden)
 
 
