@@ -82,7 +82,7 @@ def test_the_budget_changes_neither_texts_nor_losses_nor_their_order(tmp_path: A
 def test_generation_runs_through_the_shrinking_batch(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from s2s_scale.trainer import evaluating
+    from s2s_scale.trainer import evaluation
 
     calls = []
 
@@ -90,7 +90,7 @@ def test_generation_runs_through_the_shrinking_batch(
         calls.append(len(options["input_ids"]))
         return torch.full((len(options["input_ids"]), 3), 2)
 
-    monkeypatch.setattr(evaluating, "generate", counted)
+    monkeypatch.setattr(evaluation, "generate", counted)
     model = fresh("t5")
     rows = datasets.Dataset.from_list(ragged_rows(model, 9))
     trainer = our_trainer(

@@ -238,7 +238,7 @@ def test_a_loader_goes_on_where_it_was(stream: Any, tmp_path: Any, stopped: int)
         ({"max_steps": 3, "eval_strategy": "epoch"}, "eval_strategy=epoch: cannot take effect"),
         ({"max_steps": 3, "batching": "packed"}, "batching=packed: needs the lengths of all rows"),
         ({"max_steps": 3, "max_tokens_per_device": 99}, "raise --groups_per_step"),
-        ({"max_steps": 3, "dataloader_num_workers": 1}, "one thread reads ahead"),
+        ({"max_steps": 3, "dataloader_num_workers": 1}, "a thread prefetches"),
     ],
 )
 def test_what_a_stream_cannot_do_is_said(
