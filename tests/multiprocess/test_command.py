@@ -17,10 +17,10 @@ TRAINING = """
 """.split()
 
 
-def train(folder, *, ranks, model, data):
+def train(folder, *, profile, ranks, model, data):
     """Train with 16 rows a step on ``ranks`` ranks; the logs, results and generated texts."""
     folder.mkdir()
-    words = ["s2s_scale", "train", "--profile", "cpu", "--model", str(model)]
+    words = ["s2s_scale", "train", "--profile", profile, "--model", str(model)]
     words += ["--data_dir", str(data), "--output_dir", str(folder / "run"), *TRAINING]
     words += ["--per_device_train_batch_size", str(16 // ranks)]
     results = run_ranks(words, ranks=ranks, folder=folder)
@@ -38,7 +38,8 @@ def train(folder, *, ranks, model, data):
 
 
 @pytest.fixture(scope="module")
-def two_runs(tmp_path_factory):
+def files(tmp_path_factory):
+    """Folder, model and data of the runs."""
     from s2s_scale.models.create import new_model
 
     root = tmp_path_factory.mktemp("ranks")
@@ -47,7 +48,20 @@ def two_runs(tmp_path_factory):
     model = new_model(
         architecture="marian", size="tiny", texts=texts, vocab_size=200, output_dir=root / "new"
     )
-    return [train(root / f"{n}-ranks", ranks=n, model=model, data=data) for n in (1, 2)]
+    return root, {"model": model, "data": data}
+
+
+@pytest.fixture(scope="module")
+def one_run(files):
+    root, options = files
+    return train(root / "one", profile="cpu", ranks=1, **options)
+
+
+@pytest.fixture(scope="module", params=["cpu", "cpu-fsdp"])
+def two_runs(request, files, one_run):
+    """The run of one process, and one on two ranks: each has the whole model, or a half of it."""
+    root, options = files
+    return one_run, train(root / request.param, profile=request.param, ranks=2, **options)
 
 
 def test_losses_and_results_are_those_of_one_process(two_runs):

@@ -37,7 +37,7 @@ def problems(name):
 def test_shipped_profiles_resolve(folder):
     shipped = available()
     zero = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
-    kinds = ("", "-ddp", "-oss", *(f"-{stage}" for stage in zero))
+    kinds = ("", "-ddp", "-oss", "-fsdp", *(f"-{stage}" for stage in zero))
     expected = {device + kind for device in ("cpu", "gpu") for kind in kinds}
     expected |= {"cpu-xla", "cpu-xla-fsdp", "tpu-vm", "tpu-vm-fsdp", "tpu-pod"}
     assert set(shipped) == expected
