@@ -5,6 +5,7 @@ import torch
 import transformers
 from transformers.trainer import Trainer
 
+from s2s_scale.errors import UserError
 from s2s_scale.optim import decay_parameter_names, parameter_groups
 from tests.support.families import FAMILY_NAMES, tiny_model
 
@@ -48,9 +49,10 @@ def test_groups_hold_every_trainable_parameter_once(family):
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
 
 
-def test_a_frozen_model_has_no_groups():
+def test_a_frozen_model_is_refused():
     model = torch.nn.Linear(2, 2).requires_grad_(False)
-    assert parameter_groups(model, 0.1) == []
+    with pytest.raises(UserError, match="no parameter left to train"):
+        parameter_groups(model, 0.1)
 
 
 def test_without_decay_all_parameters_are_in_groups_once():

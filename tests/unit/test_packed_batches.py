@@ -366,7 +366,7 @@ def test_settings_without_effect_are_refused(tmp_path):
     refused("groups_per_step=2: has no effect with batching=packed", **PACKED, groups_per_step=2)
     refused("tokens_per_row=99: has no effect with batching=tokens", batching="tokens",
             tokens_per_row=99)  # fmt: skip
-    refused("tokens_per_row=0: expected at least 1", tokens_per_row=0)
+    refused("tokens_per_row=0: expected a whole number of at least 1", tokens_per_row=0)
     refused("sortish_sampler=True and batching=packed", sortish_sampler=True, batching="packed")
     args = Seq2SeqTrainingArguments(output_dir="x", tokens_per_row=99)
     assert (args.batching, args.tokens_per_step, args.groups_per_step) == ("packed", None, None)
