@@ -1,4 +1,4 @@
-"""Text metrics from sufficient statistics: memory does not grow with the number of rows."""
+"""Text metrics from sufficient statistics, in memory that is constant in the number of rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from s2s_scale.config import METRICS
 from s2s_scale.errors import unknown_name
-from s2s_scale.evaluation.compat import forget_lines, row_statistics, score_of
+from s2s_scale.evaluation.compat import clear_caches, row_statistics, score_of
 from s2s_scale.utils import package_version
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -26,9 +26,14 @@ class _Metric(Protocol):
 class TextMetrics:
     """Corpus scores of the named metrics over all rows added so far.
 
-    Names: ``bleu`` and ``chrf`` (sacrebleu, 0 to 100), ``rouge`` for all of ``rouge1 rouge2
-    rougeL rougeLsum`` or one of these (F1 x 100, Lsum over sentences split at . ! ? and line
-    ends), ``exact_match`` (percent, outer spaces ignored). Raises ``UserError`` for other names.
+    Args:
+        names: any of ``bleu`` and ``chrf`` (sacrebleu, 0 to 100); ``rouge1``, ``rouge2``,
+            ``rougeL`` and ``rougeLsum``, or ``rouge`` for all of them (F1 x 100, Lsum over
+            sentences split at ``. ! ?`` and line ends); and ``exact_match`` (percent, ignoring
+            leading and trailing whitespace).
+
+    Raises:
+        UserError: a name is none of these.
     """
 
     def __init__(self, names: Sequence[str] = METRICS) -> None:
@@ -45,24 +50,24 @@ class TextMetrics:
         self.rows = 0
 
     def add(self, hypotheses: Sequence[str], references: Sequence[str]) -> None:
-        """Count these rows; hypothesis i belongs to reference i."""
+        """Add rows; hypothesis i belongs to reference i."""
         if len(hypotheses) != len(references):
             raise ValueError(
-                f"{len(hypotheses)} hypotheses for {len(references)} references: expected as many"
+                f"{len(hypotheses)} hypotheses for {len(references)} references: expected one each"
             )
         self.rows += len(hypotheses)
         for part in self._parts:
             part.add(hypotheses, references)
 
     def result(self) -> dict[str, float]:
-        """The scores by name; 0 for each where no row was added."""
+        """The scores by name; all 0 if no row was added."""
         scores: dict[str, float] = {}
         for part in self._parts:
             scores.update(part.result())
         return scores
 
     def signatures(self) -> dict[str, str]:
-        """How each score was computed: sacrebleu's signatures, and versions."""
+        """How each score was computed, by name: signatures, and versions of libraries."""
         known: dict[str, str] = {}
         for part in self._parts:
             known.update(part.signature())
@@ -70,7 +75,7 @@ class TextMetrics:
 
 
 def check_metric_names(names: Iterable[str]) -> None:
-    """Raise ``UserError`` for a name that is no metric. Imports nothing heavy."""
+    """Raise ``UserError`` for a name that is not a metric. Imports no metric library."""
     known = {*METRICS, *ROUGE_TYPES}
     for name in names:
         if name not in known:
@@ -78,13 +83,13 @@ def check_metric_names(names: Iterable[str]) -> None:
 
 
 def split_sentences(text: str) -> str:
-    """``text`` with a line end after each sentence, which is what ROUGE-Lsum works on."""
+    """``text`` with one sentence per line, which is what ROUGE-Lsum expects."""
     lines = (line.strip() for line in _SENTENCE_END.sub("\n", text).splitlines())
     return "\n".join(line for line in lines if line)
 
 
 class _Sacrebleu:
-    """BLEU or chrF. sacrebleu sums per-row statistics; we keep that sum alone."""
+    """BLEU or chrF: the two steps of sacrebleu's ``corpus_score``, with only their sum kept."""
 
     def __init__(self, name: str) -> None:
         from sacrebleu.metrics.bleu import BLEU
@@ -97,12 +102,11 @@ class _Sacrebleu:
     def add(self, hypotheses: Sequence[str], references: Sequence[str]) -> None:
         if not hypotheses:
             return
-        # the two steps of sacrebleu's corpus_score, with the sum in between kept
         for row in row_statistics(self.metric, hypotheses, references):
             self.sums = (
                 row if self.sums is None else [a + b for a, b in zip(self.sums, row, strict=True)]
             )
-        forget_lines(self.metric)
+        clear_caches(self.metric)
 
     def result(self) -> dict[str, float]:
         if self.sums is None:
@@ -114,7 +118,7 @@ class _Sacrebleu:
 
 
 class _Rouge:
-    """Mean F1 of rouge_score over rows."""
+    """F1 of ``rouge_score``, averaged over rows."""
 
     def __init__(self, types: Sequence[str]) -> None:
         from rouge_score.rouge_scorer import RougeScorer
