@@ -156,11 +156,7 @@ def _min_length(processor: Any, context: _Context) -> Rule:
         shortest = int(processor.prompt_length_to_skip) + int(processor.min_new_tokens)
     else:
         shortest = int(processor.min_length)
-
-    def rule(history: History, scores: Tensor) -> Tensor:
-        return scores.masked_fill(ends & (history.length < shortest), -math.inf)
-
-    return rule
+    return lambda history, scores: scores.masked_fill(ends & (history.length < shortest), -math.inf)
 
 
 def _forced_token(processor: Any, context: _Context) -> Rule:
@@ -206,11 +202,7 @@ def _suppress(processor: Any, context: _Context) -> Rule:
         return lambda history, scores: scores.masked_fill(always, -math.inf)
     banned = context.token_mask(processor.begin_suppress_tokens.tolist())
     begin = int(processor.begin_index)
-
-    def rule(history: History, scores: Tensor) -> Tensor:
-        return scores.masked_fill(banned & (history.length == begin), -math.inf)
-
-    return rule
+    return lambda history, scores: scores.masked_fill(banned & (history.length == begin), -math.inf)
 
 
 def _normalize(processor: Any, context: _Context) -> Rule:

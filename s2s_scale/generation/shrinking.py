@@ -25,7 +25,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from s2s_scale.generation.compat import any_rank_unfinished, reorders_own_cache
-from s2s_scale.generation.logits_rules import History, Rule, make_rules
+from s2s_scale.generation.logits_rules import Rule, make_rules
 from s2s_scale.generation.options import SearchSettings, settings_of
 from s2s_scale.generation.search import BeamSearch, GreedySearch
 from s2s_scale.generation.static import longest_text
@@ -146,7 +146,8 @@ class _ShrinkingLoop:
         kind: Any = GreedySearch if beams == 1 else BeamSearch
         ends = torch.tensor(settings.ends, dtype=torch.long, device=device)
         logits = decoder.first(torch.full_like(source[:, :1], settings.start))
-        search = kind(settings, self._rules(settings, logits), ends)
+        rules = [self._rule(p, logits, settings.max_length) for p in settings.processors]
+        search = kind(settings, rules, ends)
         all_active = torch.ones(len(source), dtype=torch.bool, device=device)
         state = search.begin(source, all_active, NO_CACHES)
         results = search.best(state).clone()
@@ -183,21 +184,15 @@ class _ShrinkingLoop:
         results = results[:, : settings.num_return_sequences].flatten(0, 1)
         return results[:, : longest_text(results, settings.ends)]
 
-    def _rules(self, settings: SearchSettings, logits: Tensor) -> list[Rule]:
-        """transformers' logits processors as rules, replaced by ours where theirs will not do."""
-        sizes = {"vocab_size": logits.shape[-1], "max_length": settings.max_length}
-
-        def rule_of(processor: Any) -> Rule:
-            if type(processor).__name__ in _REPLACED:
-                return make_rules([processor], device=logits.device, **sizes)[0]
-
-            def rule(history: History, scores: Tensor) -> Tensor:
-                changed: Tensor = processor(history.tokens[:, : self._length], scores)
-                return changed
-
+    def _rule(self, processor: Any, logits: Tensor, max_length: int) -> Rule:
+        """transformers' ``processor`` as a rule, or our version of it if theirs will not do."""
+        if type(processor).__name__ in _REPLACED:
+            vocab_size = logits.shape[-1]
+            (rule,) = make_rules(
+                [processor], vocab_size=vocab_size, max_length=max_length, device=logits.device
+            )
             return rule
-
-        return [rule_of(processor) for processor in settings.processors]
+        return lambda history, scores: processor(history.tokens[:, : self._length], scores)
 
 
 def _supports_inputs(
