@@ -40,7 +40,7 @@ def measure(way: str, num_beams: int) -> dict[str, float]:
     model = tiny_model("t5", layers=2, d_model=64, vocab_size=512)
     batches = [sources(model, ROWS, seed=n, width=WIDTH) for n in range(LATER_BATCHES + 1)]
     backend.place_model(model)
-    generator = StaticGenerator(model, sync=backend.flush, fetch=backend.collectives.to_host)
+    generator = StaticGenerator(model, sync=backend.flush, to_host=backend.collectives.to_host)
     generate: Any = generator.generate if way == WAYS[0] else model.generate
 
     def run(batch: Any) -> None:

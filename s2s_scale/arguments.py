@@ -22,7 +22,7 @@ from s2s_scale.config import (
 )
 from s2s_scale.data.batch_plan import Mode
 from s2s_scale.errors import UserError, raise_problems, unknown_name
-from s2s_scale.generation.engines import package_problems
+from s2s_scale.generation.ctranslate2 import package_problems
 from s2s_scale.optim import OPTIONS
 
 _HF_DEFAULTS = {

@@ -1,1 +1,1 @@
-"""Text metrics, evaluation of generated rows and generation from plain text."""
+"""Text metrics, and evaluation of generated text as it is produced."""

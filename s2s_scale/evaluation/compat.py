@@ -1,4 +1,4 @@
-"""What the metrics use of the private parts of sacrebleu."""
+"""Private parts of sacrebleu that the metrics rely on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ METRIC = "sacrebleu.metrics.base.Metric"
 @relies_on(
     "sacrebleu",
     checked=CHECKED,
-    reason="its corpus_score wants all texts at once; ours come batch by batch",
+    reason="its corpus_score takes all texts at once, and ours arrive batch by batch",
     uses={f"{METRIC}._extract_corpus_statistics": ("hypotheses", "references")},
 )
 def row_statistics(
     metric: Any, hypotheses: Sequence[str], references: Sequence[str]
 ) -> list[list[int]]:
-    """What a corpus score is computed from, row by row; their sum is that of the corpus."""
+    """Sufficient statistics of each row; their sum gives the corpus score by ``score_of``."""
     rows: list[list[int]] = metric._extract_corpus_statistics(hypotheses, [list(references)])
     return rows
 
@@ -28,7 +28,7 @@ def row_statistics(
 @relies_on(
     "sacrebleu",
     checked=CHECKED,
-    reason="its corpus_score wants all texts at once; ours come batch by batch",
+    reason="its corpus_score takes all texts at once, and ours arrive batch by batch",
     uses={f"{METRIC}._compute_score_from_stats": ("stats",)},
 )
 def score_of(metric: Any, statistics: Sequence[int]) -> float:
@@ -39,11 +39,11 @@ def score_of(metric: Any, statistics: Sequence[int]) -> float:
 @relies_on(
     "sacrebleu",
     checked=CHECKED,
-    reason="its tokenizers keep the last 65,536 lines each, and wrap each other in a private "
+    reason="its tokenizers cache the last 65,536 lines each, and wrap each other in a private "
     "attribute",
     uses={"sacrebleu.tokenizers.tokenizer_13a.Tokenizer13a": None},
 )
-def forget_lines(metric: Any) -> None:
+def clear_caches(metric: Any) -> None:
     """Empty the caches of the metric's tokenizers."""
     tokenizer = getattr(metric, "tokenizer", None)  # chrF has none
     while tokenizer is not None:

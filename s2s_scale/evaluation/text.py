@@ -1,8 +1,6 @@
-"""Evaluation of generated rows: decode, score and write text as it is produced.
+"""Evaluation of generated text: decode, score and write it as it is produced.
 
 Shapes: B rows of a batch, n sequences returned per row, T positions.
-
-Put rows that an evaluation produced in batch order back into the data's order.
 """
 
 from __future__ import annotations
@@ -21,12 +19,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedTokenizerBase
 
-
 TextsOf = Callable[[Sequence[int]], list[str]]
+"""Row ids -> their texts."""
 
 
 class Sample(NamedTuple):
-    """One row for the report; ``source`` is empty where sources are not known."""
+    """One row for the report; ``source`` is empty if the sources are not known."""
 
     source: str
     reference: str
@@ -42,21 +40,32 @@ def as_ids(ids: Any, pad_token_id: int) -> npt.NDArray[np.int64]:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
-    """Texts of token ids [B, T] (tensor, array or lists; -100 counts as pad), specials left out."""
+    """Texts of token ids [B, T] (tensor, array or lists) without special tokens and -100."""
     array = as_ids(ids, int(tokenizer.pad_token_id))
     return tokenizer.batch_decode(array.tolist(), skip_special_tokens=True)
 
 
 def one_line(text: str) -> str:
-    """``text`` without line ends, so that row i of a file is line i."""
+    """``text`` with spaces in place of line ends, so that row i of a file is line i."""
     return " ".join(text.split("\n")).replace("\r", " ") if "\n" in text or "\r" in text else text
 
 
 class TextEvaluation:
-    """What the trainer feeds while it evaluates; memory does not grow with the texts.
+    """Scores generated text batch by batch, in memory that does not grow with the texts.
 
-    Rows may arrive in any order and more than once (the first arrival counts). Per row it keeps
-    16 bytes; texts wait in an unnamed temporary file until ``finish`` writes them in order.
+    Rows may arrive in any order and more than once; the first arrival counts. Only a few bytes are
+    kept per row: texts go to an unnamed temporary file, from which ``finish`` writes them in order.
+
+    Args:
+        tokenizer: decodes generated ids and labels.
+        metrics: names of ``TextMetrics``.
+        references: reference texts of row ids; by default the labels are decoded.
+        sources: source texts of row ids, for ``samples``.
+        output_file: where ``finish`` writes the generated texts.
+        num_samples: number of rows kept for ``samples``.
+
+    Raises:
+        UserError: an unknown metric.
     """
 
     def __init__(
@@ -69,8 +78,6 @@ class TextEvaluation:
         output_file: Path | None = None,
         num_samples: int = 8,
     ) -> None:
-        """``references``/``sources`` give the texts of row ids; without references the labels are
-        decoded. Raises ``UserError`` for an unknown metric."""
         check_metric_names(metrics)
         self.tokenizer = tokenizer
         self.metric_names = list(metrics)
@@ -84,11 +91,11 @@ class TextEvaluation:
         self.start(0)
 
     def start(self, n_rows: int) -> None:
-        """Begin an evaluation of rows 0 to ``n_rows - 1``; forgets an earlier one."""
+        """Begin an evaluation of rows 0 to ``n_rows - 1``, discarding an earlier one."""
         self._close()
         self._metrics = TextMetrics(self.metric_names) if n_rows else None
         self._seen = np.zeros(n_rows, dtype=bool)
-        self._places = np.zeros((n_rows, 2), dtype=np.int64)  # offset and length in the spool
+        self._spans = np.zeros((n_rows, 2), dtype=np.int64)  # offset and length in the spool
         self._tokens = 0
         self._kept: dict[int, Sample] = {}
         count = min(self.num_samples, n_rows)
@@ -97,10 +104,16 @@ class TextEvaluation:
             self._spool = tempfile.TemporaryFile()  # noqa: SIM115  (closed by finish)
 
     def add(self, row_ids: Sequence[int], generated: Any, labels: Any = None) -> None:
-        """Take generated ids [B*n, T] (the first of each row's n is scored) and labels [B, T].
+        """Add generated rows.
 
-        Raises ``ValueError`` where the shapes do not fit ``row_ids`` and where neither references
-        nor labels are there.
+        Args:
+            row_ids: B row ids.
+            generated: token ids [B * n, T]; the first of the n sequences of each row is scored.
+            labels: token ids [B, T]; only needed without references.
+
+        Raises:
+            ValueError: the shapes do not match ``row_ids``, a row id is out of range, or there are
+                neither references nor labels.
         """
         rows = [int(row) for row in row_ids]
         if not rows:
@@ -108,9 +121,17 @@ class TextEvaluation:
         pad = int(self.tokenizer.pad_token_id)
         ids = as_ids(generated, pad)
         if len(ids) == 0 or len(ids) % len(rows):
-            raise ValueError(f"{len(ids)} generated rows for {len(rows)} row ids: expected n each")
+            raise ValueError(
+                f"{len(ids)} generated rows for {len(rows)} row ids: expected a multiple of the ids"
+            )
         ids = ids[:: len(ids) // len(rows)]
-        fresh = self._first_arrivals(rows)
+        fresh = []  # indices of the rows that arrive for the first time
+        for i, row in enumerate(rows):
+            if not 0 <= row < len(self._seen):
+                raise ValueError(f"row {row} is outside of the {len(self._seen)} rows evaluated")
+            if not self._seen[row]:
+                self._seen[row] = True
+                fresh.append(i)
         if not fresh:
             return
         kept_rows = [rows[i] for i in fresh]
@@ -119,7 +140,7 @@ class TextEvaluation:
         elif labels is not None:
             references = decode(self.tokenizer, as_ids(labels, pad)[fresh])
         else:
-            raise ValueError("neither references nor labels: nothing to compare generated text to")
+            raise ValueError("neither references nor labels to compare the generated text with")
         hypotheses = decode(self.tokenizer, ids[fresh])
         assert self._metrics is not None
         self._metrics.add(hypotheses, references)
@@ -127,10 +148,12 @@ class TextEvaluation:
         self._keep(kept_rows, hypotheses, references)
 
     def finish(self) -> dict[str, float]:
-        """The metrics and ``gen_len``: mean generated tokens per row, special ones not counted.
+        """The metrics, and ``gen_len``: the mean number of generated tokens without special ones.
 
-        Writes ``output_file``, one row per line in data order; it appears whole or not at all.
-        Raises ``ValueError`` when a row never arrived.
+        Writes ``output_file`` atomically, one row per line in the order of the data.
+
+        Raises:
+            ValueError: a row never arrived.
         """
         missing = np.flatnonzero(~self._seen)
         if len(missing):
@@ -139,7 +162,11 @@ class TextEvaluation:
             return {}
         try:
             if self.output_file is not None:
-                self._write(self.output_file)
+                assert self._spool is not None
+                with atomic_file(self.output_file, binary=True) as out:
+                    for offset, length in self._spans:
+                        self._spool.seek(offset)
+                        out.write(self._spool.read(length) + b"\n")
         finally:
             self._close()
         return {**self._metrics.result(), "gen_len": self._tokens / len(self._seen)}
@@ -151,39 +178,22 @@ class TextEvaluation:
 
     @property
     def samples(self) -> list[Sample]:
-        """Rows spread evenly over the data, in data order."""
+        """Rows spread evenly over the data, in its order."""
         return [self._kept[row] for row in sorted(self._kept)]
 
-    def _first_arrivals(self, rows: list[int]) -> list[int]:
-        """Positions in ``rows`` of the rows not seen before, which are marked as seen."""
-        fresh = []
-        for i, row in enumerate(rows):
-            if not 0 <= row < len(self._seen):
-                raise ValueError(f"row {row} is outside of the {len(self._seen)} rows evaluated")
-            if not self._seen[row]:
-                self._seen[row] = True
-                fresh.append(i)
-        return fresh
-
     def _keep(self, rows: list[int], hypotheses: list[str], references: list[str]) -> None:
+        """Spool the texts of these rows, and keep those that are samples."""
         if self._spool is not None:
             at = self._spool.tell()
             for row, text in zip(rows, hypotheses, strict=True):
                 data = one_line(text).encode("utf-8")
                 self._spool.write(data)
-                self._places[row] = at, len(data)
+                self._spans[row] = at, len(data)
                 at += len(data)
         for i, row in enumerate(rows):
             if row in self._sample_rows:
                 source = self.sources([row])[0] if self.sources is not None else ""
                 self._kept[row] = Sample(source, references[i], hypotheses[i])
-
-    def _write(self, output_file: Path) -> None:
-        assert self._spool is not None
-        with atomic_file(output_file, binary=True) as out:
-            for offset, length in self._places:
-                self._spool.seek(offset)
-                out.write(self._spool.read(length) + b"\n")
 
     def _close(self) -> None:
         if self._spool is not None:
@@ -197,11 +207,11 @@ def in_data_order(rows: Any, order: np.ndarray) -> Any:
     Args:
         rows: array [N, ...], or [N * R, ...] with R entries per data row (several returned
             sequences); tuples and lists of such arrays; or None.
-        order: int array [N]: a permutation of the data rows, with any number of ids below 0 in
-            between, whose entries stand for no row and are left out.
+        order: int array [N]: a permutation of the data rows, with any number of negative ids in
+            between; these mark filler rows, whose entries are dropped.
 
     Raises:
-        ValueError: the number of entries is no multiple of N.
+        ValueError: the number of entries is not a multiple of N.
     """
     if rows is None:
         return None

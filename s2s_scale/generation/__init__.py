@@ -1,1 +1,1 @@
-"""Text from a model: streams of rows, beam search in fixed shapes, other engines."""
+"""Text generation: streams of lines, searches in fixed shapes, and other engines."""

@@ -1,4 +1,4 @@
-"""What generation uses of the private parts of transformers."""
+"""Private parts of transformers that generation relies on."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ MIXIN = "transformers.generation.utils.GenerationMixin"
 @relies_on(
     "transformers",
     checked=CHECKED,
-    reason="generate completes its settings in private methods, and a search of ours must read "
-    "the same ones",
+    reason="generate completes its settings in private methods, and our searches must read the "
+    "same ones",
     uses={f"{MIXIN}._prepare_generation_config": ("generation_config", "kwargs")},
 )
 def generation_config(
     model: Any, base: Any, options: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """The generation config of ``model.generate(generation_config=base, **options)``.
-
-    With the options that it does not know.
+    """The config of ``model.generate(generation_config=base, **options)``, and unknown options.
 
     Raises:
-        ValueError: transformers refuses a value.
+        ValueError: transformers rejects a value.
     """
     config, unknown = model._prepare_generation_config(base, **options)
     return config, unknown
@@ -38,8 +36,8 @@ def generation_config(
 @relies_on(
     "transformers",
     checked=CHECKED,
-    reason="a private method makes limits of the whole length from max_new_tokens and "
-    "min_new_tokens",
+    reason="a private method converts max_new_tokens and min_new_tokens to limits of the total "
+    "length",
     uses={
         f"{MIXIN}._prepare_generated_length": (
             "generation_config",
@@ -52,9 +50,9 @@ def generation_config(
     },
 )
 def set_lengths(model: Any, config: Any, *, default_max: bool, default_min: bool) -> None:
-    """Write the limits into ``config.max_length`` and ``min_length``, for one start token.
+    """Set ``config.max_length`` and ``config.min_length``, for one start token.
 
-    ``default_max``, ``default_min``: the limit was not given, so that it is a default.
+    ``default_max``, ``default_min``: whether the limit is a default, which the user did not give.
     """
     model._prepare_generated_length(
         generation_config=config,
@@ -69,7 +67,7 @@ def set_lengths(model: Any, config: Any, *, default_max: bool, default_min: bool
 @relies_on(
     "transformers",
     checked=CHECKED,
-    reason="generate makes its score processors, and checks its mode, in private methods",
+    reason="generate builds its logits processors, and checks its mode, in private methods",
     uses={
         f"{MIXIN}._prepare_special_tokens": None,
         f"{MIXIN}._validate_generation_mode": (
@@ -80,11 +78,11 @@ def set_lengths(model: Any, config: Any, *, default_max: bool, default_min: bool
         f"{MIXIN}._get_logits_processor": None,
     },
 )
-def score_processors(model: Any, config: Any) -> tuple[Any, ...]:
-    """transformers' score processors for ``config``, in its order; prepares its special tokens.
+def logits_processors(model: Any, config: Any) -> tuple[Any, ...]:
+    """transformers' logits processors for ``config``, in its order; prepares its special tokens.
 
     Raises:
-        ValueError: transformers refuses a value.
+        ValueError: transformers rejects a value.
     """
     model._prepare_special_tokens(config, True, device="cpu")
     model._validate_generation_mode(config.get_generation_mode(None), config, {})
@@ -92,7 +90,9 @@ def score_processors(model: Any, config: Any) -> tuple[Any, ...]:
         model._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=1,
-            encoder_input_ids=torch.zeros(1, 8, dtype=torch.long),  # its options alone are read
+            encoder_input_ids=torch.zeros(
+                1, 8, dtype=torch.long
+            ),  # only the processors' options are read
             device="cpu",
         )
     )
@@ -101,12 +101,12 @@ def score_processors(model: Any, config: Any) -> tuple[Any, ...]:
 @relies_on(
     "transformers",
     checked=CHECKED,
-    reason="which special tokens generate has settled on is kept in private attributes of its "
+    reason="generate keeps the special tokens that it has chosen in private attributes of its "
     "config",
     uses={f"{MIXIN}._prepare_special_tokens": None},
 )
 def special_tokens(config: Any) -> dict[str, tuple[int, ...]]:
-    """Token ids as ``generate`` has prepared them in its config: ``start``, ``end`` and ``pad``."""
+    """The ``start``, ``end`` and ``pad`` token ids that ``generate`` has prepared in its config."""
 
     def ids(tokens: Tensor | None) -> tuple[int, ...]:
         return () if tokens is None else tuple(tokens.reshape(-1).tolist())
@@ -121,22 +121,22 @@ def special_tokens(config: Any) -> dict[str, tuple[int, ...]]:
 @relies_on(
     "transformers",
     checked=CHECKED,
-    reason="a model that reorders its cache by a method of its own can be told by that alone",
+    reason="nothing but this method tells that a model reorders its cache by code of its own",
     uses={MIXIN: None},
 )
 def reorders_own_cache(model: Any) -> bool:
-    """Whether the model's class has a way of its own to reorder keys and values."""
+    """Whether the model reorders keys and values by a method of its own."""
     return hasattr(model, "_reorder_cache")
 
 
 @relies_on(
     "transformers",
     checked=CHECKED,
-    reason="generate's agreement between ranks on whether to go on is a private method, and ranks "
-    "that use ours must agree with those that use its",
+    reason="generate's ranks agree on whether to go on by a private method, and ranks that run our "
+    "loop must agree with ranks that run transformers'",
     uses={f"{MIXIN}._has_unfinished_sequences": ("this_peer_finished", "synced_gpus", "device")},
 )
-def any_rank_goes_on(model: Any, *, finished: bool) -> bool:
+def any_rank_unfinished(model: Any, *, finished: bool) -> bool:
     """Whether any rank is not ``finished``. Every rank must call it before each step."""
     return bool(model._has_unfinished_sequences(finished, True, model.device))
 
@@ -144,9 +144,9 @@ def any_rank_goes_on(model: Any, *, finished: bool) -> bool:
 @relies_on(
     "transformers",
     checked=CHECKED,
-    reason="which attention a model computes with has no public name",
+    reason="there is no public name for the attention implementation of a model",
     uses={"transformers.PreTrainedConfig._attn_implementation": None},
 )
 def attention_of(config: Any) -> str | None:
-    """The name of the attention implementation, such as sdpa."""
+    """The name of the attention implementation, such as ``sdpa``."""
     return getattr(config, "_attn_implementation", None)

@@ -1,53 +1,85 @@
 """Generation with CTranslate2: the model's current weights, converted in a temporary folder.
 
-The converter's own classes do the work, through the two methods that they offer for that: the model
-is the one in memory, and the tokenizer is a stand-in whose tokens are the ids written as numbers.
-So texts need no tokenizer, and neither a folder of the model nor its file names matter.
+CTranslate2's own converter does the work; a subclass overrides the two methods with which it loads
+a model and a tokenizer. The model is the one in memory, and the tokenizer is a stand-in whose
+tokens are the ids written as numbers, so that neither a real tokenizer nor the files of a saved
+model are needed.
 
-Greedy texts and those of beams with ``early_stopping=True`` are those of ``model.generate``, but
-for rounding. With ``early_stopping=False`` it ends a row by another rule, and some texts differ.
+Texts of greedy search, and of beam search with ``early_stopping=True``, equal those of
+``model.generate`` except for rounding. With ``early_stopping=False`` CTranslate2 ends a row by
+another criterion, and some texts differ.
 
-Shapes: B rows, n sequences returned for each, S source length, T longest text.
+This module imports neither torch nor transformers while it loads, since the training arguments
+check for the package.
+
+Shapes: B rows, n sequences returned for each, S source length, T length of the longest text.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import importlib.util
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import BartConfig, PreTrainedModel, T5Config
+from typing import TYPE_CHECKING, Any
 
 from s2s_scale.errors import UserError, raise_problems
-from s2s_scale.generation.engines import ENGINE, family_problems, package_problems
-from s2s_scale.generation.options import SearchSettings, read_settings
 
-#: model type -> (norm before each block, norm after the embeddings), as the converter is told
-_LIKE_BART = {
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from s2s_scale.generation.options import SearchSettings
+
+FAMILIES = ("bart", "mbart", "pegasus", "marian", "t5", "mt5")
+ENGINE = "generation_engine=ctranslate2"
+#: model type -> values of normalize_before and normalize_embedding, which the converter reads
+_BART_LIKE = {
     "bart": (False, True),
     "mbart": (True, True),
     "pegasus": (True, False),
     "marian": (False, False),
 }
-_LIKE_T5 = ("t5", "mt5")
 PATIENCE = 2
-"""With ``early_stopping=False`` a row goes on until twice as many texts as beams have ended: that
-gives the texts of transformers most often (see docs/explanation/decisions.md)."""
+"""With ``early_stopping=False`` a row goes on until ``PATIENCE * num_beams`` texts have ended: of
+the values tried, 2 gives transformers' texts most often (see docs/explanation/decisions.md)."""
+
+
+def package_problems() -> list[str]:
+    """What keeps CTranslate2 from being imported, with its remedy."""
+    if importlib.util.find_spec("ctranslate2") is not None:
+        return []
+    return [
+        f"{ENGINE}: the package ctranslate2 is not installed; install it with "
+        "pip install 's2s-scale[ctranslate2]', or leave --generation_engine out"
+    ]
+
+
+def family_problems(model_type: str) -> list[str]:
+    """What keeps CTranslate2 from running models of this type, with its remedy."""
+    if model_type in FAMILIES:
+        return []
+    return [
+        f"{ENGINE}: has no converter for model type '{model_type}'; expected one of "
+        f"{', '.join(FAMILIES)}; leave --generation_engine out"
+    ]
 
 
 @contextmanager
 def ctranslate2_engine(model: PreTrainedModel) -> Iterator[CTranslate2Engine]:
-    """``model`` as it is now, until the context ends; what is trained later does not count.
+    """Context of an engine with the weights that ``model`` has now; later updates have no effect.
 
     Raises:
-        UserError: the package is missing, or cannot run this model.
+        UserError: the package is missing or cannot run this model, or the model's parameters are
+            sharded over the ranks.
     """
     raise_problems([*package_problems(), *family_problems(model.config.model_type)])
-    _check_whole(model)
+    if any(parameter.numel() == 0 for parameter in model.parameters()):
+        raise UserError(
+            f"{ENGINE}: expected the whole model on each rank, but its parameters are sharded; "
+            "leave --generation_engine out, or evaluate under another profile"
+        )
     with TemporaryDirectory(prefix="s2s-scale-ctranslate2-") as folder:
         yield CTranslate2Engine(model, folder)
 
@@ -56,8 +88,13 @@ class CTranslate2Engine:
     """``generate`` for one state of a model's weights."""
 
     def __init__(self, model: PreTrainedModel, folder: str) -> None:
-        """Converts ``model`` into ``folder``, which must last as long as this object."""
+        """Convert ``model`` into ``folder``, which must exist as long as this object.
+
+        Raises:
+            UserError: the converter does not support the model.
+        """
         import ctranslate2
+        import torch
 
         self._model = model
         _convert(model, folder)
@@ -75,50 +112,56 @@ class CTranslate2Engine:
     ) -> Tensor:
         """Token ids LongTensor[B * n, T] on the CPU, start token first, as ``model.generate``.
 
-        ``options``: those of ``model.generate``, over the model's generation config.
+        Args:
+            input_ids: LongTensor[B, S].
+            attention_mask: [B, S], 0 for padding; ``None`` if there is none.
+            options: those of ``model.generate``, which override the model's generation config.
 
         Raises:
-            UserError: options that CTranslate2 does not have.
+            UserError: options that CTranslate2 does not support.
         """
+        import torch
+
+        from s2s_scale.generation.options import read_settings
+
         settings = read_settings(self._model, options, where="CTranslate2")
-        call = _call_options(settings)
+        call, forced_end = _translate_options(settings)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         source = [
             [str(token) for token in ids[seen].tolist()]
             for ids, seen in zip(input_ids.cpu(), mask.cpu().bool(), strict=True)
         ]
-        prefix, longest = call.pop("prefix"), call.pop("longest_open")
+        prefix = [call.pop("target_prefix")] * len(source)
         results = self._translator.translate_batch(
-            source, target_prefix=[prefix] * len(source), max_input_length=0, **call
+            source, target_prefix=prefix, max_input_length=0, **call
         )
-        texts = [
-            [settings.start, *_ended([int(token) for token in tokens], settings.ends, longest)]
-            for row in results
-            for tokens in row.hypotheses
-        ]
+        texts = []
+        for row in results:
+            for hypothesis in row.hypotheses:
+                tokens = [int(token) for token in hypothesis]
+                if forced_end is not None and not (tokens and tokens[-1] in settings.ends):
+                    tokens = [*tokens[:forced_end], settings.ends[0]]
+                texts.append([settings.start, *tokens])
         width = max(map(len, texts))
-        filler = settings.filler
-        return torch.tensor([text + [filler] * (width - len(text)) for text in texts])
+        return torch.tensor([text + [settings.filler] * (width - len(text)) for text in texts])
 
 
-def _ended(tokens: list[int], ends: Sequence[int], longest: int | None) -> list[int]:
-    """A text that reached the limit with the end token that transformers would have forced."""
-    if longest is None or (tokens and tokens[-1] in ends):
-        return tokens
-    return [*tokens[:longest], ends[0]]
+def _translate_options(settings: SearchSettings) -> tuple[dict[str, Any], int | None]:
+    """Keyword arguments of ``translate_batch``, with ``target_prefix`` for a single row.
 
-
-def _call_options(settings: SearchSettings) -> dict[str, Any]:
-    """Keywords of ``translate_batch``, and two of ours.
-
-    ``prefix``: what every text begins with; ``longest_open``: tokens of a text before its end token
-    is forced, None where it is not.
+    Also the number of tokens after which a text that has not ended gets an end token, as
+    ``forced_eos_token_id`` demands; None without that option.
     """
+    unsupported = (
+        "not supported by CTranslate2, or not as transformers defines it; leave the option out, or "
+        "leave --generation_engine out"
+    )
     if settings.early_stopping == "never":
-        raise UserError(f"early_stopping=never: {_LACKS}")
+        raise UserError(f"early_stopping=never: {unsupported}")
+    prefix = [str(settings.start)]
+    suppressed: list[list[str]] = []
     call: dict[str, Any] = {
-        "prefix": [str(settings.start)],
-        "longest_open": None,
+        "target_prefix": prefix,
         "beam_size": settings.num_beams,
         "num_hypotheses": settings.num_return_sequences,
         "patience": 1 if settings.early_stopping else PATIENCE,
@@ -127,117 +170,72 @@ def _call_options(settings: SearchSettings) -> dict[str, Any]:
         "min_decoding_length": 0,
         "end_token": list(settings.ends),
         "return_end_token": True,
-        "suppress_sequences": [],
+        "suppress_sequences": suppressed,
     }
-    problems = []
+    forced_end, problems = None, []
     for processor in settings.processors:
-        add = _PROCESSORS.get(type(processor).__name__)
-        if add is None or not add(processor, call):
-            problems.append(f"{type(processor).__name__}: {_LACKS}")
+        name, supported = type(processor).__name__, True
+        if name == "ForcedBOSTokenLogitsProcessor":
+            prefix.append(str(processor.bos_token_id))
+        elif name == "ForcedEOSTokenLogitsProcessor":
+            forced_end = int(processor.max_length) - 2  # the limit without start and end token
+        elif name in ("NoBadWordsLogitsProcessor", "SequenceBiasLogitsProcessor"):
+            bias_of = processor.sequence_bias
+            supported = all(bias == float("-inf") for bias in bias_of.values())
+            suppressed += [[str(token) for token in ids] for ids in bias_of]
+        elif name == "SuppressTokensLogitsProcessor":
+            suppressed += [[str(token)] for token in processor.suppress_tokens.tolist()]
+        elif name == "MinLengthLogitsProcessor":
+            call["min_decoding_length"] = max(call["min_decoding_length"], processor.min_length - 1)
+        elif name == "NoRepeatNGramLogitsProcessor":
+            call["no_repeat_ngram_size"] = processor.ngram_size
+        else:
+            supported = False
+        if not supported:
+            problems.append(f"{name}: {unsupported}")
     raise_problems(problems)
-    return call
-
-
-_LACKS = (
-    "a rule that CTranslate2 does not have, or not as transformers has it; leave its option out, "
-    "or leave --generation_engine out"
-)
-
-
-def _forced_start(processor: Any, call: dict[str, Any]) -> bool:
-    call["prefix"].append(str(processor.bos_token_id))
-    return True
-
-
-def _bad_words(processor: Any, call: dict[str, Any]) -> bool:
-    call["suppress_sequences"] += [
-        [str(token) for token in ids]
-        for ids, bias in processor.sequence_bias.items()
-        if bias == float("-inf")
-    ]
-    return all(bias == float("-inf") for bias in processor.sequence_bias.values())
-
-
-def _suppressed(processor: Any, call: dict[str, Any]) -> bool:
-    call["suppress_sequences"] += [[str(token)] for token in processor.suppress_tokens.tolist()]
-    return True
-
-
-def _shortest(processor: Any, call: dict[str, Any]) -> bool:
-    call["min_decoding_length"] = max(call["min_decoding_length"], processor.min_length - 1)
-    return True
-
-
-def _no_repeats(processor: Any, call: dict[str, Any]) -> bool:
-    call["no_repeat_ngram_size"] = processor.ngram_size
-    return True
-
-
-def _forced_end(processor: Any, call: dict[str, Any]) -> bool:
-    call["longest_open"] = int(processor.max_length) - 2  # with start and end token: the limit
-    return True
-
-
-_PROCESSORS = {
-    "ForcedBOSTokenLogitsProcessor": _forced_start,
-    "ForcedEOSTokenLogitsProcessor": _forced_end,
-    "NoBadWordsLogitsProcessor": _bad_words,
-    "SequenceBiasLogitsProcessor": _bad_words,
-    "SuppressTokensLogitsProcessor": _suppressed,
-    "MinLengthLogitsProcessor": _shortest,
-    "NoRepeatNGramLogitsProcessor": _no_repeats,
-}
-
-
-def _check_whole(model: PreTrainedModel) -> None:
-    if any(parameter.numel() == 0 for parameter in model.parameters()):
-        raise UserError(
-            f"{ENGINE}: needs the whole model on each rank, and here it is divided over the ranks; "
-            "leave --generation_engine out, or evaluate under another profile"
-        )
+    return call, forced_end
 
 
 def _convert(model: PreTrainedModel, folder: str) -> None:
+    """Write ``model`` in CTranslate2's format to ``folder/converted``."""
     from ctranslate2.converters import TransformersConverter
+    from transformers import BartConfig, T5Config
 
-    own = copy.deepcopy(model.config)
+    # A copy of the config with what the converter reads and transformers 5 no longer stores.
+    config: Any = copy.deepcopy(model.config)
     embeddings: Any = model.get_input_embeddings()
-    _describe(own, len(embeddings.weight))
-    like_t5 = own.model_type in _LIKE_T5
-    (T5Config if like_t5 else BartConfig)().save_pretrained(folder)  # its class alone is looked at
+    config.vocab_size = len(embeddings.weight)
+    if config.model_type in _BART_LIKE:
+        config.normalize_before, config.normalize_embedding = _BART_LIKE[config.model_type]
+        saved: Any = BartConfig()
+    else:
+        tied = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
+        config.tie_word_embeddings = tied
+        saved = T5Config()
+    saved.save_pretrained(folder)  # the converter reads nothing but its class
 
     class Converter(TransformersConverter):
         def load_model(self, *args: Any, **kwargs: Any) -> Any:
             return model
 
         def load_tokenizer(self, *args: Any, **kwargs: Any) -> Any:
-            return _Ids(own)
+            return _NumberTokenizer(config)
 
-    before, model.config = model.config, own
+    before, model.config = model.config, config
     try:
         Converter(folder).convert(f"{folder}/converted")
     except (ValueError, AttributeError, KeyError) as error:
         raise UserError(
-            f"{ENGINE}: its converter cannot read this {own.model_type} model "
+            f"{ENGINE}: its converter does not support this {config.model_type} model "
             f"({' '.join(str(error).split())}); leave --generation_engine out"
         ) from error
     finally:
         model.config = before
 
 
-def _describe(config: Any, vocab_size: int) -> None:
-    """Say in ``config`` what the converter asks for and transformers 5 leaves to the model type."""
-    config.vocab_size = vocab_size
-    if config.model_type in _LIKE_BART:
-        config.normalize_before, config.normalize_embedding = _LIKE_BART[config.model_type]
-    else:
-        config.tie_word_embeddings = getattr(
-            config, "scale_decoder_outputs", config.tie_word_embeddings
-        )
-
-
-class _Ids:
-    """A tokenizer whose token of id 7 is '7'."""
+class _NumberTokenizer:
+    """What the converter needs of a tokenizer; the token with id 7 is ``"7"``."""
 
     def __init__(self, config: Any) -> None:
         self._size = int(config.vocab_size)
@@ -249,4 +247,4 @@ class _Ids:
         return {str(number): number for number in range(self._size)}
 
     def convert_ids_to_tokens(self, number: int) -> None:
-        """No start token is built in: each call says its own."""
+        """None, so that the converter stores no start token: each call gives its own."""

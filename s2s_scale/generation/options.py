@@ -1,7 +1,9 @@
-"""Generation options, merged and checked as transformers' ``generate`` does it."""
+"""Generation options: checked by name and value, and merged as ``generate`` merges them."""
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,20 +11,30 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from s2s_scale.errors import UserError, raise_problems
+from s2s_scale.errors import UserError, raise_problems, unknown_name
 from s2s_scale.generation.compat import (
     generation_config,
-    score_processors,
+    logits_processors,
     set_lengths,
     special_tokens,
 )
 
+_INTEGERS = frozenset(
+    "max_length max_new_tokens min_length min_new_tokens num_beams num_return_sequences "
+    "no_repeat_ngram_size encoder_no_repeat_ngram_size top_k".split()
+)
+_POSITIVE = frozenset("num_beams num_return_sequences max_new_tokens max_length".split())
+_NUMBERS = frozenset(
+    "length_penalty repetition_penalty temperature top_p min_p typical_p max_time".split()
+)
+_FLAGS = frozenset("do_sample use_cache renormalize_logits remove_invalid_values".split())
+
 _SEARCH = "use greedy or beam search (do_sample=False, num_beams=N)"
-_TOKENS = "leave it out: token ids alone are returned"
+_TOKENS = "leave it out: only token ids are returned"
 _ELSEWHERE = "leave it out, or generate on a CPU or GPU profile"
 
-#: options that cannot be static -> (values under which they do nothing, what to use instead)
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+#: options that our searches do not support -> (values that have no effect, what to use instead)
+_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "do_sample": ((False,), _SEARCH),
     "penalty_alpha": ((0, 0.0), _SEARCH),
     "dola_layers": ((), _SEARCH),
@@ -47,7 +59,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "encoder_outputs": ((), "give input_ids"),
     "inputs_embeds": ((), "give input_ids"),
     "past_key_values": ((), _ELSEWHERE),
-    "cache_implementation": (("static",), "leave it out: the cache is static always"),
+    "cache_implementation": (("static",), "leave it out: the cache is always static"),
     "prefill_chunk_size": ((), _ELSEWHERE),
     "low_memory": ((False,), "lower num_beams or the batch size"),
     "return_dict_in_generate": ((False,), _TOKENS),
@@ -58,9 +70,109 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+def check_generation(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` (fields of ``GenerationConfig``) without those that are ``None``.
+
+    Raises:
+        UserError: unknown names, and values that are impossible alone or together.
+    """
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    given = {name: value for name, value in options.items() if value is not None}
+    problems: list[str] = []
+    for name, value in given.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        expected = None
+        if name not in known:
+            problems += unknown_name("generation setting", name, known).problems
+        elif name in _INTEGERS and not (number and value == int(value) and value >= 0):
+            expected = "a whole number of at least 0"
+        elif name in _NUMBERS and not number:
+            expected = "a number"
+        elif name in _FLAGS and not isinstance(value, bool):
+            expected = "true or false"
+        elif name in _POSITIVE and value < 1:
+            expected = "a whole number of at least 1"
+        if expected is not None:
+            problems.append(f"{name}={value}: expected {expected}")
+    raise_problems(problems)
+    try:
+        GenerationConfig(**given).validate()
+    except ValueError as error:
+        raise settings_error(error) from error
+    return given
+
+
+def settings_error(error: ValueError) -> UserError:
+    """transformers' objection to generation settings as an error of one line."""
+    return UserError(f"generation settings: {' '.join(str(error).split())}")
+
+
+def unify_limits(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` with the length limit under the name that the model's generation config uses.
+
+    transformers gives ``max_new_tokens`` precedence over ``max_length`` even if the former is the
+    model's default and the latter was given by the user, and warns at every batch.
+
+    Raises:
+        UserError: both limits are given.
+    """
+    options = dict(options)
+    if "max_length" in options and "max_new_tokens" in options:
+        raise UserError(
+            f"max_length={options['max_length']} and max_new_tokens={options['max_new_tokens']}: "
+            "both limit the length; give one of them"
+        )
+    new_tokens = model.generation_config.max_new_tokens is not None
+    if new_tokens and "max_length" in options:  # max_length includes the start token
+        options["max_new_tokens"] = max(options.pop("max_length") - 1, 1)
+    elif not new_tokens and "max_new_tokens" in options:
+        options["max_length"] = options.pop("max_new_tokens") + 1
+    return options
+
+
+def parse_grid(text: str) -> list[dict[str, Any]]:
+    """Every combination of ``"num_beams=4:8 length_penalty=0.8:1.0 early_stopping=true:false"``.
+
+    The last option varies fastest.
+
+    Raises:
+        UserError: unknown names, bad values and parts without ``=``, all reported together.
+    """
+    axes: dict[str, list[Any]] = {}
+    problems: list[str] = []
+    for part in text.split():
+        name, equals, values = part.partition("=")
+        if not equals or not name or not all(values.split(":")):
+            problems.append(f"search '{part}': expected name=value or name=value:value")
+        elif name in axes:
+            problems.append(f"search '{name}': given twice; join the values with ':'")
+        else:
+            axes[name] = list(dict.fromkeys(_literal(value) for value in values.split(":")))
+            for value in axes[name]:
+                try:
+                    check_generation({name: value})
+                except UserError as error:
+                    problems += [p for p in error.problems if p not in problems]
+    if not axes and not problems:
+        problems.append("search is empty: expected options such as 'num_beams=4:8'")
+    raise_problems(problems)
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def _literal(text: str) -> Any:
+    """``text`` as a bool, a number or ``None`` if it reads as one, unchanged otherwise."""
+    lowered = text.lower()
+    if lowered in ("true", "false", "null", "none"):
+        return {"true": True, "false": False}.get(lowered)
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 @dataclass(frozen=True)
 class SearchSettings:
-    """What a search needs to know. Lengths count tokens, the start token included."""
+    """The settings of a greedy or beam search. Lengths include the start token."""
 
     max_length: int
     num_beams: int
@@ -68,15 +180,18 @@ class SearchSettings:
     length_penalty: float
     early_stopping: bool | str
     start: int
-    #: written after a row's end by greedy search; ``None`` only where no token ends a row
+    #: what greedy search writes after the end of a row; ``None`` only if no token ends a row
     pad: int | None
     ends: tuple[int, ...]
-    #: transformers' own score processors for these options, in its order
+    #: transformers' own logits processors for these options, in its order
     processors: tuple[Any, ...]
 
     @property
     def filler(self) -> int:
-        """What beam search fills unused places with (where the pad id is 0: the end token)."""
+        """What beam search writes to unused positions: the pad id, or the end token if that is 0.
+
+        -1 if no token ends a row.
+        """
         if not self.ends:
             return -1
         return self.pad or self.ends[0]
@@ -88,24 +203,52 @@ def read_settings(
     *,
     where: str = "generation with static shapes",
 ) -> SearchSettings:
-    """``options`` (those of ``generate``) over the model's own generation config.
+    """The search that ``model.generate(**options)`` would run.
 
-    ``where``: what reads them. Raises one ``UserError`` for all options that cannot be had there,
-    each with what to use instead, and for values that transformers refuses.
+    Options that are not given have the values of the model's generation config.
+
+    Args:
+        model: an encoder-decoder model.
+        options: keyword arguments of ``generate``, without the model's inputs.
+        where: the implementation that reads them, for messages.
+
+    Raises:
+        UserError: options that greedy and beam search do not support (all reported together, each
+            with what to use instead), and values that transformers rejects.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    _refuse(given, where)
+    _check_supported(given, where)
     base = given.pop("generation_config", None)
+
+    def is_default(name: str) -> bool:
+        own = getattr(model.generation_config, name)
+        return all(value is None for value in (given.get(name), getattr(base, name, None), own))
+
     try:
         config, unknown = generation_config(model, base, given)
-        _refuse(vars(config), where)
+        _check_supported(vars(config), where)
         raise_problems([f"unknown generation option '{name}'" for name in unknown])
-        _settle_lengths(model, config, base, given)
-        processors = score_processors(model, config)
+        default_max, default_min = is_default("max_length"), is_default("min_length")
+        set_lengths(model, config, default_max=default_max, default_min=default_min)
+        if config.max_length < 2:
+            raise UserError(
+                f"max_length={config.max_length}: leaves no room after the start token; expected "
+                "at least 2"
+            )
+        processors = logits_processors(model, config)
+    except UserError:
+        raise
     except ValueError as error:
-        raise UserError(f"generation settings: {' '.join(str(error).split())}") from error
-    _check_mode(config)
-    return settings_of(config, start=_start_token(config), processors=processors)
+        raise settings_error(error) from error
+    mode = config.get_generation_mode(None)
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH):
+        raise UserError(f"generation mode '{mode}': not supported by {where}; {_SEARCH}")
+    starts = special_tokens(config)["start"]
+    if len(starts) != 1:
+        raise UserError(
+            f"decoder_start_token_id={list(starts)}: expected one token id for all rows"
+        )
+    return settings_of(config, start=starts[0], processors=processors)
 
 
 def settings_of(config: Any, *, start: int, processors: tuple[Any, ...]) -> SearchSettings:
@@ -124,55 +267,12 @@ def settings_of(config: Any, *, start: int, processors: tuple[Any, ...]) -> Sear
     )
 
 
-def _refuse(values: Mapping[str, Any], where: str) -> None:
-    raise_problems(
-        [
-            f"{name}={_short(values[name])}: cannot be had in {where}; {remedy}"
-            for name, (idle, remedy) in _REFUSED.items()
-            if values.get(name) is not None and values[name] not in idle
-        ]
-    )
-
-
-def _short(value: Any) -> str:
-    return str(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
-
-
-def _settle_lengths(
-    model: Any, config: GenerationConfig, base: GenerationConfig | None, given: Mapping[str, Any]
-) -> None:
-    """Write the limits into ``config.max_length`` and ``min_length``, for one start token."""
-
-    def is_default(name: str) -> bool:
-        sources = (
-            given.get(name),
-            getattr(base, name, None),
-            getattr(model.generation_config, name),
-        )
-        return all(value is None for value in sources)
-
-    set_lengths(
-        model,
-        config,
-        default_max=is_default("max_length"),
-        default_min=is_default("min_length"),
-    )
-    if config.max_length < 2:
-        raise UserError(
-            f"max_length={config.max_length}: no room after the start token; expected at least 2"
-        )
-
-
-def _check_mode(config: GenerationConfig) -> None:
-    mode = config.get_generation_mode(None)
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH):
-        raise UserError(f"generation mode '{mode}': cannot have static shapes; {_SEARCH}")
-
-
-def _start_token(config: Any) -> int:
-    tokens = special_tokens(config)["start"]
-    if len(tokens) != 1:
-        raise UserError(
-            f"decoder_start_token_id={list(tokens)}: expected one token id for all rows"
-        )
-    return tokens[0]
+def _check_supported(values: Mapping[str, Any], where: str) -> None:
+    problems = []
+    for name, (idle, remedy) in _UNSUPPORTED.items():
+        value = values.get(name)
+        if value is not None and value not in idle:
+            plain = isinstance(value, (bool, int, float, str))
+            shown = value if plain else type(value).__name__
+            problems.append(f"{name}={shown}: not supported by {where}; {remedy}")
+    raise_problems(problems)

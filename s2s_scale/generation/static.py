@@ -1,4 +1,4 @@
-"""The loop: one graph for encoder and first token, one for every further token."""
+"""Generation in fixed shapes: one graph for encoder and first token, one for all further tokens."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from s2s_scale.generation.logits_rules import make_rules
-from s2s_scale.generation.options import SearchSettings, read_settings
+from s2s_scale.generation.options import read_settings
 from s2s_scale.generation.search import BeamSearch, GreedySearch
 from s2s_scale.generation.static_cache import StaticDecoder
 
-#: steps between two looks at the device's answer whether all rows have ended
+#: steps between two reads of the device's flag that all rows have ended
 CHECK_EVERY = 8
-SHORTEST_WIDTH = 16
+MIN_WIDTH = 16
 
 
 class StaticGenerator:
     """``model.generate`` for devices that compile every new shape.
 
-    Tokens, scores, beams and caches are tensors of fixed shapes, and the number of the step is one
-    too; so a shape of batch costs two compilations, whatever its rows and their lengths: encoder
-    with the first token, and every further token. The result is ``model.generate``'s on the CPU.
+    Tokens, scores, beams and caches are tensors of fixed shapes, and the step number is a tensor
+    too. A batch shape therefore costs two compilations, whatever its rows and their lengths: one
+    for the encoder and the first token, and one for all further tokens. The result is the same as
+    that of ``model.generate`` on the CPU.
     """
 
     def __init__(
@@ -32,25 +33,25 @@ class StaticGenerator:
         model: PreTrainedModel,
         *,
         sync: Callable[[], None] | None = None,
-        fetch: Callable[[Tensor], Tensor] = Tensor.cpu,
+        to_host: Callable[[Tensor], Tensor] = Tensor.cpu,
         check_every: int = CHECK_EVERY,
     ) -> None:
-        """Prepare ``model``, which stays where it is.
+        """Prepare ``model``, which stays on its device.
 
         Args:
-            sync: ends a graph: all pending work of the device is sent off (``torch_xla.sync``).
-            fetch: brings the result [B, ...] to the CPU: all of its rows, where they are shared out
+            sync: ends a graph by submitting all pending work of the device (``torch_xla.sync``).
+            to_host: copies the result [B, ...] to the CPU, with all of its rows if they are sharded
                 over devices.
-            check_every: steps between two reads of the flag that all rows have ended. The read
-                waits for the device, and up to ``check_every - 1`` steps are computed in vain.
+            check_every: steps between two reads of the flag that all rows have ended. A read waits
+                for the device, and up to ``check_every - 1`` steps are computed needlessly.
 
         Raises:
-            UserError: the model's decoder cannot work on a static cache.
+            UserError: the model's decoder does not support a static cache.
         """
         self._decoder = StaticDecoder(model)
         self._model = model
         self._sync = sync or (lambda: None)
-        self._fetch = fetch
+        self._to_host = to_host
         self._check_every = check_every
 
     @torch.no_grad()
@@ -66,14 +67,13 @@ class StaticGenerator:
 
         Args:
             input_ids: LongTensor[B, S] on the model's device.
-            attention_mask: [B, S], 0 for padding; ``None``: all are tokens.
-            active: BoolTensor[B] on the CPU, false for rows that only fill the batch up: they end
-                at once and do not count in T. ``None``: all count.
-            options: those of ``model.generate``, over the model's generation config.
+            attention_mask: [B, S], 0 for padding; ``None`` if there is none.
+            active: BoolTensor[B] on the CPU, false for filler rows, which end at once and do not
+                count towards T; ``None`` if there are none.
+            options: those of ``model.generate``, which override the model's generation config.
 
         Raises:
-            UserError: options that cannot be static, and lengths that the model has no
-                positions for.
+            UserError: options that need dynamic shapes, and lengths beyond the model's positions.
         """
         settings = read_settings(self._model, options)
         self._decoder.check_lengths(source=input_ids.shape[1], target=settings.max_length)
@@ -81,27 +81,23 @@ class StaticGenerator:
             attention_mask = torch.ones_like(input_ids)
         if active is None:
             active = torch.ones(len(input_ids), dtype=torch.bool)
-        search = self._search(settings, input_ids.device)
-        with self._decoder.fixed_positions(settings.max_length):
-            state = self._run(search, input_ids, attention_mask.bool(), active)
-        # One tensor, as the last step left it: whatever is done to it before is one more graph.
-        tokens = self._fetch(search.best(state)).reshape(len(input_ids), -1, settings.max_length)
-        tokens = tokens[:, : settings.num_return_sequences]
-        return tokens[..., : longest_text(tokens[active], settings.ends)].flatten(0, 1)
-
-    def _search(self, settings: SearchSettings, device: torch.device) -> Any:
         rules = make_rules(
             settings.processors,
             vocab_size=self._decoder.vocab_size,
             max_length=settings.max_length,
-            device=device,
+            device=input_ids.device,
         )
-        ends = torch.tensor(settings.ends, dtype=torch.long).to(device)
-        kind = GreedySearch if settings.num_beams == 1 else BeamSearch
-        return kind(settings, rules, ends)
+        ends = torch.tensor(settings.ends, dtype=torch.long).to(input_ids.device)
+        search = (GreedySearch if settings.num_beams == 1 else BeamSearch)(settings, rules, ends)
+        with self._decoder.fixed_positions(settings.max_length):
+            state = self._run(search, input_ids, attention_mask.bool(), active)
+        # Copied as the last step left it: any operation on the device would be one more graph.
+        tokens = self._to_host(search.best(state)).reshape(len(input_ids), -1, settings.max_length)
+        tokens = tokens[:, : settings.num_return_sequences]
+        return tokens[..., : longest_text(tokens[active], settings.ends)].flatten(0, 1)
 
     def _run(self, search: Any, input_ids: Tensor, mask: Tensor, active: Tensor) -> Any:
-        """The last state: one step per token until the limit, or until all rows have ended."""
+        """The final state, after one step per token up to the limit or until all rows end."""
         settings = search.settings
         logits, caches = self._decoder.first(
             input_ids,
@@ -121,26 +117,26 @@ class StaticGenerator:
                 state.last_tokens(), state.length - 1, state.caches, state.beams
             )
             state = search.advance(state, logits, caches)
-            del logits, caches  # nothing but the state may cross from graph to graph
+            del logits, caches  # only the state may pass from one graph to the next
             self._sync()
         return state
 
 
 def longest_text(tokens: Tensor, ends: tuple[int, ...]) -> int:
-    """Tokens of the longest row of ``tokens`` [..., L], up to its first end token."""
+    """Number of tokens of the longest row of ``tokens`` [..., L], up to its first end token."""
     if tokens.numel() == 0:
         return 1
     ended = torch.isin(tokens[..., 1:], torch.tensor(ends, dtype=torch.long))
-    open_places = (ended.long().cumsum(-1) == 0).sum(-1)  # before the end token
-    return min(int(open_places.max()) + 2, tokens.shape[-1])
+    before_end = (ended.long().cumsum(-1) == 0).sum(-1)
+    return min(int(before_end.max()) + 2, tokens.shape[-1])
 
 
 def static_width(longest: int, limit: int) -> int:
-    """The width that a batch of sources up to ``longest`` tokens is padded to, at most ``limit``.
+    """The width to which sources of up to ``longest`` tokens are padded, at most ``limit``.
 
-    Powers of two from 16 on: no more than seven widths up to 1,024 tokens.
+    Powers of two from 16 on, which makes seven widths up to 1,024 tokens.
     """
-    width = SHORTEST_WIDTH
+    width = MIN_WIDTH
     while width < longest:
         width *= 2
     return max(min(width, limit), longest)

@@ -1,10 +1,11 @@
 """Encoder and decoder over caches of a fixed length.
 
-The decoder's caches are those of transformers in what its models call, and ours in what they hold:
-self-attention keys and values for L - 1 tokens, written at the place that a tensor names, and
-cross-attention keys and values computed once, kept once per source row whatever the beams.
+The caches have the interface that transformers' models call, but hold something else:
+self-attention keys and values for L - 1 tokens, written at a position given by a tensor, and
+cross-attention keys and values, which are computed once and stored once per source row, however
+many beams it has.
 
-Shapes: B rows, K beams, N = B * K, H heads, L longest length, S source length, D head size,
+Shapes: B rows, K beams, N = B * K, H heads, L maximum length, S source length, D head size,
 V target vocabulary.
 """
 
@@ -24,57 +25,65 @@ from transformers.modeling_outputs import BaseModelOutput
 from s2s_scale.errors import UserError
 from s2s_scale.generation.compat import attention_of
 
-#: model types whose decoders take a cache whose length is a tensor
+#: model types whose decoders accept a cache whose length is a tensor
 STATIC_MODEL_TYPES = ("bart", "t5", "mbart", "fsmt", "pegasus", "marian", "mt5", "m2m_100")
 
 
 @dataclass(frozen=True)
 class Caches:
-    """The decoder's memory between two steps, layer by layer."""
+    """Keys and values of all decoder layers between two steps."""
 
     #: (keys, values) of the tokens so far, each [B, K, H, L - 1, D]
     own: tuple[tuple[Tensor, Tensor], ...]
     #: (keys, values) of the source, each [B, H, S, D]
     source: tuple[tuple[Tensor, Tensor], ...]
-    #: BoolTensor[B, S]: which source places hold tokens
+    #: BoolTensor[B, S]: true for tokens, false for padding
     source_mask: Tensor
 
 
 NO_CACHES = Caches(own=(), source=(), source_mask=torch.empty(0))
-"""For a search whose caches are kept elsewhere."""
+"""For a search that does not carry the caches."""
 
 
 class StaticDecoder:
-    """Scores next tokens with a transformers model, in tensors of fixed shapes."""
+    """Scores next tokens with a transformers model, in tensors of fixed shapes.
+
+    Raises:
+        UserError: the model's decoder does not support a static cache.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Raises ``UserError`` for a model whose decoder cannot work on a static cache."""
         kind = model.config.model_type
         if kind not in STATIC_MODEL_TYPES:
             raise UserError(
-                f"model type '{kind}': generation with static shapes is known to work for "
+                f"model type '{kind}': generation with static shapes supports "
                 f"{', '.join(STATIC_MODEL_TYPES)}; generate on a CPU or GPU profile"
             )
         attention = attention_of(model.config)
-        self._own_masks = kind == "fsmt"  # whose decoder masks only what it is told to mask
+        self._own_masks = kind == "fsmt"  # its decoder applies only the masks that it is given
         if not self._own_masks and attention not in ("sdpa", "eager"):
             raise UserError(
-                f"attn_implementation={attention}: generation with static shapes needs sdpa or "
-                "eager; load the model with one of them"
+                f"attn_implementation={attention}: expected sdpa or eager for generation with "
+                "static shapes; load the model with one of them"
             )
         self.model: Any = model
 
     @property
     def vocab_size(self) -> int:
+        """V, as the output embeddings have it."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     def check_lengths(self, *, source: int, target: int) -> None:
-        """Raises ``UserError`` where the model has no positions for so many tokens.
+        """Check that the model has positions for ``source`` and ``target`` tokens.
 
-        A device that compiles does not notice an index beyond a table's end: it reads the last row.
+        A compiled graph does not report an index past the end of an embedding: it reads the last
+        row.
+
+        Raises:
+            UserError: the model has too few positions.
         """
         positions = getattr(self.model.config, "max_position_embeddings", None)
-        if positions is None or self._own_masks:  # FSMT makes the positions that it needs
+        if positions is None or self._own_masks:  # FSMT extends its positions as needed
             return
         if target - 1 > positions:
             raise UserError(
@@ -89,10 +98,10 @@ class StaticDecoder:
 
     @contextmanager
     def fixed_positions(self, length: int) -> Iterator[None]:
-        """Context for all calls: FSMT's positions are made for ``length`` tokens, and not per step.
+        """Context for all calls: FSMT's positions are prepared for ``length`` tokens at once.
 
-        Its own lookup compares the position with the table's size in Python, which would read the
-        position from the device at each step.
+        FSMT's own lookup compares the position with the size of its table in Python, which would
+        read the position from the device at each step. No effect on other models.
         """
         table: Any = getattr(self.model.get_decoder(), "embed_positions", None)
         if not hasattr(table, "make_weight"):
@@ -103,8 +112,8 @@ class StaticDecoder:
             table.make_weight(needed, table.embedding_dim, table.padding_idx)
 
         def look_up(tokens: Tensor, *, past_key_values_length: Any = 0) -> Tensor:
-            places = table.make_positions(tokens, table.padding_idx) + past_key_values_length
-            return nn.functional.embedding(places, table.weight)
+            positions = table.make_positions(tokens, table.padding_idx) + past_key_values_length
+            return nn.functional.embedding(positions, table.weight)
 
         table.forward = look_up
         try:
@@ -117,7 +126,7 @@ class StaticDecoder:
     ) -> tuple[Tensor, Caches]:
         """Encode ``input_ids`` [B, S] and decode ``start``: logits [B, V], and caches for K beams.
 
-        All beams of a row are equal at this point, so that one is computed.
+        All beams of a row are equal at this point, so only one is computed.
         """
         encoder_mask = source_mask.long() if self._own_masks else self._mask(source_mask)
         encoded = self.model.get_encoder()(
@@ -128,31 +137,35 @@ class StaticDecoder:
         written = torch.ones_like(tokens, dtype=torch.bool)
         logits = self._decode(tokens, encoded[0], source_mask, written, cache)
 
-        def grown(states: Tensor) -> Tensor:
+        def extended(states: Tensor) -> Tensor:
             full = nn.functional.pad(states, (0, 0, 0, length - 2))
             return full[:, None].expand(-1, beams, -1, -1, -1).contiguous()
 
         own: list[Any] = [*cache.self_attention_cache.layers]
         source: list[Any] = [*cache.cross_attention_cache.layers]
         return logits, Caches(
-            own=tuple((grown(layer.keys), grown(layer.values)) for layer in own),
+            own=tuple((extended(layer.keys), extended(layer.values)) for layer in own),
             source=tuple((layer.keys, layer.values) for layer in source),
             source_mask=source_mask,
         )
 
     def next(
-        self, tokens: Tensor, place: Tensor, caches: Caches, beams: Tensor | None
+        self, tokens: Tensor, position: Tensor, caches: Caches, beams: Tensor | None
     ) -> tuple[Tensor, Caches]:
-        """Decode each beam's last token [B, K], which stands at ``place`` (LongTensor[]).
+        """Decode the last token of each beam: logits [N, V], and the caches with this token.
 
-        ``beams`` LongTensor[B, K] says which beam of the last step each beam goes on from; ``None``
-        where each goes on from itself. Returns logits [N, V] and the caches with this token.
+        Args:
+            tokens: LongTensor[B, K].
+            position: LongTensor[], the position of ``tokens``.
+            caches: those of the previous step.
+            beams: LongTensor[B, K], the beam of the previous step that each beam continues;
+                ``None`` if each beam continues itself.
         """
         width = tokens.shape[1]
-        own = [_OwnLayer(keys, values, place, beams) for keys, values in caches.own]
+        own = [_OwnLayer(keys, values, position, beams) for keys, values in caches.own]
         source = [_SourceLayer(keys, values, width) for keys, values in caches.source]
         cache = EncoderDecoderCache(Cache(layers=[*own]), Cache(layers=[*source]))
-        written = torch.arange(own[0].max_cache_len, device=tokens.device) <= place
+        written = torch.arange(own[0].max_cache_len, device=tokens.device) <= position
         logits = self._decode(
             tokens.reshape(-1, 1),
             None,
@@ -171,8 +184,8 @@ class StaticDecoder:
         written: Tensor,
         cache: EncoderDecoderCache,
     ) -> Tensor:
-        """Logits [N, V] after ``tokens`` [N, 1]; ``written`` [N, cache length] can be seen."""
-        if encoded is None:  # the cache holds all that the decoder wants of it
+        """Logits [N, V] after ``tokens`` [N, 1]; ``written`` [N, cache length] is attended to."""
+        if encoded is None:  # the decoder takes the source's keys and values from the cache
             encoded = torch.empty(
                 (*source_mask.shape, 1), dtype=self.model.dtype, device=tokens.device
             )
@@ -194,10 +207,10 @@ class StaticDecoder:
         return output.logits[:, -1]
 
     def _mask(self, seen: Tensor) -> Tensor:
-        """``seen`` [N, T] as the model's attention takes it, [N, 1, 1, T].
+        """``seen`` [N, T] as the mask [N, 1, 1, T] that the model's attention expects.
 
-        Given whole, because transformers asks a two-dimensional mask on the host whether it hides
-        anything, which would end the graph.
+        transformers checks on the host whether a two-dimensional mask hides anything, which would
+        break the graph; one of four dimensions is used as it is.
         """
         wide = seen[:, None, None, :]
         if attention_of(self.model.config) == "sdpa":
@@ -208,12 +221,14 @@ class StaticDecoder:
 
 
 class _OwnLayer(StaticLayer):
-    """Self-attention keys and values of one layer and step; reordering and writing in one go."""
+    """Self-attention keys and values of one layer and step, reordered and written together."""
 
-    def __init__(self, keys: Tensor, values: Tensor, place: Tensor, beams: Tensor | None) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, position: Tensor, beams: Tensor | None
+    ) -> None:
         super().__init__(max_cache_len=keys.shape[-2])
         self.kept_keys, self.kept_values = keys, values
-        self.place, self.beams = place, beams
+        self.position, self.beams = position, beams
         self.is_initialized = True
 
     def update(
@@ -224,16 +239,17 @@ class _OwnLayer(StaticLayer):
         return self.kept_keys.flatten(0, 1), self.kept_values.flatten(0, 1)
 
     def get_seq_length(self) -> Any:
-        return self.place
+        return self.position
 
     def _written(self, old: Tensor, new: Tensor) -> Tensor:
-        """``old`` [B, K, H, L - 1, D] of the chosen beams, with ``new`` [N, H, 1, D] in its place.
+        """``old`` [B, K, H, L - 1, D] of the chosen beams, with ``new`` [N, H, 1, D] written.
 
-        A comparison writes the place, not an index: each device then needs its own rows only.
+        It is written by a comparison and not by an index, so that each device needs its own rows
+        only.
         """
         if self.beams is not None:
             old = take_beams(old, self.beams)
-        here = torch.arange(self.max_cache_len, device=old.device)[:, None] == self.place
+        here = torch.arange(self.max_cache_len, device=old.device)[:, None] == self.position
         return torch.where(here, new.unflatten(0, old.shape[:2]), old)
 
 
@@ -250,7 +266,7 @@ class _SourceLayer(StaticLayer):
 
 
 def _repeat(rows: Tensor, beams: int) -> Tensor:
-    """[B, ...] with each row K times: [N, ...]."""
+    """[B, ...] with each row repeated ``beams`` times: [N, ...]."""
     if beams == 1:
         return rows
     return rows[:, None].expand(-1, beams, *rows.shape[1:]).flatten(0, 1)
@@ -259,8 +275,8 @@ def _repeat(rows: Tensor, beams: int) -> Tensor:
 def take_beams(values: Tensor, beams: Tensor) -> Tensor:
     """``values`` [B, X, ...] of the chosen ``beams`` [B, Y]: [B, Y, ...].
 
-    Along the beams alone: rows that are shared out over devices stay where they are. (Indexing by
-    row and beam made XLA collect every cache on every device.)
+    Gathers along the beams only, so that rows sharded over devices stay where they are. (Indexing
+    by row and beam made XLA gather every cache on every device.)
     """
     index = beams.reshape(*beams.shape, *[1] * (values.dim() - 2))
     return torch.take_along_dim(values, index, dim=1)

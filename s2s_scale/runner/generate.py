@@ -21,16 +21,16 @@ from s2s_scale.backends import Backend
 from s2s_scale.config import DataArguments, ModelArguments
 from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.evaluation.metrics import TextMetrics
-from s2s_scale.generation.engines import ENGINE, package_problems
+from s2s_scale.generation.ctranslate2 import ENGINE, ctranslate2_engine, package_problems
 from s2s_scale.generation.static import StaticGenerator
 from s2s_scale.generation.stream import (
+    BatchGenerator,
     EngineBatches,
-    OwnBatches,
     SearchResult,
     StaticBatches,
     generate_stream,
+    grid_search,
     read_lines,
-    search,
 )
 from s2s_scale.runner.build import open_backend, source_prefix_of, wanted_device
 from s2s_scale.settings import Settings, split_settings
@@ -78,7 +78,7 @@ def generate(settings: Settings) -> int:
                 "batch_size": own.batch_size,
                 "source_prefix": source_prefix_of(data, loaded.config),
                 "max_source_length": data.max_source_length,
-                "own": batches,
+                "generator": batches,
                 **_generation_options(own),
             }
             if own.search:
@@ -101,11 +101,9 @@ def _check_engine(backend: Backend) -> None:
 @contextmanager
 def _own_batches(
     backend: Backend, model: Any, batch_size: int, engine: str | None
-) -> Iterator[OwnBatches | None]:
+) -> Iterator[BatchGenerator | None]:
     """What generates in the place of the model's own ``generate``, if anything."""
     if engine == "ctranslate2":
-        from s2s_scale.generation.ctranslate2 import ctranslate2_engine
-
         with ctranslate2_engine(model) as found:
             yield EngineBatches(found)
     else:
@@ -114,7 +112,7 @@ def _own_batches(
 
 def _static_batches(backend: Backend, model: Any, batch_size: int) -> StaticBatches:
     """Batches of few shapes."""
-    generator = StaticGenerator(model, sync=backend.flush, fetch=backend.collectives.to_host)
+    generator = StaticGenerator(model, sync=backend.flush, to_host=backend.collectives.to_host)
     rows = math.ceil(batch_size / backend.rows_multiple) * backend.rows_multiple
     return StaticBatches(generator, rows, backend.place_batch)
 
@@ -201,7 +199,7 @@ def _search(
             bar.total = total
             bar.update(done - bar.n)
 
-        found = search(
+        found = grid_search(
             loaded.model,
             loaded.tokenizer,
             own.search,

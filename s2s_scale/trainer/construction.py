@@ -19,7 +19,7 @@ from s2s_scale.backends import Backend
 from s2s_scale.cpu import CpuFunctions
 from s2s_scale.data.streaming import StreamedExamples
 from s2s_scale.errors import UserError, raise_problems
-from s2s_scale.generation.engines import family_problems
+from s2s_scale.generation.ctranslate2 import family_problems
 from s2s_scale.models import apply_dropout_settings, check_precision
 from s2s_scale.trainer.bad_steps import BadSteps
 from s2s_scale.trainer.callbacks import (

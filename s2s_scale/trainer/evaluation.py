@@ -331,7 +331,7 @@ class Generator:
             if self._static is None or self._static_model is not model:
                 self._static_model = model
                 self._static = StaticGenerator(
-                    model, sync=self._backend.flush, fetch=self._backend.collectives.to_host
+                    model, sync=self._backend.flush, to_host=self._backend.collectives.to_host
                 )
             count, active = len(sources["input_ids"]), None
             if rows is not None:

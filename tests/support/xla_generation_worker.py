@@ -55,7 +55,7 @@ def _run(backend: Any, family: str, name: str, options: dict[str, Any], rows: in
     for one in (reference, model):
         one.generation_config.max_length = None
     backend.place_model(model)
-    generator = StaticGenerator(model, sync=backend.flush, fetch=backend.collectives.to_host)
+    generator = StaticGenerator(model, sync=backend.flush, to_host=backend.collectives.to_host)
     batch = sources(reference, rows, seed=7, width=WIDTH)
     equal, counts, lengths = [], [], []
     for first in range(0, rows, BATCH):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from s2s_scale import Seq2SeqTrainingArguments, cli
 from s2s_scale.errors import UserError
-from s2s_scale.generation import engines
+from s2s_scale.generation import ctranslate2
 from tests.support.ended import ending_model, sources, text_lengths
 from tests.support.families import TINY_TEXTS, tiny_folder, tiny_model
 from tests.support.training import our_trainer, ragged_rows
@@ -126,7 +126,7 @@ def test_it_has_no_effect_without_text(tmp_path: Any) -> None:
 
 
 def test_a_missing_package_is_named(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ctranslate2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 's2s-scale\[ctranslate2\]'"):
         Seq2SeqTrainingArguments(
             output_dir=str(tmp_path), generation_engine="ctranslate2", predict_with_generate=True

@@ -14,13 +14,8 @@ from transformers import GenerationConfig
 
 from s2s_scale.config import ModelArguments
 from s2s_scale.errors import UserError
-from s2s_scale.generation.stream import (
-    check_generation,
-    generate_stream,
-    parse_search,
-    read_lines,
-    search,
-)
+from s2s_scale.generation.options import check_generation, parse_grid
+from s2s_scale.generation.stream import generate_stream, grid_search, read_lines
 from s2s_scale.models import Loaded, decoder_inputs_from_labels, load
 from tests.support.families import FAMILY_NAMES, TINY_TEXTS, tiny_folder, tiny_model
 
@@ -240,13 +235,13 @@ def test_settings_that_exclude_each_other(models: dict[str, Loaded]) -> None:
         list(generate_stream(model, tokenizer, ["a"], num_beams=2, num_return_sequences=3))
 
 
-def test_parse_search() -> None:
-    grid = parse_search("num_beams=4:8 length_penalty=0.8:1 early_stopping=true:never")
+def test_parse_grid() -> None:
+    grid = parse_grid("num_beams=4:8 length_penalty=0.8:1 early_stopping=true:never")
     assert len(grid) == 8
     assert grid[0] == {"num_beams": 4, "length_penalty": 0.8, "early_stopping": True}
     assert grid[1]["early_stopping"] == "never"
     assert grid[-1] == {"num_beams": 8, "length_penalty": 1, "early_stopping": "never"}
-    assert parse_search("num_beams=2:2") == [{"num_beams": 2}]
+    assert parse_grid("num_beams=2:2") == [{"num_beams": 2}]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +260,7 @@ def test_parse_search() -> None:
 )
 def test_bad_searches(text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        parse_search(text)
+        parse_grid(text)
     assert len(error.value.problems) == 1
     assert message in str(error.value)
 
@@ -278,7 +273,7 @@ def test_search_sorts_by_the_first_metric(models: dict[str, Loaded]) -> None:
     longer = list(generate_stream(model, tokenizer, sources, num_beams=1, max_new_tokens=5))
     assert short != longer
     calls: list[tuple[int, int]] = []
-    results = search(
+    results = grid_search(
         model,
         tokenizer,
         "max_new_tokens=5:2:3 num_beams=1",
@@ -302,4 +297,4 @@ def test_search_sorts_by_the_first_metric(models: dict[str, Loaded]) -> None:
 def test_search_refuses_different_numbers_of_lines(models: dict[str, Loaded]) -> None:
     _, tokenizer, model = models["marian"]
     with pytest.raises(UserError, match="2 source lines but 1 reference lines"):
-        search(model, tokenizer, "num_beams=1", sources=["a", "b"], references=["a"])
+        grid_search(model, tokenizer, "num_beams=1", sources=["a", "b"], references=["a"])

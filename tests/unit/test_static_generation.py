@@ -295,14 +295,14 @@ def test_all_refused_options_at_once(models: dict[str, PreTrainedModel]) -> None
     ("options", "message"),
     [
         ({"num_beems": 3}, "unknown generation option 'num_beems'"),
-        ({"max_length": 1}, "max_length=1: no room after the start token"),
+        ({"max_length": 1}, "max_length=1: leaves no room after the start token"),
         (
             {"num_beams": 2, "num_return_sequences": 3},
             "generation settings: .*num_return_sequences",
         ),
         ({"repetition_penalty": -1.0}, "generation settings: .*penalty"),
         ({"max_length": 200}, "max_length=200: the model has positions for 64 tokens; .*=65"),
-        ({"bad_words_ids": [[500]]}, "the model's vocabulary ends at 95"),
+        ({"bad_words_ids": [[500]]}, "token ids of at most 95"),
         ({"decoder_start_token_id": [3, 4]}, r"decoder_start_token_id=\[3, 4\]: expected one"),
     ],
 )
@@ -323,7 +323,7 @@ def test_a_rule_without_a_static_version() -> None:
     class NewLogitsProcessor:
         pass
 
-    with pytest.raises(UserError, match="NewLogitsProcessor: this rule on the scores"):
+    with pytest.raises(UserError, match="NewLogitsProcessor: this logits processor"):
         make_rules([NewLogitsProcessor()], vocab_size=5, max_length=4, device=torch.device("cpu"))
 
 
