@@ -222,7 +222,7 @@ def test_resuming_without_a_checkpoint(here, data, model, tmp_path, value):
     refused(
         outcome,
         f"resume_from_checkpoint={value}: no checkpoint found in {tmp_path}/run",
-        "leave the flag out",
+        "omit the flag",
     )
 
 
@@ -260,7 +260,7 @@ def test_a_read_only_output_folder(data, model, tmp_path):
         before=("unshare", "-rm", "sh", "-c", script, "sh"),
     )
     outcome = finish(process)
-    refused(outcome, f"output_dir={folder}/run", "Read-only file system", "that you may write to")
+    refused(outcome, f"output_dir={folder}/run", "Read-only file system", "give a writable folder")
 
 
 # ---- Model folders ----

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from s2s_scale.checkpoint.atomic import locked
+from s2s_scale.checkpoint.manager import locked
 from tests.support.command import refused, run_command, snapshot
 
 COMMON = ("--save_steps", 1, "--logging_steps", 1, "--report_to", "none", "--disable_tqdm")
@@ -55,7 +55,7 @@ def test_a_run_that_is_complete_keeps_its_results(here, own_run, model, data):
     assert results["train_loss"] > 0
     outcome = resume(here, model, data, own_run)
     assert outcome.code == 0, outcome.err
-    assert "checkpoint-2 is the end of training: no step was left" in outcome.err
+    assert "checkpoint-2 is the end of training: no step is left" in outcome.err
     assert json.loads((own_run / "train_results.json").read_text(encoding="utf-8")) == results
 
 
@@ -96,7 +96,7 @@ def test_a_folder_without_checkpoints(here, data):
 
 def test_converting_what_is_portable_already(here, own_run, tmp_path):
     words = (own_run / "checkpoint-1", "--output_dir", tmp_path / "new")
-    refused(here("checkpoint", "convert", *words), "checkpoint-1: is portable already")
+    refused(here("checkpoint", "convert", *words), "checkpoint-1: is already portable")
     assert not (tmp_path / "new").exists()
 
 
