@@ -57,7 +57,7 @@ class ReadState(Protocol):
 
 
 class Backend:
-    """Carries a training run onto one kind of hardware; as it stands, by plain torch.
+    """Base class of all backends; runs training with plain PyTorch, alone or under DDP.
 
     Args:
         device: type of the devices, such as cpu, cuda or tpu.
@@ -207,7 +207,7 @@ class Backend:
             self.cpu_functions.clear()
 
     def flush(self) -> None:
-        """Run what was recorded and has not run yet, so that later operations begin a new graph."""
+        """Execute all pending lazy operations, so that later ones begin a new graph."""
 
     def compilations(self) -> tuple[int, float]:
         """Graphs compiled by this process so far and the seconds it took; (0, 0.0) if none."""
@@ -260,8 +260,8 @@ class Backend:
 
         On the rank that ``writers`` name for it, by default rank 0; on the others each item has the
         name alone. Without an ``optimizer`` there are weights alone. ``model`` is the trainer's,
-        not what it was wrapped in. Tensors are valid until training goes on. Every rank must read
-        the stream to its end.
+        not what it was wrapped in. Tensors are valid only until training resumes. Every rank must
+        read the stream to its end.
         """
         held = innermost(optimizer).state if optimizer is not None else {}
         for name, parameter in model.named_parameters():
@@ -360,7 +360,7 @@ def groups_by_parameter(optimizer: Any) -> dict[int, dict[str, Any]]:
 
 
 def on_host(value: Any) -> Any:
-    """A tensor in host memory, itself where it lies there; a number as it is."""
+    """A tensor moved to the CPU, without a copy if it is there already; numbers are unchanged."""
     return value.detach().to("cpu") if isinstance(value, Tensor) else value
 
 

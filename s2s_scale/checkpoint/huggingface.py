@@ -183,12 +183,14 @@ def _candidates(model: nn.Module, trainable: Sequence[str]) -> Iterator[list[lis
     transformers' own uses ``Trainer.get_decay_parameter_names``, which does not use ``self``.
     """
     stock: Any = transformers.Trainer.get_decay_parameter_names
-    for decaying in (stock(SimpleNamespace(), model), decay_parameter_names(model)):
-        decayed = [name for name in trainable if name in set(decaying)]
-        groups = [decayed, [name for name in trainable if name not in set(decaying)]]
-        yield groups
-        yield [group for group in groups if group]
-    yield [list(trainable)]  # this package's, if nothing decays
+    everything = [name for name, _ in model.named_parameters()]  # transformers loads no frozen one
+    for names in (trainable, everything):
+        for decaying in (stock(SimpleNamespace(), model), decay_parameter_names(model)):
+            decayed = [name for name in names if name in set(decaying)]
+            groups = [decayed, [name for name in names if name not in set(decaying)]]
+            yield groups
+            yield [group for group in groups if group]
+        yield [list(names)]  # this package's, if nothing decays
 
 
 def _fits(names: list[str], optimizer: Mapping[str, Any], shapes: Shapes) -> bool:

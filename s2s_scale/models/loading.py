@@ -20,6 +20,7 @@ from s2s_scale.models.families import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -421,7 +422,25 @@ def _load_weights(model_args: ModelArguments, config: PreTrainedConfig) -> PreTr
             len(info["unexpected_keys"]),
             _some(info["unexpected_keys"]),
         )
+    freeze_as_constructed(model)
     return model
+
+
+def freeze_as_constructed(model: nn.Module) -> None:
+    """Freeze the parameters that the model's constructor freezes, such as sinusoidal positions.
+
+    transformers makes every parameter trainable that it loads from a file. Sinusoidal positions
+    get no gradient, but backends that give every trainable parameter one (ZeRO 1 and 2, torch-xla)
+    would let weight decay change them.
+    """
+    import torch
+
+    with torch.device("meta"):  # no memory, and no random numbers
+        constructed = type(model)(model.config)
+    frozen = {name for name, p in constructed.named_parameters() if not p.requires_grad}
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -52,7 +52,7 @@ class RankStatus:
 
 
 class HealthMonitor:
-    """Judges the ranks of one run. Holds no clock: every time is a parameter, in seconds.
+    """Detects lost and hung ranks of one run. It reads no clock: times are passed in, in seconds.
 
     A rank is lost if its connection closes before it is done, or if it sends no heartbeat for
     ``silence_seconds``. The run hangs if no rank makes progress for ``hang_seconds`` (0: never).

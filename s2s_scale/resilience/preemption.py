@@ -39,7 +39,9 @@ _TEXT, _QUIT = 254, 255  # in the pipe, beside the numbers of signals
 
 
 class Stopped(BaseException):
-    """The process was asked to stop and does so now. No ``Exception``, so that nobody handles it.
+    """The process was asked to stop and does so now.
+
+    Not an ``Exception``, so that ``except Exception`` does not catch it.
 
     ``agreed``: all ranks stop at this point, so none of them has to be told.
     """

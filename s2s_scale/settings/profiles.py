@@ -24,7 +24,7 @@ from s2s_scale.settings.parsing import (
     read_entries,
 )
 
-BACKENDS = ("local", "fairscale_oss", "torch_fsdp", "deepspeed", "xla")
+BACKEND_NAMES = ("local", "fairscale_oss", "torch_fsdp", "deepspeed", "xla")
 LAUNCHERS = ("none", "torchrun", "deepspeed")
 DEVICES = ("cpu", "cuda", "tpu")
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
@@ -55,7 +55,7 @@ class LauncherProfile:
     name: str
     path: Path
     description: str = setting("", "profile", "What the profile is for.")
-    backend: str = setting("local", "profile", "Backend adapter.", choices=BACKENDS)
+    backend: str = setting("local", "profile", "Backend adapter.", choices=BACKEND_NAMES)
     launcher: str = setting("none", "profile", "What starts the ranks.", choices=LAUNCHERS)
     device: str = setting("cpu", "profile", "Kind of device.", choices=DEVICES)
     processes: int | str = setting(AUTO, "profile", "Processes per node, or auto.")

@@ -58,8 +58,8 @@ class Trial:
     Args:
         train: forward and backward pass over a batch.
         parameters: of the model, whose gradients are cleared after each pass.
-        device: where they lie.
-        vocabulary: token ids are below it.
+        device: of the parameters.
+        vocabulary: exclusive upper bound of token ids.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ class SpikeDetector:
     def look(self, loss: Tensor) -> Tensor:
         """Whether the step with this loss (a scalar, summed over ranks) is a spike: a bool scalar.
 
-        The loss is remembered if it is none.
+        A loss that is not a spike is added to the window.
         """
         loss = loss.detach().to(self._losses)
         middle = (len(self._losses) - 1) // 2

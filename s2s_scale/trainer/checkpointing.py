@@ -377,7 +377,7 @@ class Checkpointer:
         return True
 
     def newest(self, output_dir: Path) -> Path | None:
-        """The newest checkpoint that is whole, on every rank. Every rank must call it."""
+        """The newest complete checkpoint, on every rank. Every rank must call it."""
         found = newest_verified(output_dir) if self.ranks.main else None
         return self._backend.collectives.gather_objects(found)[0]
 
@@ -409,8 +409,8 @@ def load_schedule(
         enter_schedule(schedule, step)
     else:
         raise UserError(
-            f"lr_scheduler_type={name}: cannot be entered at step {step}; give the old schedule, "
-            "or start from the checkpoint's weights with --model_name_or_path"
+            f"lr_scheduler_type={name}: cannot be resumed at step {step}; use the original "
+            "schedule, or start from the checkpoint's weights with --model_name_or_path"
         )
     for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
         group["lr"] = rate

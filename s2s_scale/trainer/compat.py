@@ -124,7 +124,7 @@ def without_unused_columns(trainer: Any, dataset: Any, use: str) -> Any:
 @relies_on(
     "transformers",
     checked=TRANSFORMERS,
-    reason="The same for rows that are no table.",
+    reason="As above, for data sets that are not a ``datasets.Dataset``.",
     uses={f"{_TRAINER}._get_collator_with_removed_columns": ("data_collator", "description")},
 )
 def dropping_unused_columns(trainer: Any, collate: Any, use: str) -> Any:

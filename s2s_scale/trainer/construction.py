@@ -152,7 +152,7 @@ def check_settings(
 
 @dataclass(frozen=True)
 class Components:
-    """What the hooks of a trainer hand values to."""
+    """The components that a trainer's hooks delegate to."""
 
     loss: LossComputer
     loaders: TrainDataLoaders
@@ -284,72 +284,6 @@ def make_components(
             preemption,
         ),
     )
-
-
-def make_loss(
-    args: Seq2SeqTrainingArguments,
-    config: PreTrainedConfig,
-    plain: nn.Module,
-    *,
-    ignores_pads: bool,
-    given_function: bool,
-    own_loss: str | None,
-    usual: bool,
-    static_shapes: bool,
-    padding_id: Callable[[], int],
-) -> LossComputer:
-    """The loss in the mode that ``args`` ask for; packed batches where they are the best choice.
-
-    Args:
-        plain: the model inside its wrappers.
-        ignores_pads: pads count in no loss, label smoothing or not.
-        given_function: ``compute_loss_func`` computes the loss.
-        own_loss: the class that has a ``_compute_loss`` of its own, if one has.
-        usual: nobody but us touches batches and loss, and the data have a length.
-
-    Raises:
-        ValueError: the mode needs a pad token id that is missing.
-        UserError: settings of the loss cannot take effect.
-    """
-    pad, eos = config.pad_token_id, config.eos_token_id
-    mode = SMOOTHED if args.label_smoothing else CROSS_ENTROPY if ignores_pads else MODEL
-    if pad is None and mode != MODEL:
-        raise ValueError(
-            "config.pad_token_id is None, but label smoothing and pad exclusion need it; set "
-            "it to the tokenizer's pad token id, or train with label_smoothing=0 and "
-            "ignore_pad_token_for_loss=False"
-        )
-    if pad is None and eos is not None:
-        logger.warning(
-            f"config.pad_token_id is None: config.eos_token_id = {eos} is used for padding."
-        )
-    reader = obstacle = None
-    if given_function:
-        reader = "compute_loss_func takes the model's outputs"
-        obstacle = "compute_loss_func takes outputs of one pair a row"
-    elif args.torch_compile:
-        obstacle = "torch_compile would compile each step anew: masks are put in for one call"
-    if args.n_gpu > 1:
-        copies = "DataParallel copies the model to several devices within the process"
-        reader, obstacle = reader or copies, obstacle or copies
-    if own_loss is not None and not given_function:
-        reader = f"{own_loss} has a _compute_loss of its own, which may read logits"
-    loss = LossComputer(
-        config,
-        mode=mode,
-        smoothing=args.label_smoothing or 0.0,
-        reduction=args.loss_reduction,
-        linear=args.linear_cross_entropy,
-        logits_reader=reader,
-        packing_obstacle=obstacle,
-        static_shapes=static_shapes,
-        compiled=args.torch_compile,
-        padding_id=padding_id,
-    )
-    if static_shapes and usual and loss.packing_problem(plain) is None:
-        args.batching_by_default("packed")
-    loss.check(plain, packs=args.batching == "packed")
-    return loss
 
 
 def _loss_mode(

@@ -102,7 +102,7 @@ class LossComputer:
         return self._packing_obstacle or packing_problem(plain)
 
     def _logits_problem(self, plain: Any) -> str | None:
-        """Why whole logits are needed for the loss; None if they are not."""
+        """Why the loss needs all logits at once; None if it does not."""
         if self._linear == "off":
             return "it is switched off"
         if self.mode == MODEL:

@@ -36,7 +36,7 @@ Batch = dict[str, Any]
 
 
 class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
-    """Trains encoder-decoder models so that a step's loss depends on its rows and on nothing else.
+    """Trainer of encoder-decoder models in which a step's loss depends on its rows alone.
 
     The loss has three modes: label-smoothed NLL where ``label_smoothing`` is not 0; cross entropy
     without pads where ``data_args.ignore_pad_token_for_loss`` is true; else the model's own loss.
@@ -519,7 +519,7 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
         return nn.functional.pad(tensor, (0, missing), value=pad) if missing > 0 else tensor
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write model and tokenizer, whole or not at all. Every rank must call it.
+        """Save model and tokenizer, atomically. Every rank must call it.
 
         Raises:
             SaveError: the files cannot be written; names the last good checkpoint.
@@ -586,7 +586,7 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
         return self.parts.resume(folder, plain, data, steps, prepare, self._trained)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: state is read by name, once model and optimizer are where they will stay."""
+        """No-op: state is loaded by name once model and optimizer have been placed."""
 
     def _load_best_model(self) -> None:
         if not self.parts.checkpointer.load_best(self.state.best_model_checkpoint, self._trained()):

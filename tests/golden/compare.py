@@ -40,23 +40,8 @@ WEIGHTS_BOUND = 4e-6
 gradients' size and its epsilon, so that the rounding errors of small gradients, such as those of
 biases, count for more."""
 
-_DECAYED = (
-    "transformers' loading makes the sinusoidal positions trainable; they have no gradient, and "
-    "weight decay is applied to them where one is filled in with zeros"
-)
-_PARTITIONED = (
-    "transformers computes the sinusoidal positions anew under zero.Init although they were "
-    "loaded, and reads the shape of a partitioned weight"
-)
-KNOWN = {
-    **{
-        (family, profile): _DECAYED
-        for family in ("pegasus", "marian")
-        for profile in ("cpu-zero1", "cpu-zero2", "cpu-xla", "cpu-xla-fsdp")
-    },
-    **{(family, "cpu-zero3"): _PARTITIONED for family in ("pegasus", "fsmt")},
-}
-"""Cells that were off or failed when the files were written, and why. A mend removes its lines."""
+KNOWN: dict[tuple[str, str], str] = {}
+"""Cells that are known to be off, and why."""
 
 
 @functools.cache

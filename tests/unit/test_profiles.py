@@ -44,7 +44,7 @@ def test_shipped_profiles_resolve(folder):
     for name in shipped:
         profile = resolve(name)
         assert profile.description
-        assert profile.backend in profiles.BACKENDS
+        assert profile.backend in profiles.BACKEND_NAMES
         assert profile.environment["USE_TORCH_XLA"] == "0"
     assert resolve("cpu").arguments == {"use_cpu": True}
     assert resolve("cpu").device == "cpu"

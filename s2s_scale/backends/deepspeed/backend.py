@@ -232,7 +232,7 @@ class DeepSpeedBackend(Backend):
 
 
 def _own_tools_first() -> None:
-    """Compile with the ninja that pip installed beside this Python, whether it is activated or not.
+    """Prefer the ninja of this Python environment, even if it is not activated.
 
     Different versions do not accept each other's build logs: every op would be compiled again
     whenever a run finds another ninja first on PATH.

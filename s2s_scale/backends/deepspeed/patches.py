@@ -51,7 +51,7 @@ LOOK_SECONDS = 0.5
     },
 )
 class HeldUpdate:
-    """The update that DeepSpeed's engine makes at the end of the backward pass, put off.
+    """Defers the optimizer update that DeepSpeed's engine performs after the backward pass.
 
     What the engine calls only computes the norm of the gradients, once; ``make`` does the rest when
     the trainer calls its optimizer, and ``drop`` clears the gradients in place of that. Every rank
@@ -88,7 +88,7 @@ class HeldUpdate:
         self._zero.overflow = self._overflow and self._zero.dtype == torch.float16
 
     def drop(self) -> None:
-        """Leave the update that waits out: weights, moments and their counters stay as they are."""
+        """Discard the pending update; weights, moments and step counts are unchanged."""
         self._drops = True
         try:
             self.make()

@@ -115,7 +115,7 @@ class TorchFsdpBackend(Backend):
         mark_prepared(model)
 
     def _reshard_root(self, model: Any, inputs: Any, output: Any) -> None:
-        """After an evaluation's forward pass no backward pass does it."""
+        """Reshard the root explicitly: in evaluation no backward pass does so."""
         if not torch.is_grad_enabled() and not self._generates:
             model.reshard()
 
@@ -225,7 +225,7 @@ def separate_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def full(value: Any) -> Any:
-    """A whole tensor in place of a DTensor, whose ranks must all call; anything else as it is."""
+    """The full tensor of a DTensor, which is a collective; any other value unchanged."""
     return value.full_tensor().detach() if isinstance(value, DTensor) else value
 
 

@@ -4,8 +4,8 @@ One process per host drives all of its devices (SPMD): it sees one device, on wh
 divided by rows over all devices of the mesh, and weights are whole on each (axis ``data``) or
 divided too (axis ``fsdp``).
 
-transformers and accelerate are not told of torch-xla (``USE_TORCH_XLA=0``): they see one plain
-device, and where a recorded graph ends is decided here alone.
+torch-xla is hidden from transformers and accelerate (``USE_TORCH_XLA=0``): they see one plain
+device, and this backend alone decides where a graph ends.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class XlaCollectives(Collectives):
         return flag if self.world_size == 1 else any(self.gather_objects(flag))
 
     def to_host(self, rows: Tensor) -> Tensor:
-        if rows.device.type == "xla":
+        if rows.device.type == "xla" and self.world_size * self._backend.rows_multiple > 1:
             # A graph that is kept: torch-xla itself would compile the collection at each read.
             # A sum, because a copy keeps how the rows are divided.
             rows = rows + torch.zeros_like(rows)

@@ -59,7 +59,9 @@ def without_effect(values: Mapping[str, Any]) -> list[str]:
         if values.get(name)
     ]
     if str(values.get("optim", "")).endswith("_fused"):
-        problems.append(f"optim={values['optim']}: knows no XLA device; give --optim adamw_torch")
+        problems.append(
+            f"optim={values['optim']}: does not support XLA devices; give --optim adamw_torch"
+        )
     return problems
 
 

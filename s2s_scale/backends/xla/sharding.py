@@ -77,7 +77,7 @@ class MeshSharding:
             spmd().mark_sharding(tensor, self.mesh, tuple(axes))
 
     def keep_activations_divided(self, model: nn.Module) -> None:
-        """Divided weights must not make XLA divide hidden states by their width.
+        """Keep hidden states sharded by rows: with sharded weights XLA would shard them by width.
 
         A layer's output, [B, T, d] or with its first two the other way round (FSMT), is divided by
         rows; so XLA gathers weights, as ZeRO 3 does.
