@@ -1,23 +1,24 @@
-"""Checkpoints: one documented format for every backend, written whole or not at all, verified.
+"""Checkpoints: one documented format for every backend, written atomically and verified.
 
-Loading this package imports no torch; ``checkpoint.portable`` and ``checkpoint.tensors`` do.
+Importing this package does not import torch; ``checkpoint.portable`` and ``checkpoint.tensors`` do.
 """
 
 from __future__ import annotations
 
-from s2s_scale.checkpoint.atomic import SINGLE, Ranks, atomic_dir, whole_files, writing
+from s2s_scale.checkpoint.atomic import SINGLE, Ranks, atomic_dir, atomic_files, writing
 from s2s_scale.checkpoint.manager import (
     CHECKPOINT_NAME,
     RUN_FILES,
     STATE_FILE,
     TRAINING_STATE,
     WEIGHT_FILES,
-    check_whole,
+    check_intact,
     check_writable,
     checkpoints,
     earlier_run,
     is_ours,
     last_checkpoint_text,
+    locked,
     newest_verified,
     refuse_earlier_run,
     remove_earlier_run,
@@ -46,12 +47,14 @@ __all__ = [
     "Ranks",
     "SaveError",
     "atomic_dir",
-    "check_whole",
+    "atomic_files",
+    "check_intact",
     "check_writable",
     "checkpoints",
     "earlier_run",
     "is_ours",
     "last_checkpoint_text",
+    "locked",
     "newest_verified",
     "read_manifest",
     "refuse_earlier_run",
@@ -60,7 +63,6 @@ __all__ = [
     "resolve_resume",
     "rotate",
     "verify",
-    "whole_files",
     "write_manifest",
     "writing",
 ]

@@ -1,7 +1,7 @@
-"""Checkpoint folders of transformers' own trainer: read by parameter name, and converted.
+"""Checkpoints of transformers' own trainer: read by parameter name, and converted.
 
 ``optimizer.pt`` identifies a parameter by its position in the optimizer's groups; which parameter
-is at which position follows from how the groups were made.
+that is depends on how the groups were formed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from s2s_scale.backends.base import ParameterState
 from s2s_scale.checkpoint.atomic import atomic_dir
-from s2s_scale.checkpoint.manager import STATE_FILE, check_whole
+from s2s_scale.checkpoint.manager import STATE_FILE, check_intact
 from s2s_scale.checkpoint.manifest import MANIFEST, write_manifest
 from s2s_scale.checkpoint.portable import (
     MASTER,
@@ -41,17 +41,17 @@ OPTIMIZER_FILE, SCHEDULE_FILE, SCALER_FILE = "optimizer.pt", "scheduler.pt", "sc
 
 
 class HFTrainerCheckpoint:
-    """Weights and moments of a transformers checkpoint; ``checkpoint(name)`` is one parameter's.
+    """A checkpoint of transformers' trainer; ``checkpoint(name)`` returns one parameter's state.
 
-    Everything is read with ``weights_only``.
+    Everything is loaded with ``weights_only=True``.
 
     Args:
-        shapes: parameter of ``model`` -> whole shape.
-        trainable: names of what the optimizer was made over, in the order of the model; by default
-            what is not frozen in ``model``.
+        shapes: parameter of ``model`` -> full shape.
+        trainable: names of the optimizer's parameters, in the order of the model; by default those
+            of ``model`` that are not frozen.
 
     Raises:
-        UserError: optimizer or schedule are missing, or belong to another model.
+        UserError: optimizer or schedule is missing, or belongs to another model.
     """
 
     def __init__(
@@ -85,19 +85,19 @@ class HFTrainerCheckpoint:
         self._position = {name: position for position, name in enumerate(names)}
 
     def __call__(self, name: str, *, weight: bool = True, moments: bool = True) -> ParameterState:
-        """State of a parameter, as ``StateReader`` gives it."""
+        """State of a parameter, as ``StateReader`` returns it."""
         position, key = self._position.get(name), self.keys.of_parameter.get(name)
         state = self._optimizer["state"].get(position, {}) if moments else {}
         kept = {moment: value for moment, value in state.items() if value is not None}
-        found = self.buffer(key) if weight and key is not None else None
+        found = self.tensor(key) if weight and key is not None else None
         return ParameterState(name, found, kept)
 
     def expects(self, name: str) -> bool:
-        """Whether a checkpoint of this model holds the parameter."""
+        """Whether checkpoints of this model contain the parameter."""
         return name in self.keys.of_parameter
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of a parameter's weight; None where the checkpoint holds none."""
+        """Shape of a parameter's weight; None if the checkpoint has none."""
         key = self.keys.of_parameter.get(name)
         if key in self._binary:
             return tuple(self._binary[key].shape)
@@ -105,39 +105,39 @@ class HFTrainerCheckpoint:
 
     @property
     def loss_scale(self) -> dict[str, float] | None:
-        """The loss scaler, as a backend's ``loss_scale`` gives it."""
+        """State of the loss scaler, as returned by a backend's ``loss_scale``."""
         if not self.scaler:
             return None
         good = int(self.scaler["_growth_tracker"])
         return {"scale": float(self.scaler["scale"]), "good_steps": good}
 
     def load_buffers(self, model: nn.Module) -> None:
-        """Copy saved buffers into ``model``."""
+        """Copy the saved buffers into ``model``."""
         buffers = model.state_dict() if self.keys.buffers else {}
         with torch.no_grad():
             for key in self.keys.buffers:
-                saved = self.buffer(key)
+                saved = self.tensor(key)
                 if saved is not None:
                     buffers[key].copy_(saved)
 
-    def buffer(self, key: str) -> Tensor | None:
-        """A saved buffer."""
+    def tensor(self, key: str) -> Tensor | None:
+        """The saved tensor of a key, or None."""
         if key in self._weights:
             return self._weights.get(key)
         return self._binary.get(key)
 
     @property
     def optimizer_name(self) -> str:
-        """``optim`` of the run that wrote the checkpoint, as far as its moments tell."""
+        """``optim`` of the run that wrote the checkpoint, inferred from the moments."""
         moments = {key for state in self._optimizer["state"].values() for key in state}
         return "adafactor" if moments & {"RMS", "exp_avg_sq_row"} else "adamw_torch"
 
 
 def load_plain(path: Path) -> dict[str, Any]:
-    """A torch file that holds tensors, numbers and containers, and nothing else.
+    """Load a torch file that contains only tensors, numbers and containers.
 
     Raises:
-        UserError: it cannot be read so.
+        UserError: it cannot be loaded with ``weights_only=True``.
     """
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -159,11 +159,11 @@ def names_by_position(
 ) -> list[str]:
     """The parameter at each position of a saved optimizer.
 
-    transformers decides by name which parameters decay, this package by module; where both fit the
-    saved groups, they put the same parameter at each position, or the shapes tell them apart.
+    transformers decides by name which parameters decay, this package by module. If both match the
+    saved groups, they give the same order, or the shapes of the moments decide between them.
 
     Raises:
-        UserError: neither fits.
+        UserError: neither matches.
     """
     sizes = [len(group["params"]) for group in optimizer["param_groups"]]
     for candidate in _candidates(model, trainable):
@@ -171,17 +171,16 @@ def names_by_position(
         if [len(group) for group in candidate] == sizes and _fits(names, optimizer, shapes):
             return names
     raise UserError(
-        f"{file}: holds groups of {' and '.join(map(str, sizes))} parameters; expected those of "
+        f"{file}: has groups of {' and '.join(map(str, sizes))} parameters; expected those of "
         f"this model, which trains {len(trainable)}; give the model and the freeze flags that the "
         "run was started with"
     )
 
 
 def _candidates(model: nn.Module, trainable: Sequence[str]) -> Iterator[list[list[str]]]:
-    """Groups that an optimizer over these parameters may have been made with.
+    """Ways in which the parameters of an optimizer may have been grouped.
 
-    transformers' are those of ``Trainer.get_decay_parameter_names``, which reads nothing of the
-    trainer.
+    transformers' own uses ``Trainer.get_decay_parameter_names``, which does not use ``self``.
     """
     stock: Any = transformers.Trainer.get_decay_parameter_names
     for decaying in (stock(SimpleNamespace(), model), decay_parameter_names(model)):
@@ -189,18 +188,20 @@ def _candidates(model: nn.Module, trainable: Sequence[str]) -> Iterator[list[lis
         groups = [decayed, [name for name in trainable if name not in set(decaying)]]
         yield groups
         yield [group for group in groups if group]
-    yield [list(trainable)]  # ours, where nothing decays
+    yield [list(trainable)]  # this package's, if nothing decays
 
 
 def _fits(names: list[str], optimizer: Mapping[str, Any], shapes: Shapes) -> bool:
-    """Whether each saved moment of a parameter's full shape has the shape of that parameter."""
+    """Whether the saved moments have the shapes that the parameters ``names`` imply."""
     for position, name in enumerate(names):
         for moment, value in optimizer["state"].get(position, {}).items():
             if moment.startswith("exp_avg") and isinstance(value, Tensor):
-                whole = {"exp_avg_sq_row": shapes[name][:-1]}.get(moment)
-                if moment == "exp_avg_sq_col":
-                    whole = shapes[name][:-2] + shapes[name][-1:]
-                if tuple(value.shape) != (shapes[name] if whole is None else whole):
+                shape = shapes[name]
+                factored = {  # of Adafactor
+                    "exp_avg_sq_row": shape[:-1],
+                    "exp_avg_sq_col": shape[:-2] + shape[-1:],
+                }
+                if tuple(value.shape) != factored.get(moment, shape):
                     return False
     return True
 
@@ -214,29 +215,29 @@ _NOT_COPIED = (
     f"{MASTER}*",
     MANIFEST,
 )
-"""Patterns of the files that conversion writes anew, or for which it has no use."""
+"""Patterns of the files that conversion rewrites or does not need."""
 
 
 def convert(source: Path, target: Path) -> None:
-    """Write a checkpoint of transformers' trainer as a portable one into the folder ``target``.
+    """Convert a checkpoint of transformers' trainer to a portable one in the folder ``target``.
 
     Raises:
-        UserError: the source is damaged, portable already or sharded by DeepSpeed, its optimizer
+        UserError: the source is damaged, already portable or sharded by DeepSpeed, its optimizer
             belongs to another model, or the target exists.
     """
     if target.exists():
-        raise UserError(f"--output_dir {target}: exists; give the name of a new folder")
-    check_whole(source)
+        raise UserError(f"--output_dir {target}: already exists; give a new folder")
+    check_intact(source)
     sharded = sorted(path.name for path in source.glob("global_step*"))
     if sharded:
         raise UserError(
-            f"{source}: holds optimizer state sharded by DeepSpeed ({sharded[0]}); expected one "
+            f"{source}: contains optimizer state sharded by DeepSpeed ({sharded[0]}); expected one "
             "optimizer.pt; start from its weights with --model_name_or_path instead"
         )
     if (source / TRAINING_STATE).is_file() and not (source / OPTIMIZER_FILE).is_file():
-        raise UserError(f"{source}: is portable already; it needs no conversion")
+        raise UserError(f"{source}: is already portable; no conversion is needed")
     config = transformers.AutoConfig.from_pretrained(source)
-    with torch.device("meta"):  # its weights need no memory
+    with torch.device("meta"):  # the weights need no memory
         model: Any = transformers.AutoModelForSeq2SeqLM.from_config(config)
     model.tie_weights()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -247,7 +248,7 @@ def convert(source: Path, target: Path) -> None:
             if path.is_file() and not any(path.match(pattern) for pattern in _NOT_COPIED):
                 shutil.copy2(path, folder / path.name)
         for key in saved.keys.buffers:
-            value = saved.buffer(key)
+            value = saved.tensor(key)
             if value is not None:
                 module, _, name = key.rpartition(".")
                 model.get_submodule(module).register_buffer(name, value)

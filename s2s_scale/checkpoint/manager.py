@@ -1,18 +1,18 @@
-"""The checkpoints of an output folder: finding, verifying, rotating and protecting them.
-
-Also here: what must be unchanged for a run to be resumed exactly, and saving in the background.
-"""
+"""The output folder of a run: its checkpoints, what an earlier run left there, and its lock."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
-import threading
-from collections.abc import Callable, Mapping, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from s2s_scale.checkpoint.manifest import MANIFEST, DamagedCheckpoint, verify
 from s2s_scale.errors import UserError
@@ -36,18 +36,19 @@ RUN_FILES = (
     "report.html",
     "report.png",
 )
-"""Files that training leaves in its output folder beside the checkpoints and the final model."""
+"""Files that training writes to its output folder besides checkpoints and the final model."""
 TRAINING_STATE = "training_state.json"
-"""In every checkpoint of ours, and in none of transformers' own."""
+"""In every checkpoint of this package, and in none that transformers' own trainer wrote."""
+LOCK = ".s2s-scale.lock"
 
 Note = Callable[[str], None]
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints in ``output_dir``, oldest step first.
+    """Complete checkpoints in ``output_dir``, ordered by step.
 
-    A folder counts when it holds both the trainer's state and weights; half-written ones never
-    get their final name (see ``atomic_dir``), so this only guards against damage from outside.
+    A folder counts if it contains both the trainer's state and weights. Half-written ones never
+    get their final name (see ``atomic_dir``), so this only guards against external damage.
     """
     found = []
     if output_dir.is_dir():
@@ -59,15 +60,15 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a checkpoint was written by this package, and so has a manifest if it is whole."""
+    """Whether this package wrote the checkpoint, which then has a manifest if it is complete."""
     return any((folder / name).exists() for name in (TRAINING_STATE, MANIFEST))
 
 
-def check_whole(folder: Path) -> None:
-    """Verify a checkpoint of ours; transformers' own have nothing to be compared with.
+def check_intact(folder: Path) -> None:
+    """Verify a checkpoint of this package; transformers' own have no manifest to compare with.
 
     Raises:
-        DamagedCheckpoint: a file is not what the manifest says.
+        DamagedCheckpoint: a file does not match the manifest.
     """
     if is_ours(folder):
         verify(folder)
@@ -79,14 +80,15 @@ def newest_verified(
     *,
     among: Callable[[Path], bool] = lambda folder: True,
 ) -> Path | None:
-    """The newest checkpoint whose files are what its manifest says; None if there is none.
+    """The newest checkpoint whose files match its manifest, or None. Every byte is read.
 
-    ``note`` is told of each newer one that is skipped, with the reason. Every byte is read.
-    ``among`` says which are looked at.
+    Args:
+        note: called with a message for each newer checkpoint that is skipped.
+        among: which checkpoints are considered.
     """
     for folder in filter(among, reversed(checkpoints(output_dir))):
         try:
-            check_whole(folder)
+            check_intact(folder)
             return folder
         except DamagedCheckpoint as error:
             note(f"{folder.name} is skipped: {error}")
@@ -94,26 +96,28 @@ def newest_verified(
 
 
 def last_checkpoint_text(output_dir: Path) -> str:
-    """How to go on from the newest checkpoint, as the end of an error message."""
+    """How to continue from the newest checkpoint, as the end of an error message."""
     saved = newest_verified(output_dir)
     if saved is None:
         return "no checkpoint had been saved"
     return (
         f"the last good checkpoint is {saved}; "
-        "mend the cause, then go on with --resume_from_checkpoint latest"
+        "fix the cause, then continue with --resume_from_checkpoint latest"
     )
 
 
 def resolve_resume(
     value: str | None, output_dir: Path, note: Note = lambda text: None
 ) -> Path | None:
-    """The folder that ``--resume_from_checkpoint`` means: ``latest``, ``auto``, a path, or nothing.
+    """The folder that ``--resume_from_checkpoint`` selects, or None to start from the beginning.
 
-    ``latest`` is the newest one that can be verified; ``note`` is told of those skipped. ``auto``
-    is the same, and nothing where there is no checkpoint at all.
+    Args:
+        value: a checkpoint folder; ``latest``, for the newest checkpoint that passes verification;
+            ``auto``, for the same but None if there is no checkpoint at all; or None.
+        note: called with a message for each damaged checkpoint that ``latest`` skips.
 
     Raises:
-        UserError: no such folder, it is no checkpoint, or it is damaged.
+        UserError: the folder does not exist, is not a checkpoint, or is damaged.
     """
     if value is None or value.lower() == "false":
         return None
@@ -125,8 +129,8 @@ def resolve_resume(
         if saved is None:
             found = "; ".join(skipped) if skipped else "no checkpoint found"
             raise UserError(
-                f"resume_from_checkpoint={value}: {found} in {output_dir}; leave the "
-                "flag out to start from the beginning, or name a checkpoint folder"
+                f"resume_from_checkpoint={value}: {found} in {output_dir}; omit the flag to start "
+                "from the beginning, or give a checkpoint folder"
             )
         for text in skipped:
             note(text)
@@ -134,27 +138,27 @@ def resolve_resume(
     folder = Path(value)
     missing = [
         what
-        for what, there in (
+        for what, exists in (
             ("the folder itself", folder.is_dir()),
             (STATE_FILE, (folder / STATE_FILE).is_file()),
             ("weights (model.safetensors)", _has_weights(folder)),
         )
-        if not there
+        if not exists
     ]
     if missing:
         raise UserError(
             f"resume_from_checkpoint={value}: not a checkpoint, missing: {', '.join(missing)}; "
             "give a checkpoint-N folder of an earlier run, or 'latest'"
         )
-    check_whole(folder)
+    check_intact(folder)
     return folder
 
 
 def rotate(output_dir: Path, *, limit: int | None, best: str | None) -> list[Path]:
-    """Delete the oldest checkpoints until ``limit`` are left (None: all stay); those deleted.
+    """Delete the oldest checkpoints until ``limit`` remain (None: keep all); returns those deleted.
 
-    The best one stays, and so does the newest that can be verified: a newer, damaged one would
-    otherwise outlive the last one that a run can go on from.
+    The best one is kept, and so is the newest that passes verification: otherwise a newer, damaged
+    one could outlive the last from which the run can be resumed.
     """
     saved = checkpoints(output_dir)
     if not limit or limit <= 0 or len(saved) <= limit:
@@ -170,10 +174,10 @@ def rotate(output_dir: Path, *, limit: int | None, best: str | None) -> list[Pat
 
 
 def remove_partial(output_dir: Path) -> None:
-    """Remove what a run left that was killed while it saved; for the holder of the lock."""
+    """Clean up after a run that was killed while saving. The caller must hold the lock."""
     for replaced in output_dir.glob(".checkpoint-*.replaced"):
         final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
-        if not final.exists():  # killed between its two renames
+        if not final.exists():  # killed between the two renames
             replaced.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
     for partial in output_dir.glob(".checkpoint-*.incomplete"):
@@ -181,7 +185,7 @@ def remove_partial(output_dir: Path) -> None:
 
 
 def earlier_run(output_dir: Path) -> list[str]:
-    """Names of what an earlier training run left in ``output_dir``; empty if there was none."""
+    """Names of the files and folders that an earlier training run left in ``output_dir``."""
     if not output_dir.is_dir():
         return []
     names = [name for name in RUN_FILES if (output_dir / name).exists()]
@@ -190,10 +194,10 @@ def earlier_run(output_dir: Path) -> list[str]:
 
 
 def refuse_earlier_run(output_dir: Path) -> None:
-    """Refuse to train into a folder that holds a run.
+    """Refuse to train into a folder that contains an earlier run.
 
     Raises:
-        UserError: the folder holds a run; names the flags that continue or replace it.
+        UserError: it does; names the flags that continue or replace that run.
     """
     left = earlier_run(output_dir)
     if left:
@@ -206,9 +210,9 @@ def refuse_earlier_run(output_dir: Path) -> None:
 
 
 def remove_earlier_run(output_dir: Path) -> None:
-    """Delete an earlier run's checkpoints and result files; nothing else in the folder.
+    """Delete an earlier run's checkpoints and result files, and nothing else in the folder.
 
-    A mix of two runs would let ``latest`` mean the wrong one.
+    If two runs were mixed, ``latest`` could select a checkpoint of the wrong one.
     """
     for name in earlier_run(output_dir):
         path = output_dir / name
@@ -219,10 +223,10 @@ def remove_earlier_run(output_dir: Path) -> None:
 
 
 def check_writable(output_dir: Path) -> None:
-    """Create ``output_dir`` and one small file in it, so that a bad folder is found at once.
+    """Create ``output_dir`` and one small file in it, so that an unusable folder is found early.
 
     Raises:
-        UserError: the folder cannot be made or written to, with the system's reason.
+        UserError: the folder cannot be created or written to, with the system's reason.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir={output_dir}: is a file; give a folder")
@@ -233,8 +237,8 @@ def check_writable(output_dir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"output_dir={output_dir}: cannot be written to ({error.strerror}); give a folder that "
-            "you may write to, on a disk with free space"
+            f"output_dir={output_dir}: cannot be written to ({error.strerror}); give a writable "
+            "folder on a disk with free space"
         ) from error
 
 
@@ -242,110 +246,55 @@ def _has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
-Identity = Mapping[str, Mapping[str, Any]]
-"""One of ``config.CHANGES`` -> name of a setting -> value, as JSON holds it."""
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of an output folder, so that one run at a time writes to it; for rank 0.
 
-CONSEQUENCES = {
-    "data": "weights, optimizer and schedule are kept; the new data's batch plan is entered at the "
-    "same step, so rows of its steps before that wait for the next epoch",
-    "tokenizer": "weights, optimizer and position are kept; token ids may mean other text",
-    "seed": "weights, optimizer and schedule are kept; the batch plan and dropout are those of the "
-    "new seed from here on, so rows may come twice or not at all in this epoch",
-    "step_size": "weights, optimizer and schedule are kept; the batch plan is cut anew and entered "
-    "at the same step, so rows may come twice or not at all in this epoch",
-    "loss": "everything is kept; the loss is another from here on",
-    "optimizer": "weights and schedule are kept; moments are kept for the same kind of optimizer, "
-    "else they restart from nothing",
-    "schedule": "weights, optimizer and step are kept; the new schedule is entered at that step",
-}
-"""What accepting a change means for the run."""
-
-
-def differences(saved: Identity, now: Identity) -> list[tuple[str, str, Any, Any]]:
-    """(change, setting, value in the checkpoint, value now) for all that differ.
-
-    Settings that only one of the two knows (another version wrote it) are not compared.
-    """
-    now = json.loads(json.dumps(now, default=str))  # as the other one was written
-    return [
-        (change, name, saved[change][name], value)
-        for change, values in now.items()
-        for name, value in values.items()
-        if name in saved.get(change, {}) and saved[change][name] != value
-    ]
-
-
-def check_identity(
-    folder: Path, saved: Identity, now: Identity, accepted: Sequence[str]
-) -> list[str]:
-    """Compare a checkpoint's run with this one; a line for each accepted change.
+    It is a POSIX record lock: NFS enforces it across hosts, and the operating system releases it
+    when the process ends, however it ends. On a file system without locks this does nothing.
 
     Raises:
-        UserError: there are differences that are not accepted; one line for each, with both values
-            and the flag that accepts it.
+        UserError: another process holds the lock; names its host and process id.
     """
-    found = differences(saved, now)
-    refused = [entry for entry in found if entry[0] not in accepted]
-    if refused:
-        wanted = " ".join(dict.fromkeys([*accepted, *(change for change, *_ in refused)]))
-        raise UserError(
-            *(
-                f"{name}: {_shown(now_value)} now, but {_shown(value)} in {folder}; give the old "
-                f"value, or accept it with --accept_changes {wanted} ({CONSEQUENCES[change]})"
-                for change, name, value, now_value in refused
-            )
-        )
-    changes = dict.fromkeys(change for change, *_ in found)
-    return [f"{change} has changed, as accepted: {CONSEQUENCES[change]}" for change in changes]
+    path = folder / LOCK
+    descriptor = _acquire(path)
+    holder = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    try:
+        with suppress(OSError):  # on a full disk the lock is held without naming its holder
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
 
 
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
-
-
-class BackgroundSave:
-    """One save at a time. The process does not end before it is done."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def start(self, save: Callable[[], None]) -> None:
-        """Run ``save`` in a thread; the one before must have been taken note of."""
-        assert self._thread is None, "finished() or wait() comes first"
-
-        def run() -> None:
+def _acquire(path: Path) -> int:
+    """A descriptor that holds the lock of the file currently at ``path``."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return descriptor  # a file system without locks
             try:
-                save()
-            except BaseException as error:  # noqa: BLE001  (handed over by ``result``)
-                self._error = error
-
-        self._thread = threading.Thread(target=run, name="saving a checkpoint")
-        self._thread.start()
-
-    @property
-    def running(self) -> bool:
-        """Whether a save is being written."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Wait until nothing is being written; errors stay for ``result``."""
-        if self._thread is not None:
-            self._thread.join()
-
-    def result(self) -> BaseException | None:
-        """The error of the save that has ended, None where it went well; then a new one may start.
-
-        It does not wait: call it when nothing is ``running``.
-        """
-        error, self._error, self._thread = self._error, None, None
-        return error
-
-
-def problems_of(error: BaseException | None) -> tuple[str, ...]:
-    """What other ranks are told of an error."""
-    if error is None:
-        return ()
-    if isinstance(error, UserError):
-        return error.problems
-    return (f"saving in the background failed on rank 0: {type(error).__name__}: {error}",)
+                holder = json.loads(path.read_text(encoding="utf-8"))
+                who = f"process {holder['pid']} on host {holder['host']}, since {holder['started']}"
+            except (OSError, ValueError, KeyError, TypeError):
+                who = "an unknown process"
+            os.close(descriptor)
+            raise UserError(
+                f"output_dir={path.parent}: another run writes to it ({who}); wait for that run to "
+                "end, stop it, or give another folder"
+            ) from error
+        # The previous holder may have removed the file after this process opened it.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)

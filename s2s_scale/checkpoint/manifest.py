@@ -1,14 +1,13 @@
-"""The manifest of a checkpoint: which files belong to it, their sizes and checksums.
+"""The manifest of a checkpoint: its files with their sizes and checksums.
 
-It is written last, so a folder without a manifest is not a complete checkpoint. It is canonical
-JSON with a checksum of itself: whichever byte of the folder changes, ``verify`` detects it.
+The manifest is written last, so a folder without one is not a complete checkpoint. It is canonical
+JSON with a checksum of itself: ``verify`` detects a change of any byte in the folder.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,11 +18,11 @@ from s2s_scale.errors import UserError
 
 
 class SaveError(UserError):
-    """Saving failed for a reason outside the program, such as a full disk or a read-only folder."""
+    """Saving failed for an external reason, such as a full disk or a read-only folder."""
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint's files are not what its manifest says; names the first file that differs."""
+    """The files of a checkpoint do not match its manifest; names the first file that differs."""
 
 
 MANIFEST = "manifest.json"
@@ -31,7 +30,7 @@ FORMAT = "s2s-scale checkpoint"
 VERSION = 1
 ALGORITHM = "xxh3_128"
 KIND = "portable"
-"""The only kind that is written; another one was written by a backend's own library."""
+"""The only kind that is written."""
 _BLOCK = 1 << 22
 
 
@@ -45,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``files``: path inside the folder, with slashes -> entry."""
+    """``files``: POSIX path relative to the folder -> entry."""
 
     kind: str
     step: int
@@ -53,7 +52,7 @@ class Manifest:
 
 
 def new_checksum() -> Any:
-    """An object with ``update(bytes)`` and ``hexdigest()``."""
+    """A hash object with ``update(bytes)`` and ``hexdigest()``."""
     return xxhash.xxh3_128()
 
 
@@ -72,34 +71,40 @@ def write_manifest(
 ) -> Manifest:
     """Write the manifest of all files in ``folder``.
 
-    ``known``: entries of files whose checksum was taken while they were written; they are not
-    read again, so what reached the disk is compared with what was meant to.
+    ``known``: entries of files whose checksum was computed while they were written. They are not
+    read again, so that verification compares what reached the disk with what was meant to.
     """
     files = dict(known or {})
-    for name in sorted(_files(folder)):
-        if name not in files:
-            files[name] = checksum_of(folder / name)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and path.name != MANIFEST and name not in files:
+            files[name] = checksum_of(path)
     manifest = Manifest(KIND, step, files)
     (folder / MANIFEST).write_bytes(_encode(manifest))
     return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest in ``folder``; the files are not looked at.
+    """Read the manifest in ``folder``; the files it lists are not checked.
 
     Raises:
-        DamagedCheckpoint: it is missing, not ours, of a newer format, damaged, or names a file
-            outside the folder.
+        DamagedCheckpoint: it is missing, of another program or a newer format, damaged, or names a
+            file outside the folder.
     """
     path = folder / MANIFEST
     try:
         text = path.read_bytes()
     except OSError as error:
         raise DamagedCheckpoint(
-            f"{path}: {error.strerror}; a checkpoint whose saving ended has one: use an older "
+            f"{path}: {error.strerror}; every complete checkpoint has a manifest: use an older "
             "checkpoint"
         ) from error
-    content = _parsed(path, text)
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("expected a JSON object")
+    except ValueError as error:
+        raise _unreadable(path, str(error)) from error
     version = content.get("version")
     if content.get("format") != FORMAT or not isinstance(version, int):
         raise DamagedCheckpoint(
@@ -107,8 +112,8 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if version > VERSION:
         raise DamagedCheckpoint(
-            f"{path}: found format version {version}; expected {VERSION} or older; a newer "
-            "s2s-scale wrote this checkpoint: update this one"
+            f"{path}: found format version {version}; expected {VERSION} or older; this "
+            "checkpoint was written by a newer s2s-scale: upgrade this installation"
         )
     try:
         files = {
@@ -120,12 +125,12 @@ def read_manifest(folder: Path) -> Manifest:
     for name in files:
         _check_inside(folder, name)
     if _encode(manifest) != text:
-        raise _unreadable(path, "its own checksum does not fit")
+        raise _unreadable(path, "its own checksum does not match")
     return manifest
 
 
 def verify(folder: Path) -> Manifest:
-    """Compare every file of a checkpoint with its manifest; every byte is read.
+    """Check every file of a checkpoint against its manifest; every byte is read.
 
     Raises:
         DamagedCheckpoint: the first file that differs, with what was expected and what was found.
@@ -175,33 +180,16 @@ def _dump(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def _parsed(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise _unreadable(path, str(error)) from error
-    if not isinstance(content, dict):
-        raise _unreadable(path, "it holds no JSON object")
-    return content
-
-
 def _unreadable(path: Path, why: str) -> DamagedCheckpoint:
     return DamagedCheckpoint(f"{path}: damaged ({why}); use an older checkpoint")
 
 
 def _check_inside(folder: Path, name: str) -> None:
-    """Refuse names that lead out of the checkpoint, by themselves or through a link."""
+    """Reject names that lead out of the checkpoint, directly or through a symbolic link."""
     pure = PurePosixPath(name)
-    strange = pure.is_absolute() or ".." in pure.parts or str(pure) != name or "\\" in name
-    if strange or not (folder / name).resolve().is_relative_to(folder.resolve()):
+    invalid = pure.is_absolute() or ".." in pure.parts or str(pure) != name or "\\" in name
+    if invalid or not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise DamagedCheckpoint(
             f"{folder / MANIFEST}: names the file {name!r}; expected files inside {folder}; do not "
             "use this checkpoint"
         )
-
-
-def _files(folder: Path) -> Iterator[str]:
-    for root, _, names in os.walk(folder):
-        for name in names:
-            if name != MANIFEST:
-                yield (Path(root) / name).relative_to(folder).as_posix()

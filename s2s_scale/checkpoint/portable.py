@@ -1,7 +1,7 @@
-"""Portable checkpoints: weights and optimizer state by parameter name, whatever wrote them.
+"""Portable checkpoints: weights and optimizer state by parameter name, the same for all backends.
 
 Everything is safetensors or JSON; ``docs/reference/checkpoint-format.md`` describes the files.
-Weights are saved under the keys that transformers uses, so that ``from_pretrained`` reads them.
+Weights are saved under the keys that transformers uses, so that ``from_pretrained`` can load them.
 """
 
 from __future__ import annotations
@@ -23,17 +23,25 @@ from s2s_scale.checkpoint.manifest import DamagedCheckpoint, Entry
 from s2s_scale.checkpoint.tensors import SHARD_BYTES, Part, TensorReader, TensorWriter, name_parts
 from s2s_scale.errors import UserError
 
+STEMS = ("model", "master_weights", "optimizer")
+WEIGHTS, MASTER, OPTIMIZER = STEMS
+TRAINING_STATE = "training_state.json"
+SETTINGS = "settings.json"
+
+Numbers = dict[str, dict[str, "int | float"]]
+"""Moments that are not tensors: name of the moment -> parameter -> value."""
+
 
 @dataclass(frozen=True)
 class WeightKeys:
-    """What a model's weight file holds.
+    """The keys of a model's weight file.
 
     Attributes:
         of_parameter: name in ``model.named_parameters()`` -> key in the file. Parameters that
-            transformers computes anew (such as sinusoidal positions) have none.
+            transformers recomputes when loading (such as sinusoidal positions) have none.
         buffers: keys of buffers that are saved.
-        converts: whether transformers saves other tensors than the model holds; the keys are then
-            those before its conversion.
+        converts: whether transformers converts weights on saving, so that the file's tensors
+            differ from the model's; the keys are those before the conversion.
     """
 
     of_parameter: dict[str, str] = field(default_factory=dict)
@@ -42,44 +50,34 @@ class WeightKeys:
 
 
 def weight_keys(model: nn.Module) -> WeightKeys:
-    """The keys of ``model``, the same whether its weights are whole here or shared out."""
-    left_out = set(getattr(model, "all_tied_weights_keys", None) or ()) | keys_not_saved(model)
+    """The keys of ``model``; the same whether or not its weights are sharded."""
+    omitted = set(getattr(model, "all_tied_weights_keys", None) or ()) | keys_not_saved(model)
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     of_parameter = {}
     for name, parameter in model.named_parameters():
-        kept = [alias for alias in aliases[id(parameter)] if alias not in left_out]
+        kept = [alias for alias in aliases[id(parameter)] if alias not in omitted]
         if kept:
             of_parameter[name] = kept[0]
     names = {alias for same in aliases.values() for alias in same}
-    buffers = tuple(key for key in model.state_dict() if key not in names | left_out)
+    buffers = tuple(key for key in model.state_dict() if key not in names | omitted)
     keys = {*of_parameter.values(), *buffers}
     empty = {key: torch.empty(2, 2, device="meta") for key in [*of_parameter.values(), *buffers]}
     return WeightKeys(of_parameter, buffers, converts=set(reverted(model, empty)) != keys)
 
 
 def reverted(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``weights`` as transformers saves them: what it converted at loading is converted back."""
+    """``weights`` as transformers saves them, with its conversion on loading reverted."""
     if not hasattr(model, "config"):
         return weights
     revert: Callable[[Any, Any], dict[str, torch.Tensor]] = revert_weight_conversion
     return revert(model, weights)
 
 
-STEMS = ("model", "master_weights", "optimizer")
-WEIGHTS, MASTER, OPTIMIZER = STEMS
-TRAINING_STATE = "training_state.json"
-SETTINGS = "settings.json"
-
-
-Numbers = dict[str, dict[str, "int | float"]]
-"""Moments that are no tensors: name of the moment -> parameter -> value."""
-
-
 @dataclass
 class Written:
-    """What one rank has written: stem -> its files; and the numbers that belong in no file."""
+    """What one rank has written: stem -> files, and the numbers that go to the training state."""
 
     parts: dict[str, list[Part]] = field(default_factory=dict)
     numbers: Numbers = field(default_factory=dict)
@@ -88,7 +86,7 @@ class Written:
 class StateWriter:
     """Writes the stream of a backend's ``state`` into a folder, one shard at a time.
 
-    Rank 0 writes the model's buffers as well.
+    Rank 0 also writes the model's buffers.
     """
 
     def __init__(
@@ -106,34 +104,31 @@ class StateWriter:
         self._buffers: dict[str, Tensor] | None = None
 
     def move_to(self, folder: Path) -> None:
-        """Write into another folder than was said; before anything is written."""
+        """Change the folder; only before anything is written."""
         for writer in (self._weights, self._master, self._optimizer):
             writer.folder = folder
 
     def hold_buffers(self) -> None:
-        """Copy the model's buffers now, because it goes on training while this writes."""
+        """Copy the model's buffers now, so that training can continue while this writes."""
         state = self.model.state_dict()
         self._buffers = {key: state[key].detach().cpu().clone() for key in self.keys.buffers}
 
     def add(self, state: ParameterState) -> None:
-        """Take the state of one parameter."""
-        if state.weight is not None:
-            self._add_weight(state.name, state.weight, trained=bool(state.moments))
+        """Add the state of one parameter."""
+        name, weight = state.name, state.weight
+        key = self.keys.of_parameter.get(name)
+        # Without a key, only what is trained is saved: transformers recomputes the rest.
+        if weight is not None and (key is not None or state.moments):
+            own = weight.to(self._dtypes[name])
+            if key is None or self.keys.converts or weight.dtype != own.dtype:
+                self._master.add(name, weight)
+            if key is not None:
+                self._save_as(key, own)
         for moment, value in sorted(state.moments.items()):
             if isinstance(value, Tensor):
-                self._optimizer.add(f"{moment}/{state.name}", value)
+                self._optimizer.add(f"{moment}/{name}", value)
             else:
-                self.numbers.setdefault(moment, {})[state.name] = value
-
-    def _add_weight(self, name: str, weight: Tensor, *, trained: bool) -> None:
-        key = self.keys.of_parameter.get(name)
-        own = weight.to(self._dtypes[name])
-        if key is None and not trained:  # computed anew when a model is made
-            return
-        if key is None or self.keys.converts or weight.dtype != own.dtype:
-            self._master.add(name, weight)
-        if key is not None:
-            self._save_as(key, own)
+                self.numbers.setdefault(moment, {})[name] = value
 
     def _save_as(self, key: str, tensor: Tensor) -> None:
         if self.keys.converts:  # transformers converts all weights together
@@ -142,24 +137,29 @@ class StateWriter:
             self._weights.add(key, tensor)
 
     def finish(self) -> Written:
-        """Write buffers and what is still held; all that this rank has written."""
+        """Write the buffers and the last shards; returns all that this rank has written."""
         if self.rank == 0:
-            self._add_buffers()
+            buffers = self._buffers
+            if buffers is None:
+                buffers = self.model.state_dict() if self.keys.buffers else {}
+            for key in self.keys.buffers:
+                self._save_as(key, buffers[key].detach().cpu())
         for key, tensor in reverted(self.model, self._to_convert).items():
             self._weights.add(key, tensor)
         writers = (self._weights, self._master, self._optimizer)
         return Written({writer.stem: writer.finish() for writer in writers}, self.numbers)
 
-    def _add_buffers(self) -> None:
-        buffers = self._buffers
-        if buffers is None:
-            buffers = self.model.state_dict() if self.keys.buffers else {}
-        for key in self.keys.buffers:
-            self._save_as(key, buffers[key].detach().cpu())
+
+@dataclass(frozen=True)
+class Content:
+    """Files of a portable checkpoint whose checksums are known, and the optimizer's numbers."""
+
+    entries: Mapping[str, Entry]
+    numbers: Numbers
 
 
 def finalize_shards(folder: Path, written: Sequence[Written]) -> Content:
-    """One set of files from those of all ranks; to be called by one of them, when all are done."""
+    """Name the files of all ranks as one set. One rank calls it, when all have finished writing."""
     entries: dict[str, Entry] = {}
     for stem in STEMS:
         parts = [part for one in written for part in one.parts.get(stem, ())]
@@ -171,18 +171,10 @@ def finalize_shards(folder: Path, written: Sequence[Written]) -> Content:
     return Content(entries, numbers)
 
 
-@dataclass(frozen=True)
-class Content:
-    """Files of a portable checkpoint whose checksums are known, and the optimizer's numbers."""
-
-    entries: Mapping[str, Entry]
-    numbers: Numbers
-
-
 def write_states(states: Iterable[ParameterState], writer: StateWriter | None) -> Written:
     """Write all ``states``; ranks without a ``writer`` only take part in gathering them.
 
-    The stream is read to its end even if writing fails: the other ranks are still sending.
+    The stream is consumed to its end even if writing fails, since the other ranks keep sending.
     """
     failure: BaseException | None = None
     for state in states:
@@ -201,7 +193,7 @@ def write_states(states: Iterable[ParameterState], writer: StateWriter | None) -
 
 
 def copy_to_host(states: Iterable[ParameterState]) -> list[ParameterState]:
-    """Copies of all ``states`` that have a weight, in host memory: training may go on."""
+    """Copy all ``states`` that have a weight to host memory, so that training can continue."""
     copies = []
     for name, weight, moments in states:
         if weight is not None:
@@ -211,7 +203,7 @@ def copy_to_host(states: Iterable[ParameterState]) -> list[ParameterState]:
 
 
 class PortableCheckpoint:
-    """A portable checkpoint, read by parameter name; a context manager.
+    """Context manager that reads a portable checkpoint by parameter name.
 
     Attributes:
         training: the content of ``training_state.json``.
@@ -245,16 +237,16 @@ class PortableCheckpoint:
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether optimizer state was saved."""
+        """Whether the checkpoint contains optimizer state."""
         return self.training.get("optimizer") is not None
 
     def reader_for(self, model: nn.Module) -> StateReader:
-        """Reads this checkpoint by the names of ``model``."""
+        """A reader of this checkpoint by the parameter names of ``model``."""
         return StateReader(self, weight_keys(model))
 
 
 class SavedState(Protocol):
-    """Saved state by parameter name, of a portable checkpoint or of transformers' own."""
+    """State by parameter name, from a portable checkpoint or from one of transformers'."""
 
     def __call__(
         self, name: str, *, weight: bool = True, moments: bool = True
@@ -268,14 +260,14 @@ class SavedState(Protocol):
 
 
 class StateReader:
-    """What a backend's ``load_state`` reads from; ``reader(name)`` is one parameter's state."""
+    """Source for a backend's ``load_state``: ``reader(name)`` returns one parameter's state."""
 
     def __init__(self, saved: PortableCheckpoint, keys: WeightKeys) -> None:
         self._saved = saved
         self._keys = keys
 
     def __call__(self, name: str, *, weight: bool = True, moments: bool = True) -> ParameterState:
-        """State of a parameter; ``weight`` is None where the checkpoint holds none."""
+        """State of a parameter; ``weight`` is None if the checkpoint has none."""
         saved = self._saved
         found = self._find(name) if weight else None
         state: dict[str, Tensor | int | float] = {}
@@ -287,12 +279,12 @@ class StateReader:
         return ParameterState(name, found[0].get(found[1]) if found else None, state)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of a parameter's weight; None where the checkpoint holds none."""
+        """Shape of a parameter's weight; None if the checkpoint has none."""
         found = self._find(name)
         return found[0].shape(found[1]) if found else None
 
     def load_buffers(self, model: nn.Module) -> None:
-        """Copy saved buffers into ``model``."""
+        """Copy the saved buffers into ``model``."""
         if self._keys.converts:
             return
         buffers = model.state_dict() if self._keys.buffers else {}
@@ -310,7 +302,7 @@ class StateReader:
         return None
 
     def expects(self, name: str) -> bool:
-        """Whether a checkpoint of this model holds the parameter."""
+        """Whether checkpoints of this model contain the parameter."""
         return name in self._keys.of_parameter
 
 
@@ -318,7 +310,7 @@ def check_fits(folder: Path, reader: SavedState, shapes: Mapping[str, tuple[int,
     """Refuse a checkpoint of another model.
 
     Args:
-        shapes: parameter -> whole shape in the model.
+        shapes: parameter -> full shape in the model.
 
     Raises:
         UserError: names the first parameter that is missing or has another shape.
@@ -337,7 +329,7 @@ def check_fits(folder: Path, reader: SavedState, shapes: Mapping[str, tuple[int,
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write readable JSON."""
+    """Write indented JSON."""
     path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
@@ -345,7 +337,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        DamagedCheckpoint: the file is missing or holds something else.
+        DamagedCheckpoint: the file is missing or does not contain a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
 """Tensors in safetensors files, written one shard at a time and read one tensor at a time.
 
-The files are ordinary safetensors; several of them have an index as transformers writes it. They
-are written by hand because the library wants all bytes at once, twice: here the shard's tensors
-are written from where they lie, and the checksum is taken of what is written.
+The files are ordinary safetensors, and several of them have an index as transformers writes it.
+The library's own writer would need two copies of a whole shard in memory; this one writes tensors
+directly from their storage and computes the checksum on the way.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from torch import Tensor
 from s2s_scale.checkpoint.manifest import DamagedCheckpoint, Entry, checksum_of, new_checksum
 
 SHARD_BYTES = 1 << 30
-"""A file is closed before it grows beyond this, unless a single tensor is larger."""
+"""Maximum size of a file in bytes, unless a single tensor is larger."""
 
 _DTYPES = {
     torch.float64: "F64",
@@ -39,7 +40,7 @@ _DTYPES = {
 
 
 class Part(NamedTuple):
-    """A file of tensors that has not got its final name."""
+    """A file of tensors that does not have its final name yet."""
 
     file: str
     keys: tuple[str, ...]
@@ -48,9 +49,9 @@ class Part(NamedTuple):
 
 
 class TensorWriter:
-    """Writes tensors into the files of one rank; ``name_parts`` makes them one set.
+    """Writes tensors into the files of one rank; ``name_parts`` then names those of all ranks.
 
-    Tensors must stay as they are until their shard is written; at most one shard is held.
+    Tensors must not change until their shard is written. At most one shard is held in memory.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class TensorWriter:
         self._parts: list[Part] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a CPU tensor; writes a shard when this one no longer fits in."""
+        """Add a CPU tensor; writes the current shard first if the tensor no longer fits."""
         size = tensor.numel() * tensor.element_size()
         if self._held and self._held_bytes + size > self.shard_bytes:
             self._write_shard()
@@ -73,7 +74,7 @@ class TensorWriter:
         self._held_bytes += size
 
     def finish(self) -> list[Part]:
-        """Write what is held; all files of this writer, none for nothing."""
+        """Write the last shard; returns all files of this writer, none if nothing was added."""
         if self._held:
             self._write_shard()
         return self._parts
@@ -90,23 +91,27 @@ class TensorWriter:
             }
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight bytes
+        text += b" " * (-len(text) % 8)  # the data starts at a multiple of eight bytes
+        data: Iterator[Any] = (  # copies only tensors that are not contiguous, one at a time
+            tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            for tensor in self._held.values()
+        )
         digest, size = new_checksum(), 0
         name = f"{self.stem}.part-{self.rank}-{len(self._parts)}"
         with (self.folder / name).open("wb") as file:
-            for block in (struct.pack("<Q", len(text)), text, *map(_bytes, self._held.values())):
+            for block in chain([struct.pack("<Q", len(text)), text], data):
                 file.write(block)
                 digest.update(block)
                 size += len(block)
             file.flush()
-            os.fsync(file.fileno())  # rank 0 can do that for files of its own host only
+            os.fsync(file.fileno())  # rank 0 could not do this for files of other hosts
         entry = Entry(size, digest.hexdigest())
         self._parts.append(Part(name, tuple(self._held), self._held_bytes, entry))
         self._held, self._held_bytes = {}, 0
 
 
 def name_parts(folder: Path, stem: str, parts: Sequence[Part]) -> dict[str, Entry]:
-    """Give the files of all ranks their names, with an index if they are several; their entries."""
+    """Rename the files of all ranks, add an index if there are several; returns their entries."""
     count = len(parts)
     numbered = [f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     names = numbered if count > 1 else [f"{stem}.safetensors"] * count
@@ -125,18 +130,11 @@ def name_parts(folder: Path, stem: str, parts: Sequence[Part]) -> dict[str, Entr
     return entries
 
 
-def _bytes(tensor: Tensor) -> Any:
-    """The tensor's bytes, without a copy where it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    view: Any = flat.view(torch.uint8).numpy()
-    return memoryview(view)
-
-
 class TensorReader:
-    """Reads tensors by name from ``STEM.safetensors`` or its shards; a context manager.
+    """Context manager that reads tensors by name from ``STEM.safetensors`` or its shards.
 
     Raises:
-        DamagedCheckpoint: a file is missing or is no safetensors file.
+        DamagedCheckpoint: a file is missing or is not a safetensors file.
     """
 
     def __init__(self, folder: Path, stem: str) -> None:
@@ -178,7 +176,7 @@ class TensorReader:
         return tensor.clone()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape; its data are not read."""
+        """The tensor's shape, without reading its data."""
         return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
 
     def _open(self, name: str) -> Any:

@@ -374,10 +374,10 @@ def _show(path: Path) -> int:
 
 def _verify_one(path: Path) -> tuple[str | None, str]:
     """What is wrong with a checkpoint's files, None if nothing is, and its state if nothing is."""
-    from s2s_scale.checkpoint import DamagedCheckpoint, check_whole, is_ours
+    from s2s_scale.checkpoint import DamagedCheckpoint, check_intact, is_ours
 
     try:
-        check_whole(path)
+        check_intact(path)
     except DamagedCheckpoint as error:
         return str(error), ""
     return None, "whole" if is_ours(path) else "written by transformers: no checksums to verify"

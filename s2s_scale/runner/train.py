@@ -17,13 +17,14 @@ from s2s_scale.checkpoint import (
     STATE_FILE,
     DamagedCheckpoint,
     check_writable,
+    locked,
     newest_verified,
     refuse_earlier_run,
     remove_earlier_run,
     remove_partial,
     resolve_resume,
 )
-from s2s_scale.checkpoint.atomic import locked, writing
+from s2s_scale.checkpoint.atomic import writing
 from s2s_scale.checkpoint.portable import SETTINGS, read_json
 from s2s_scale.data.plan_summary import shape_rows
 from s2s_scale.data.sources import Split, has_split, load_pairs

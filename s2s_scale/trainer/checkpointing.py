@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +30,6 @@ from s2s_scale.checkpoint import (
 )
 from s2s_scale.checkpoint.atomic import failure_of, seen_by_all
 from s2s_scale.checkpoint.huggingface import HFTrainerCheckpoint
-from s2s_scale.checkpoint.manager import BackgroundSave, Identity, problems_of
 from s2s_scale.checkpoint.portable import (
     SETTINGS,
     Content,
@@ -45,7 +45,7 @@ from s2s_scale.checkpoint.portable import (
 )
 from s2s_scale.errors import UserError
 from s2s_scale.trainer.compat import enter_schedule
-from s2s_scale.trainer.run_state import RunFiles
+from s2s_scale.trainer.run_state import Identity, RunFiles
 
 LossScale = Mapping[str, float] | None
 
@@ -86,6 +86,45 @@ class Saved:
     schedule: Mapping[str, Any]
     loss_scale: Mapping[str, float] | None = None
     moments_fit: bool = True
+
+
+class BackgroundSave:
+    """Runs one save at a time in a thread. The process does not exit before it has finished."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, save: Callable[[], None]) -> None:
+        """Run ``save`` in a thread; the ``result`` of the previous save must have been taken."""
+        assert self._thread is None, "result() comes first"
+
+        def run() -> None:
+            try:
+                save()
+            except BaseException as error:  # noqa: BLE001  (returned by ``result``)
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="saving a checkpoint")
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether a save is in progress."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait for the save in progress, if any; an error is kept for ``result``."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> BaseException | None:
+        """The error of the finished save, or None; a new save may then start.
+
+        Does not wait: call it when nothing is ``running``.
+        """
+        error, self._error, self._thread = self._error, None, None
+        return error
 
 
 class Checkpointer:
@@ -196,8 +235,14 @@ class Checkpointer:
                 self._background.wait()
             running = self._background.running
             error = None if running else self._background.result()
-        told = self._backend.collectives.gather_objects((running, problems_of(error)))
-        self._background_pending, problems = told[0]
+        problems: tuple[str, ...] = ()
+        if isinstance(error, UserError):
+            problems = error.problems
+        elif error is not None:
+            what = f"{type(error).__name__}: {error}"
+            problems = (f"saving in the background failed on rank 0: {what}",)
+        gathered = self._backend.collectives.gather_objects((running, problems))
+        self._background_pending, problems = gathered[0]
         if error is not None and not isinstance(error, SaveError):
             raise error
         if problems:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,11 @@ from s2s_scale import __version__
 from s2s_scale.arguments import TOKEN_OPTIONS, Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend
 from s2s_scale.checkpoint import TRAINING_STATE
-from s2s_scale.checkpoint.manager import Identity, check_identity
 from s2s_scale.checkpoint.portable import read_json
 from s2s_scale.data.cache import hash_tokenizer, rows_fingerprint
 from s2s_scale.data.samplers import EpochSampler, PlanSampler
 from s2s_scale.data.streaming import StreamedExamples
-from s2s_scale.errors import UserError
+from s2s_scale.errors import UserError, raise_problems
 from s2s_scale.resilience.reports import RUN_VARIABLE
 from s2s_scale.trainer.bad_steps import BadSteps
 from s2s_scale.trainer.streaming import StreamLoader
@@ -34,6 +34,24 @@ from s2s_scale.utils import package_version
 _VERSIONED = ("transformers", "accelerate", "safetensors", "deepspeed", "fairscale")
 _OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 NOTHING_PENDING = {"evaluate": False, "save": False}
+
+Identity = Mapping[str, Mapping[str, Any]]
+"""One of ``config.CHANGES`` -> name of a setting -> JSON value."""
+
+CONSEQUENCES = {
+    "data": "weights, optimizer and schedule are kept; the new data's batch plan is entered at the "
+    "same step, so the rows of its earlier steps wait for the next epoch",
+    "tokenizer": "weights, optimizer and position are kept; token ids may stand for other text",
+    "seed": "weights, optimizer and schedule are kept; batch plan and dropout follow the new seed "
+    "from here on, so rows may come twice or not at all in this epoch",
+    "step_size": "weights, optimizer and schedule are kept; the batch plan is recomputed and "
+    "entered at the same step, so rows may come twice or not at all in this epoch",
+    "loss": "everything is kept; the loss changes from here on",
+    "optimizer": "weights and schedule are kept; moments are kept for the same kind of optimizer, "
+    "else they restart from zero",
+    "schedule": "weights, optimizer and step are kept; the new schedule is entered at that step",
+}
+"""What accepting a change means for the run."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +174,7 @@ class RunState:
         return RunFiles(state, training, settings_and_versions(self.settings))
 
     def identity(self, data: Data, *, max_steps: int) -> Identity:
-        """What must not change when the run is resumed; see ``checkpoint.manager``."""
+        """What must not change when the run is resumed; see ``check_identity``."""
         args = self._args
         optimizer = {name: getattr(args, name) for name in _OPTIMIZER_SETTINGS}
         optimizer |= {"optim": self.optimizer_name, "optim_args": args.optim_args}
@@ -248,6 +266,40 @@ class RunState:
         if not notes and "data" not in accepted:
             _check_plan(folder, training.get("plan"), data.sampler)
         self._pending = dict(training.get("pending") or NOTHING_PENDING)
+
+
+def check_identity(
+    folder: Path, saved: Identity, now: Identity, accepted: Sequence[str]
+) -> list[str]:
+    """Compare a checkpoint's run with this one; returns one line for each accepted change.
+
+    Settings known to only one of the two (another version wrote the checkpoint) are not compared.
+
+    Raises:
+        UserError: there are differences that were not accepted; one line for each, with both
+            values and the flag that accepts it.
+    """
+
+    def shown(value: Any) -> str:
+        return "none" if value is None else str(value)
+
+    now = json.loads(json.dumps(now, default=str))  # as ``saved`` was written
+    found = [
+        (change, name, saved[change][name], value)
+        for change, values in now.items()
+        for name, value in values.items()
+        if name in saved.get(change, {}) and saved[change][name] != value
+    ]
+    changes = list(dict.fromkeys(change for change, *_ in found))
+    wanted = " ".join(dict.fromkeys([*accepted, *changes]))
+    problems = [
+        f"{name}: {shown(value)} now, but {shown(before)} in {folder}; give the old value, or "
+        f"accept the change with --accept_changes {wanted} ({CONSEQUENCES[change]})"
+        for change, name, before, value in found
+        if change not in accepted
+    ]
+    raise_problems(problems)
+    return [f"{change} has changed, as accepted: {CONSEQUENCES[change]}" for change in changes]
 
 
 def settings_and_versions(given: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 from s2s_scale import optim
 from s2s_scale.arguments import Seq2SeqTrainingArguments
 from s2s_scale.backends import Backend, make_backend
-from s2s_scale.checkpoint import whole_files
+from s2s_scale.checkpoint import atomic_files
 from s2s_scale.data.collators import Collate
 from s2s_scale.data.samplers import EpochSampler
 from s2s_scale.data.streaming import StreamedExamples
@@ -530,7 +530,7 @@ class Seq2SeqTrainer(transformers.Seq2SeqTrainer):
             super().save_model(output_dir, _internal_call=True)
             return
         final = Path(str(output_dir or self.args.output_dir))
-        with whole_files(final, self.parts.checkpointer.ranks) as folder:
+        with atomic_files(final, self.parts.checkpointer.ranks) as folder:
             super().save_model(str(folder), _internal_call=True)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

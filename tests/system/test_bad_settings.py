@@ -260,7 +260,7 @@ def test_a_read_only_output_folder(data, model, tmp_path):
         before=("unshare", "-rm", "sh", "-c", script, "sh"),
     )
     outcome = finish(process)
-    refused(outcome, f"output_dir={folder}/run", "Read-only file system", "that you may write to")
+    refused(outcome, f"output_dir={folder}/run", "Read-only file system", "give a writable folder")
 
 
 # ---- Model folders ----

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from s2s_scale.checkpoint.atomic import locked
+from s2s_scale.checkpoint.manager import locked
 from tests.support.command import refused, run_command, snapshot
 
 COMMON = ("--save_steps", 1, "--logging_steps", 1, "--report_to", "none", "--disable_tqdm")
@@ -96,7 +96,7 @@ def test_a_folder_without_checkpoints(here, data):
 
 def test_converting_what_is_portable_already(here, own_run, tmp_path):
     words = (own_run / "checkpoint-1", "--output_dir", tmp_path / "new")
-    refused(here("checkpoint", "convert", *words), "checkpoint-1: is portable already")
+    refused(here("checkpoint", "convert", *words), "checkpoint-1: is already portable")
     assert not (tmp_path / "new").exists()
 
 

@@ -13,7 +13,7 @@ import threading
 import pytest
 
 from s2s_scale.checkpoint import SaveError, checkpoints, remove_partial, verify
-from s2s_scale.checkpoint.atomic import LOCK, locked
+from s2s_scale.checkpoint.manager import LOCK, locked
 from s2s_scale.errors import UserError
 from s2s_scale.trainer import checkpointing
 from tests.support.training import fresh, our_trainer, ragged_rows
@@ -91,7 +91,7 @@ def test_an_error_in_the_last_save_surfaces_at_the_end(tmp_path, monkeypatch):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from s2s_scale.checkpoint.atomic import locked
+from s2s_scale.checkpoint.manager import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(120)

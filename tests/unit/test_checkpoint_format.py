@@ -290,7 +290,9 @@ def rewritten(folder, **changes):
 
 def test_a_newer_format_is_refused(own):
     rewritten(own / "checkpoint-4", version=2)
-    with pytest.raises(DamagedCheckpoint, match="format version 2; expected 1 or older; a newer"):
+    with pytest.raises(
+        DamagedCheckpoint, match=r"version 2; expected 1 or older; .*newer s2s-scale"
+    ):
         verify(own / "checkpoint-4")
 
 

@@ -293,9 +293,9 @@ def test_a_checkpoint_of_transformers_becomes_portable(tmp_path, optim):
 
 def test_conversion_refuses_what_it_cannot_do(run, tmp_path):
     saved = run / "checkpoint-7"
-    with pytest.raises(UserError, match="is portable already"):
+    with pytest.raises(UserError, match="is already portable"):
         convert(saved, tmp_path / "new")
-    with pytest.raises(UserError, match="exists; give the name of a new folder"):
+    with pytest.raises(UserError, match="already exists; give a new folder"):
         convert(saved, tmp_path)
     sharded = shutil.copytree(saved, tmp_path / "sharded")
     (sharded / "global_step7").mkdir()
