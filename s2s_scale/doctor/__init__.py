@@ -1,6 +1,5 @@
-"""Is this machine fit for a profile? ``checks`` looks, ``parity`` computes and compares.
+"""``s2s-scale doctor``: whether this machine can run a profile.
 
-``figures`` is what each rank of a parity run does; ``report`` prints.
+``checks`` examines the machine, ``parity`` trains under the profile and compares with one process,
+and ``report`` prints the tables.
 """
-
-from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The checks of ``s2s-scale doctor``: each looks at one thing, and says what to do about it."""
+"""The checks of ``s2s-scale doctor``: each examines one thing and suggests a remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,7 +45,7 @@ XLA_SECONDS = 120
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: ``remedy`` is empty where all is well; a ``warning`` stops nobody."""
+    """Result of a check; ``remedy`` is empty if there is no problem. A ``warning`` is not one."""
 
     what: str
     found: str
@@ -60,7 +59,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class DoctorContext:
-    """What is examined: this machine for ``profile``, and the hosts of ``hostfile``."""
+    """What to check: this machine for ``profile``, and the hosts listed in ``hostfile``."""
 
     profile: LauncherProfile
     hostfile: Path | None = None
@@ -70,13 +69,13 @@ class DoctorContext:
 Check = Callable[[DoctorContext], "Iterator[Finding]"]
 
 
-def run_checks(patient: DoctorContext) -> list[Finding]:
-    """Every check's findings, in the order of ``CHECKS``."""
-    return [finding for check in CHECKS for finding in check(patient)]
+def run_checks(context: DoctorContext) -> list[Finding]:
+    """The findings of all checks, in the order of ``CHECKS``."""
+    return [finding for check in CHECKS for finding in check(context)]
 
 
-def versions(patient: DoctorContext) -> Iterator[Finding]:
-    """Python and the packages that every run needs, and those of the profile's backend."""
+def versions(context: DoctorContext) -> Iterator[Finding]:
+    """Versions of Python, of the required packages, and of those of the profile's backend."""
     python = sys.version_info[:2]
     yield Finding(
         "Python",
@@ -85,12 +84,12 @@ def versions(patient: DoctorContext) -> Iterator[Finding]:
     )
     for package, least in NEEDED.items():
         yield _package(package, least)
-    missing = dict(missing_packages(patient.profile))
+    missing = dict(missing_packages(context.profile))
     for package, least in BACKEND_NEEDS.items():
         if package in missing:
             remedy = f"pip install 's2s-scale[{missing[package]}]', or pip install {package}"
             yield Finding(package, "not installed", remedy)
-        elif package in needed_packages(patient.profile):
+        elif package in needed_packages(context.profile):
             yield _package(package, least)
 
 
@@ -103,13 +102,13 @@ def _package(package: str, least: tuple[int, ...]) -> Finding:
     return Finding(package, found, "" if numbers >= least else f"pip install '{package}>={wanted}'")
 
 
-def devices(patient: DoctorContext) -> Iterator[Finding]:
-    """The profile's kind of device, and whether there are enough of them."""
-    profile = patient.profile
+def devices(context: DoctorContext) -> Iterator[Finding]:
+    """The profile's kind of device, and whether there are enough devices."""
+    profile = context.profile
     if profile.device == "cpu":
         cores = len(os.sched_getaffinity(0))
         wanted = profile.processes if isinstance(profile.processes, int) else 1
-        remedy = "" if cores >= wanted else f"it will be slow: {wanted} processes share them"
+        remedy = "" if cores >= wanted else f"slow: {wanted} processes share the cores"
         yield Finding("CPU cores", str(cores), remedy)
         return
     if profile.device == "tpu":
@@ -117,53 +116,53 @@ def devices(patient: DoctorContext) -> Iterator[Finding]:
         return
     names = cuda_devices({**os.environ, **profile.environment})
     if not cuda_is_here():
-        remedy = "install a torch build with CUDA and the NVIDIA driver, or take a cpu profile"
-        yield Finding("CUDA devices", "no usable one", remedy)
+        remedy = "install a CUDA build of torch and the NVIDIA driver, or use a cpu profile"
+        yield Finding("CUDA devices", "no usable device", remedy)
         return
     wanted = profile.processes if isinstance(profile.processes, int) else 1
     yield Finding(
         "CUDA devices",
         ", ".join(names) or "none visible",
-        "" if len(names) >= wanted else f"the profile starts {wanted} processes; give fewer",
+        "" if len(names) >= wanted else f"the profile starts {wanted} processes; use fewer",
     )
 
 
 def _tpu() -> Iterator[Finding]:
-    """The host's TPU chips, and who has them: one process at a time can."""
+    """The host's TPU chips, and the processes holding them: only one process can at a time."""
     chips = tpu_chips()
     if not chips:
-        yield Finding("TPU chips", "none", "run on a TPU VM, or take --profile cpu-xla")
+        yield Finding("TPU chips", "none", "run on a TPU VM, or use --profile cpu-xla")
         return
     yield Finding("TPU chips", f"{len(chips)}: {', '.join(map(str, chips))}")
     others = processes_holding(chips)
     yield Finding(
-        "TPU held by",
-        ", ".join(f"process {pid} ({name})" for pid, name in others) or "nobody",
-        f"end it first: kill {others[0][0]}" if others else "",
+        "TPU in use by",
+        ", ".join(f"process {pid} ({name})" for pid, name in others) or "no process",
+        f"stop it first: kill {others[0][0]}" if others else "",
     )
 
 
-def xla_parts(patient: DoctorContext) -> Iterator[Finding]:
-    """torch, torch-xla and libtpu fit each other, and the devices answer."""
-    profile = patient.profile
+def xla_parts(context: DoctorContext) -> Iterator[Finding]:
+    """Whether torch, torch-xla and libtpu are compatible, and the devices respond."""
+    profile = context.profile
     if profile.backend != "xla" or not find_spec("torch_xla"):
         return
-    ours, theirs = version("torch"), version("torch_xla")
+    ours, theirs = package_version("torch") or "", package_version("torch_xla") or ""
     same = ours.split(".")[:2] == theirs.split(".")[:2]
     yield Finding(
         "torch and torch-xla",
         f"{ours} and {theirs}",
-        "" if same else "they must be the same version: pip install 's2s-scale[tpu]'",
+        "" if same else "they must have the same version: pip install 's2s-scale[tpu]'",
     )
     if profile.device == "tpu":
-        there = find_spec("libtpu") is not None
-        remedy = "" if there else "pip install 's2s-scale[tpu]'"
-        yield Finding("libtpu", version("libtpu") if there else "not installed", remedy)
+        found = package_version("libtpu")
+        remedy = "" if found else "pip install 's2s-scale[tpu]'"
+        yield Finding("libtpu", found or "not installed", remedy)
     yield _xla_devices(profile)
 
 
 def _xla_devices(profile: LauncherProfile) -> Finding:
-    """Asked in a process of its own: whoever asks has the chips until it ends."""
+    """Query the devices in a subprocess: a process that does so holds the chips until it exits."""
     program = "import torch_xla; print(len(torch_xla.real_devices()), torch_xla.real_devices()[0])"
     environment = {**os.environ, **profile.environment}
     command = [sys.executable, "-c", program]
@@ -172,16 +171,18 @@ def _xla_devices(profile: LauncherProfile) -> Finding:
             command, env=environment, capture_output=True, text=True, timeout=XLA_SECONDS
         )
     except subprocess.TimeoutExpired:
-        return Finding("XLA devices", "no answer", "another process may hold them; see TPU held by")
+        return Finding(
+            "XLA devices", "no response", "another process may hold them; see 'TPU in use by'"
+        )
     if asked.returncode:
         last = (asked.stderr.strip().splitlines() or ["no message"])[-1]
-        return Finding("XLA devices", last, "mend what the message says")
+        return Finding("XLA devices", last, "fix the cause that the message names")
     return Finding("XLA devices", asked.stdout.strip().splitlines()[-1])
 
 
-def op_builds(patient: DoctorContext) -> Iterator[Finding]:
-    """What DeepSpeed compiles at first use, and what it needs for that."""
-    profile = patient.profile
+def op_builds(context: DoctorContext) -> Iterator[Finding]:
+    """The tools and ops that DeepSpeed compiles at first use."""
+    profile = context.profile
     if profile.backend != "deepspeed" or not find_spec("deepspeed"):
         return
     if profile.deepspeed_config is None:
@@ -189,36 +190,31 @@ def op_builds(patient: DoctorContext) -> Iterator[Finding]:
     try:
         config = read_config(deepspeed_config_path(profile.deepspeed_config, profile))
     except UserError as error:
-        yield Finding("DeepSpeed configuration", "; ".join(error.problems), "mend it there")
+        yield Finding("DeepSpeed configuration", "; ".join(error.problems), "correct the file")
         return
     if profile.device == "cpu" or offloads_optimizer(config):
         tools = {"g++": "Debian: apt-get install g++", "ninja": "pip install ninja"}
-        beside = str(Path(sys.executable).parent)  # pip puts ninja beside this Python
+        beside = str(Path(sys.executable).parent)  # pip installs ninja next to this Python
         path = os.pathsep.join((beside, os.environ.get("PATH", "")))
         for tool, remedy in tools.items():
-            there = shutil.which(tool, path=path)
+            found = shutil.which(tool, path=path)
             yield Finding(
-                f"{tool} (DeepSpeed compiles)", there or "not found", "" if there else remedy
+                f"{tool} (DeepSpeed compiles)", found or "not found", "" if found else remedy
             )
     if offloads_optimizer(config):
-        yield _cpu_adam()
+        from s2s_scale.backends.deepspeed.backend import cpu_adam_problem
+
+        problem = cpu_adam_problem()
+        yield Finding(
+            "DeepSpeed's CPU Adam",
+            problem or "can be built",
+            "see ds_report; not needed without offload" if problem else "",
+        )
 
 
-def _cpu_adam() -> Finding:
-    from s2s_scale.backends.deepspeed.backend import cpu_adam_problem
-
-    problem = cpu_adam_problem()
-    return Finding(
-        "DeepSpeed's CPU Adam",
-        problem or "can be built",
-        "ds_report tells more; without offload it is not needed" if problem else "",
-    )
-
-
-def private_parts(patient: DoctorContext) -> Iterator[Finding]:
-    """What is used of the private parts of the libraries that this profile needs, and with which
-    versions that was checked."""
-    libraries = {*NEEDED, *needed_packages(patient.profile)}
+def private_parts(context: DoctorContext) -> Iterator[Finding]:
+    """Private names used of the libraries that this profile needs, and the versions checked."""
+    libraries = {*NEEDED, *needed_packages(context.profile)}
     for verdict in check_register(libraries=libraries):
         entry, installed = verdict.reliance, verdict.installed
         if installed is None:
@@ -228,7 +224,7 @@ def private_parts(patient: DoctorContext) -> Iterator[Finding]:
         if verdict.error:
             remedy = f"{verdict.error}; pip install '{entry.library}=={last}.*'"
         elif verdict.warning:
-            remedy = "results may differ: check them, or install a version in that range"
+            remedy = "results may differ: verify them, or install a version in that range"
         yield Finding(
             entry.function.removeprefix("s2s_scale."),
             f"{entry.library} {installed}, checked with {first} to {last}",
@@ -237,8 +233,8 @@ def private_parts(patient: DoctorContext) -> Iterator[Finding]:
         )
 
 
-def shared_memory(patient: DoctorContext) -> Iterator[Finding]:
-    """/dev/shm carries batches of data-loader workers and collectives between processes."""
+def shared_memory(context: DoctorContext) -> Iterator[Finding]:
+    """/dev/shm, which data-loader workers and collectives use between processes."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
         yield Finding("shared memory", "no /dev/shm", "mount a tmpfs there")
@@ -250,8 +246,8 @@ def shared_memory(patient: DoctorContext) -> Iterator[Finding]:
     )
 
 
-def network(patient: DoctorContext) -> Iterator[Finding]:
-    """The address that other hosts would be told; it matters where there are other hosts."""
+def network(context: DoctorContext) -> Iterator[Finding]:
+    """The address that this host gives to other hosts."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
@@ -262,45 +258,45 @@ def network(patient: DoctorContext) -> Iterator[Finding]:
     known = [interface for _, interface in socket.if_nameindex()]
     if chosen and chosen not in known:
         remedy = f"set it to one of {', '.join(known)}"
-        yield Finding("GLOO_SOCKET_IFNAME", f"{chosen}, which is not here", remedy)
+        yield Finding("GLOO_SOCKET_IFNAME", f"{chosen}, which does not exist", remedy)
         return
-    loops = address.startswith("127.") and patient.hostfile is not None and not chosen
+    loopback = address.startswith("127.") and context.hostfile is not None and not chosen
     yield Finding(
         "network",
         f"{name} is {address}; interfaces {', '.join(known)}",
         "other hosts cannot reach a loopback address: set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) "
         "in the profile's environment"
-        if loops
+        if loopback
         else "",
     )
 
 
-def hosts(patient: DoctorContext) -> Iterator[Finding]:
-    """Every host of the host file: reachable, same packages, same code, shared output folder."""
-    if patient.hostfile is None:
+def hosts(context: DoctorContext) -> Iterator[Finding]:
+    """Every host of the host file: reachable, same packages and code, shared output folder."""
+    if context.hostfile is None:
         return
     try:
-        names: Sequence[str] = list(read_hostfile(patient.hostfile))
-        check_hosts(names, patient.output_dir)
+        names: Sequence[str] = list(read_hostfile(context.hostfile))
+        check_hosts(names, context.output_dir)
     except UserError as error:
         for problem in error.problems:
-            yield Finding("hosts", problem, "see there")
+            yield Finding("hosts", problem, "see the problem found")
         return
-    yield Finding("hosts", f"{', '.join(names)}: reachable, and the same as this one")
+    yield Finding("hosts", f"{', '.join(names)}: reachable, with the same packages and code")
 
 
-def disk(patient: DoctorContext) -> Iterator[Finding]:
-    """Room for checkpoints where they will be written."""
-    folder = patient.output_dir.resolve()
+def disk(context: DoctorContext) -> Iterator[Finding]:
+    """Free space for checkpoints in the output folder."""
+    folder = context.output_dir.resolve()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 2**30
     writable = os.access(folder, os.W_OK)
-    remedy = "" if free >= FREE_DISK_GIB else "free some, or give another --output_dir"
+    remedy = "" if free >= FREE_DISK_GIB else "free some space, or give another --output_dir"
     yield Finding(
         "disk",
         f"{folder}: {free:,.1f} GiB free" + ("" if writable else ", not writable"),
-        remedy if writable else "give an --output_dir that you may write to",
+        remedy if writable else "give a writable --output_dir",
     )
 
 

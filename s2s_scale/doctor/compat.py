@@ -1,4 +1,4 @@
-"""What the parity runs use of the private parts of accelerate."""
+"""Private names of accelerate that parity runs rely on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from s2s_scale.compat import relies_on
 @relies_on(
     "accelerate",
     checked=("1.10", "1.15"),
-    reason="accelerate keeps its settings for the whole process, and each case has its own",
+    reason="accelerate keeps its settings for the whole process, but every case needs its own",
     uses={"accelerate.state.AcceleratorState._reset_state": ("reset_partial_state",)},
 )
 def forget_accelerate_settings() -> None:
-    """Let the next trainer of this process have settings of its own."""
+    """Let the next trainer of this process choose its own settings."""
     AcceleratorState._reset_state()

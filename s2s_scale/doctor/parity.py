@@ -1,11 +1,8 @@
-"""``doctor --parity``: ten steps under the profile, on its own machines, against one process.
+"""``doctor --parity``: ten training steps under a profile, compared with one process.
 
-What a parity run computes: losses, gradient norms and weights of tiny models under a backend.
-
-Every case of a job trains from the same weights on the same rows, whatever the backend and the
-number of ranks, so that two jobs can be compared figure by figure.
-
-How far two sets of figures are apart.
+A job trains tiny models and records losses, gradient norms and final weights. Each of its cases
+starts from the same weights and sees the same rows whatever the backend and the number of ranks, so
+that two runs of a job can be compared figure by figure.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -37,8 +33,13 @@ from s2s_scale.resilience.supervisor import start
 from s2s_scale.settings.profiles import LauncherProfile, deepspeed_config_path
 from s2s_scale.trainer import Seq2SeqTrainer
 
+JOB_FILE = "job.json"
+STEPS = 10
+BOUNDS = {"cpu": 1e-5, "cuda": 1e-4, "tpu": 1e-4}
 ROWS = 100
-"""Rows of the training set: no multiple of a step's rows, so that the last step is short."""
+"""Rows of the training set: not a multiple of a step's rows, so that the last step is short."""
+ROWS_ON_A_MESH = 64
+"""Rows per step on a mesh; divisible by 2 micro-batches and up to 32 devices."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank does. ``rows_per_step`` is global: all ranks, all micro-batches."""
+    """What every rank runs. ``rows_per_step`` is global: over all ranks and micro-batches."""
 
     cases: tuple[Case, ...]
     steps: int = 20
@@ -67,13 +68,13 @@ class Job:
     linear_cross_entropy: str = "auto"
 
     def write(self, path: Path) -> Path:
-        """Put the job where ranks can read it."""
+        """Write the job to a file for the ranks to read."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
         return path
 
     @classmethod
     def read(cls, path: Path) -> Job:
-        """The job that ``write`` has put there."""
+        """The job that ``write`` wrote."""
         values = json.loads(path.read_text(encoding="utf-8"))
         cases = tuple(Case(**case) for case in values.pop("cases"))
         return cls(cases=cases, **values)
@@ -81,7 +82,7 @@ class Job:
 
 @dataclass
 class Figures:
-    """What one case gave: one value per step, and every weight at the end."""
+    """Results of one case: one value per step, and the final weights."""
 
     loss: list[float]
     grad_norm: list[float]
@@ -89,44 +90,39 @@ class Figures:
 
 
 def compute(job: Job, backend: Backend, folder: Path) -> None:
-    """Run every case, and let rank 0 put its figures into ``folder``. Every rank must call it."""
+    """Run every case; rank 0 writes the figures to ``folder``. Every rank must call it."""
     for number, case in enumerate(job.cases):
         forget_accelerate_settings()
-        figures = _run(job, case, backend)
+        with tempfile.TemporaryDirectory() as scratch:
+            devices = backend.collectives.world_size * backend.rows_multiple
+            arguments = _arguments(job, case, devices, scratch)
+            # Before the model: DeepSpeed's settings decide how it is built.
+            args = Seq2SeqTrainingArguments(**backend.training_overrides(arguments, trains=True))
+            model = tiny_model(case.family).train()
+            trainer = Seq2SeqTrainer(
+                model=model,
+                args=args,
+                train_dataset=ragged_rows(model, ROWS),
+                data_collator=Seq2SeqCollator(model.config.pad_token_id),
+                backend=backend,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        figures: dict[str, Any] = {
+            name: [float(entry[name]) for entry in logs] for name in ("loss", "grad_norm")
+        }
+        figures["weights"] = backend.full_weights(model)
         if backend.collectives.rank == 0:
-            values = {"loss": figures.loss, "grad_norm": figures.grad_norm}
-            torch.save({**values, "weights": figures.weights}, folder / f"{number}.pt")
+            torch.save(figures, folder / f"{number}.pt")
 
 
 def read(job: Job, folder: Path) -> list[Figures]:
-    """The figures of every case, as ``compute`` has left them in ``folder``."""
+    """The figures of every case, as ``compute`` wrote them to ``folder``."""
     return [
         Figures(**torch.load(folder / f"{number}.pt", weights_only=True))
         for number in range(len(job.cases))
     ]
-
-
-def _run(job: Job, case: Case, backend: Backend) -> Figures:
-    with TemporaryDirectory() as scratch:
-        devices = backend.collectives.world_size * backend.rows_multiple
-        arguments = _arguments(job, case, devices, scratch)
-        args = Seq2SeqTrainingArguments(**backend.training_overrides(arguments, trains=True))
-        model = tiny_model(case.family).train()
-        trainer = Seq2SeqTrainer(
-            model=model,
-            args=args,
-            train_dataset=ragged_rows(model, ROWS),
-            data_collator=Seq2SeqCollator(model.config.pad_token_id),
-            backend=backend,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return Figures(
-        loss=[float(entry["loss"]) for entry in logs],
-        grad_norm=[float(entry["grad_norm"]) for entry in logs],
-        weights=backend.full_weights(model),
-    )
 
 
 def _arguments(job: Job, case: Case, world_size: int, folder: str) -> dict[str, Any]:
@@ -140,8 +136,8 @@ def _arguments(job: Job, case: Case, world_size: int, folder: str) -> dict[str, 
         "num_buckets": job.num_buckets,
         "max_steps": job.steps,
         "learning_rate": 1e-2,
-        # The exact gradient of a key's bias is 0 (softmax does not see it): with Adam's usual 1e-8,
-        # rounding errors of 1e-9 alone would move it by 1e-5, in other directions on other ranks.
+        # The exact gradient of a key's bias is 0 (softmax is invariant to it): with Adam's usual
+        # 1e-8, rounding errors of 1e-9 alone would move it by 1e-5, differently on each rank.
         "adam_epsilon": 1e-6,
         "warmup_steps": max(1, job.steps // 4),
         "lr_scheduler": "linear",
@@ -162,10 +158,10 @@ def _arguments(job: Job, case: Case, world_size: int, folder: str) -> dict[str, 
 
 @dataclass(frozen=True)
 class Deviation:
-    """The largest differences of a run from its reference; NaN where they cannot be compared.
+    """The largest differences between a run and its reference; infinite if not comparable.
 
-    ``loss`` and ``grad_norm`` are relative, ``weights`` absolute; ``step`` (from 1) is where the
-    loss differs most.
+    ``loss`` and ``grad_norm`` are relative, ``weights`` absolute; ``step`` (from 1) is the one at
+    which the loss differs most.
     """
 
     loss: float
@@ -174,55 +170,41 @@ class Deviation:
     step: int
 
     def within(self, bound: float) -> bool:
-        """Whether loss, gradient norm and weights are all closer than ``bound``."""
+        """Whether loss, gradient norm and weights all differ by at most ``bound``."""
         return all(value <= bound for value in (self.loss, self.grad_norm, self.weights))
 
 
 def compare(found: Figures, reference: Figures) -> Deviation:
-    """The largest deviations of ``found``; figures that are missing count as infinite."""
-    losses = _relative(found.loss, reference.loss)
-    norms = _relative(found.grad_norm, reference.grad_norm)
-    worst = max(range(len(losses)), key=lambda step: losses[step]) if losses else 0
+    """The largest deviations of ``found``; missing figures and NaN count as infinite."""
+
+    def relative(ours: list[float], theirs: list[float]) -> list[float]:
+        if not theirs or len(ours) != len(theirs):
+            return [math.inf]
+        pairs = zip(ours, theirs, strict=True)
+        return [_finite(abs(one - other) / max(abs(other), 1e-12)) for one, other in pairs]
+
+    losses = relative(found.loss, reference.loss)
+    weights = math.inf
+    if reference.weights and found.weights.keys() == reference.weights.keys():
+        weights = max(
+            _finite(float((found.weights[name].double() - weight.double()).abs().max()))
+            for name, weight in reference.weights.items()
+        )
     return Deviation(
-        loss=max(losses, default=math.inf),
-        grad_norm=max(norms, default=math.inf),
-        weights=_weights(found, reference),
-        step=worst + 1,
-    )
-
-
-def _relative(found: list[float], reference: list[float]) -> list[float]:
-    if not reference or len(found) != len(reference):
-        return [math.inf]
-    return [
-        _finite(abs(one - other) / max(abs(other), 1e-12))
-        for one, other in zip(found, reference, strict=True)
-    ]
-
-
-def _weights(found: Figures, reference: Figures) -> float:
-    if not reference.weights or found.weights.keys() != reference.weights.keys():
-        return math.inf
-    return max(
-        _finite(float((found.weights[name].double() - weight.double()).abs().max()))
-        for name, weight in reference.weights.items()
+        loss=max(losses),
+        grad_norm=max(relative(found.grad_norm, reference.grad_norm)),
+        weights=weights,
+        step=losses.index(max(losses)) + 1,
     )
 
 
 def _finite(value: float) -> float:
-    """NaN compares as false with everything: make it the largest deviation there is."""
+    """Infinity for NaN, which no comparison would find."""
     return math.inf if math.isnan(value) else value
 
 
-JOB_FILE = "job.json"
-STEPS = 10
-BOUNDS = {"cpu": 1e-5, "cuda": 1e-4, "tpu": 1e-4}
-ROWS_ON_A_MESH = 64
-"""Divides by 2 micro-batches and up to 32 devices."""
-
-
 def job_for(profile: LauncherProfile, *, families: tuple[str, ...], ranks: int) -> Job:
-    """Ten steps of each family, with two rows per rank and micro-batch; more on a mesh."""
+    """Ten steps of each family, with two rows per rank and micro-batch; more rows on a mesh."""
     path = profile.deepspeed_config
     rows = ROWS_ON_A_MESH if profile.mesh else ranks * 2 * 2
     return Job(
@@ -236,27 +218,27 @@ def job_for(profile: LauncherProfile, *, families: tuple[str, ...], ranks: int) 
 
 
 def run(launch: Launch, job: Job, folder: Path) -> dict[Case, Deviation]:
-    """Compute the job under ``launch``, then in one process, and compare.
+    """Run the job under ``launch`` and in one process, and compare the results.
 
     Raises:
-        UserError: one of the two failed; it has printed why.
+        UserError: one of the two failed; its output shows why.
     """
     job.write(folder / JOB_FILE)
     if start(launch, environ=os.environ).code:
-        raise UserError("the run under the profile failed; what it printed is above")
+        raise UserError("the run under the profile failed; see its output above")
     found = read(job, folder)
     with tempfile.TemporaryDirectory(prefix="s2s-scale-reference-") as alone:
         dataclasses.replace(job, deepspeed=None).write(Path(alone, JOB_FILE))
         command = [sys.executable, "-m", "s2s_scale.doctor.parity", alone]
         if subprocess.run(command, check=False).returncode:
-            raise UserError("the reference in one process failed; what it printed is above")
+            raise UserError("the reference run in one process failed; see its output above")
         expected = read(job, Path(alone))
     pairs = zip(job.cases, found, expected, strict=True)
     return {case: compare(one, other) for case, one, other in pairs}
 
 
 def work(profile: LauncherProfile | None, folder: Path) -> None:
-    """One rank of the job in ``folder``; without a profile, the reference in one process."""
+    """Run one rank of the job in ``folder``, or, without a profile, the reference."""
     job = Job.read(folder / JOB_FILE)
     device = "cpu" if job.use_cpu else "cuda"
     backend = (

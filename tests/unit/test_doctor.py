@@ -54,7 +54,7 @@ def test_a_profile_for_a_device_that_is_not_here(capsys, monkeypatch):
     monkeypatch.setattr(checks, "cuda_is_here", lambda: False)
     assert cli.main(["doctor", "--profile", "gpu-zero3"]) == 2
     text = capsys.readouterr().out
-    assert "problem" in text and "no usable one" in text
+    assert "problem" in text and "no usable device" in text
 
 
 def test_versions_that_are_too_old_or_missing(monkeypatch):
@@ -92,20 +92,20 @@ def test_tpu_chips_and_who_holds_them(monkeypatch, tmp_path):
             [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held.fileno()]
         )
         try:
-            found = findings(checks.devices, "tpu-vm")["TPU held by"]
+            found = findings(checks.devices, "tpu-vm")["TPU in use by"]
             assert found.found.startswith(f"process {process.pid} (")
-            assert found.remedy == f"end it first: kill {process.pid}"
+            assert found.remedy == f"stop it first: kill {process.pid}"
         finally:
             process.communicate(b"")
 
 
 def test_torch_and_torch_xla_fit_each_other(monkeypatch):
     versions = {"torch": "2.9.1+cu128", "torch_xla": "2.8.0", "libtpu": "0.0.21"}
-    monkeypatch.setattr(checks, "version", lambda name: versions[name])
+    monkeypatch.setattr(checks, "package_version", versions.get)
     monkeypatch.setattr(checks, "find_spec", lambda name: True)
     monkeypatch.setattr(checks, "_xla_devices", lambda profile: checks.Finding("XLA devices", "8"))
     found = findings(checks.xla_parts, "tpu-vm")
-    assert "must be the same version" in found["torch and torch-xla"].remedy
+    assert "must have the same version" in found["torch and torch-xla"].remedy
     versions["torch_xla"] = "2.9.0"
     assert all(entry.ok for entry in findings(checks.xla_parts, "tpu-vm").values())
     assert findings(checks.xla_parts, "cpu") == {}
