@@ -1,1 +1,1 @@
-"""The composition root: one function per command builds what the command needs and runs it."""
+"""The composition root: each command's function builds what the command needs and runs it."""

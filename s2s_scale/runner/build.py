@@ -1,4 +1,4 @@
-"""The pieces of a run, each built from the settings: backend, model, examples, trainer."""
+"""Builds the parts of a run from the settings: backend, arguments, model, examples, trainer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SAMPLES = 8
 
 @dataclass
 class Run:
-    """The settings of a run, as the dataclasses that the pieces take."""
+    """The settings of a run, as the dataclasses that its parts take."""
 
     model_args: ModelArguments
     data_args: DataArguments
@@ -49,7 +49,7 @@ class Run:
     given: dict[str, tuple[Any, str]]
     """Setting -> (value, origin), for the report."""
     texts: dict[str, TextEvaluation] = field(default_factory=dict)
-    """Metric prefix -> the newest evaluation of text under it."""
+    """Metric prefix -> the latest text evaluation with that prefix."""
 
     @property
     def output_dir(self) -> Path:
@@ -58,14 +58,14 @@ class Run:
 
 @contextmanager
 def open_backend(settings: Settings) -> Iterator[Backend]:
-    """The profile's backend, ready in this process; closed at the end, errors included."""
+    """Yield the profile's backend, prepared for this process; it is closed even after an error."""
     assert settings.profile is not None, "a command that trains or evaluates has a profile"
     profile = settings.profile
     backend = make_backend(profile.backend, profile.device, profile.mesh)
     raise_problems(list(backend.problems()))
     backend.prepare_process()
     fault_seconds = float(settings.get("fault_timeout_seconds", DEFAULT_FAULT_SECONDS))
-    # Its bars over the shards of a file say nothing that our own lines do not.
+    # Progress bars over the shards of a file would add nothing to this package's own messages.
     transformers.utils.logging.disable_progress_bar()
     try:
         with watching(
@@ -82,15 +82,26 @@ def open_backend(settings: Settings) -> Iterator[Backend]:
 def read_settings(
     settings: Settings, backend: Backend, extra: dict[str, Any] | None = None, *, trains: bool
 ) -> Run:
-    """The dataclasses behind the settings; ``extra`` holds defaults of the command.
+    """Convert the settings to dataclasses.
 
-    ``trains``: whether an optimizer will be made.
+    Args:
+        extra: defaults of the command.
+        trains: whether an optimizer will be created.
+
+    Raises:
+        UserError: a value is invalid, by this package's checks or by transformers'.
     """
     values = {**(extra or {}), **settings.values}
-    if settings.profile is not None:
-        values |= _of_profile(settings.profile, values)
+    profile = settings.profile
+    if profile is not None:
+        if profile.device == "cpu" and not profile.mesh:
+            values.setdefault("use_cpu", True)
+        if values.get("deepspeed"):
+            values["deepspeed"] = str(deepspeed_config_path(values["deepspeed"]))
+        elif profile.deepspeed_config:
+            values["deepspeed"] = str(deepspeed_config_path(profile.deepspeed_config, profile))
         if trains:
-            values |= _precision(settings.profile, values)
+            values |= _precision(profile, values)
     model, data, training = split_settings(
         values, ModelArguments, DataArguments, Seq2SeqTrainingArguments
     )
@@ -102,32 +113,20 @@ def read_settings(
     except UserError:
         raise
     except (ValueError, ImportError) as error:
-        # transformers' own checks, some of them over several lines
+        # transformers' own checks; some messages span several lines
         raise UserError(" ".join(str(error).split())) from error
     given = {name: (value, settings.origins.get(name, "command")) for name, value in values.items()}
     return Run(ModelArguments(**model), data_args, training_args, given)
 
 
-def _of_profile(profile: LauncherProfile, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Training arguments that follow from the profile itself, where none was given."""
-    found: dict[str, Any] = {}
-    if profile.device == "cpu" and not profile.mesh and "use_cpu" not in values:
-        found["use_cpu"] = True
-    if values.get("deepspeed"):
-        found["deepspeed"] = str(deepspeed_config_path(values["deepspeed"]))
-    elif profile.deepspeed_config:
-        found["deepspeed"] = str(deepspeed_config_path(profile.deepspeed_config, profile))
-    return found
-
-
 def _precision(profile: LauncherProfile, values: Mapping[str, Any]) -> dict[str, bool]:
-    """bf16 where the profile leaves it to the device, which has it, and no flag speaks of it."""
+    """bf16 if the profile's precision is automatic, the device supports it and no flag decides."""
     flags = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "deepspeed", "tf32")
     if profile.precision != AUTO or any(values.get(flag) is not None for flag in flags):
         return {}
     on_gpu = profile.device == "cuda" and not values.get("use_cpu")
-    has_it = torch.cuda.is_bf16_supported if on_gpu else bf16_is_native
-    return {"bf16": True} if has_it() else {}
+    supported = torch.cuda.is_bf16_supported if on_gpu else bf16_is_native
+    return {"bf16": True} if supported() else {}
 
 
 def load_model(run: Run) -> models.Loaded:
@@ -148,8 +147,8 @@ def load_model(run: Run) -> models.Loaded:
 def tokenize(
     run: Run, loaded: models.Loaded, backend: Backend, pairs: datasets.Dataset, split: Split
 ) -> datasets.Dataset:
-    """A split's token ids, checked against the model's vocabulary. Every rank must call it."""
-    with backend.collectives.main_first():  # the other ranks then find the examples in the cache
+    """Tokenize a split and check the ids against the vocabulary. Every rank must call it."""
+    with backend.collectives.main_first():  # the other ranks read the examples from the cache
         examples = tokenize_with(loaded.tokenizer, loaded.config, run, pairs, split)
     check_token_ids(
         examples,
@@ -166,7 +165,7 @@ def tokenize_with(
     pairs: datasets.Dataset,
     split: Split,
 ) -> datasets.Dataset:
-    """A split's token ids, from the cache where the same were made before."""
+    """Tokenize a split, or read its token ids from the cache."""
     data = run.data_args
     limit = data.max_target_length if split == "train" else data.evaluation_target_length
     return tokenize_pairs(
@@ -184,7 +183,7 @@ def tokenize_with(
 
 
 def stream_examples(run: Run, loaded: models.Loaded, pairs: PairReader) -> StreamedExamples:
-    """The training split, read and tokenised as training goes on."""
+    """The training split, read and tokenized during training."""
     data = run.data_args
     return StreamedExamples(
         pairs,
@@ -203,7 +202,7 @@ def stream_examples(run: Run, loaded: models.Loaded, pairs: PairReader) -> Strea
 
 
 def source_prefix_of(data: DataArguments, config: transformers.PreTrainedConfig) -> str:
-    """The prefix that was given, else the one that the task's parameters brought along."""
+    """The prefix given by the user, else the one in the parameters of ``--task``."""
     if data.source_prefix is not None:
         return data.source_prefix
     return getattr(config, "prefix", None) or "" if data.task else ""
@@ -230,7 +229,7 @@ def build_trainer(
         run.texts[prefix] = text
         return text
 
-    with _unusable_loggers_refused(args.report_to or ()):
+    with _refuse_unusable_loggers(args.report_to or ()):
         trainer = Seq2SeqTrainer(
             loaded.model,
             args,
@@ -252,8 +251,8 @@ def build_trainer(
 
 
 @contextmanager
-def _unusable_loggers_refused(names: Sequence[str]) -> Iterator[None]:
-    """Turn what transformers raises for an unknown or missing logger into a ``UserError``."""
+def _refuse_unusable_loggers(names: Sequence[str]) -> Iterator[None]:
+    """Turn the error that transformers raises for an unavailable logger into a ``UserError``."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -262,13 +261,13 @@ def _unusable_loggers_refused(names: Sequence[str]) -> Iterator[None]:
         if not unknown and not re.search(r"requires .+ to be installed", text):
             raise
         raise UserError(
-            f"report_to={','.join(names)}: {text}; expected loggers that are installed here; "
+            f"report_to={','.join(names)}: {text}; expected installed loggers; "
             "change --report_to, or give 'none'"
         ) from error
 
 
 def wanted_device(settings: Settings) -> torch.device:
-    """The device of the profile, or the CPU where ``--use_cpu`` says so."""
+    """The profile's device; the CPU with ``--use_cpu`` or without a profile."""
     on_cpu = settings.get("use_cpu", False)
     device = "cpu" if on_cpu or settings.profile is None else settings.profile.device
     return torch.device(device)

@@ -1,4 +1,4 @@
-"""``generate``: texts for source lines, scored against references where there are some."""
+"""``generate``: texts for source lines, scored against references if there are any."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from s2s_scale.generation.static import StaticGenerator
 from s2s_scale.generation.stream import (
     EngineBatches,
     OwnBatches,
-    SearchResult,
     StaticBatches,
     generate_stream,
     read_lines,
@@ -45,10 +44,11 @@ GENERATION_OPTIONS = (
 
 
 def generate(settings: Settings) -> int:
-    """Write one text per source line (``num_return_sequences`` of them, best first).
+    """Write one text per source line, or ``num_return_sequences`` texts, best first.
 
-    With ``--reference`` the texts are scored, and with ``--search`` every combination of the
-    grid is; both tables go to standard error, so that standard output holds texts alone.
+    With ``--reference`` the texts are scored; the table goes to standard error, so that standard
+    output contains only texts. With ``--search`` every combination of the grid is scored instead,
+    and the table of scores goes to standard output.
     """
     with open_backend(settings) as backend:
         own: GenerateOptions = settings.options
@@ -59,7 +59,10 @@ def generate(settings: Settings) -> int:
         engine = training_values.get("generation_engine")
         if engine == "ctranslate2":
             _check_engine(backend)
-        references = _read_all(own.reference) if own.reference else None
+        references = None
+        if own.reference:
+            with Path(own.reference).open("rb") as stream:
+                references = list(read_lines(stream, own.reference))
         loaded = models.load(
             ModelArguments(**model_values),
             src_lang=data.src_lang,
@@ -74,12 +77,14 @@ def generate(settings: Settings) -> int:
             model.to(device=wanted_device(settings))
         transformers.set_seed(training_values.get("seed", DEFAULT_SEED))
         with _own_batches(backend, model, own.batch_size, engine) as batches:
+            chosen = {name: getattr(own, name) for name in GENERATION_OPTIONS}
             options = {
                 "batch_size": own.batch_size,
                 "source_prefix": source_prefix_of(data, loaded.config),
                 "max_source_length": data.max_source_length,
                 "own": batches,
-                **_generation_options(own),
+                **{name: value for name, value in chosen.items() if value is not None},
+                **({"do_sample": True} if own.do_sample else {}),
             }
             if own.search:
                 _search(loaded, own, references or [], data.metrics, options)
@@ -92,7 +97,7 @@ def _check_engine(backend: Backend) -> None:
     problems = package_problems()
     if backend.static_shapes:
         problems.append(
-            f"{ENGINE}: runs on CPUs and GPUs only; leave --generation_engine out, or generate "
+            f"{ENGINE}: runs only on CPUs and GPUs; omit --generation_engine, or generate "
             "under another profile"
         )
     raise_problems(problems)
@@ -102,41 +107,32 @@ def _check_engine(backend: Backend) -> None:
 def _own_batches(
     backend: Backend, model: Any, batch_size: int, engine: str | None
 ) -> Iterator[OwnBatches | None]:
-    """What generates in the place of the model's own ``generate``, if anything."""
+    """What replaces the model's own ``generate``, if anything."""
     if engine == "ctranslate2":
         from s2s_scale.generation.ctranslate2 import ctranslate2_engine
 
         with ctranslate2_engine(model) as found:
             yield EngineBatches(found)
+    elif backend.static_shapes:
+        generator = StaticGenerator(model, sync=backend.flush, fetch=backend.collectives.to_host)
+        rows = math.ceil(batch_size / backend.rows_multiple) * backend.rows_multiple
+        yield StaticBatches(generator, rows, backend.place_batch)
     else:
-        yield _static_batches(backend, model, batch_size) if backend.static_shapes else None
-
-
-def _static_batches(backend: Backend, model: Any, batch_size: int) -> StaticBatches:
-    """Batches of few shapes."""
-    generator = StaticGenerator(model, sync=backend.flush, fetch=backend.collectives.to_host)
-    rows = math.ceil(batch_size / backend.rows_multiple) * backend.rows_multiple
-    return StaticBatches(generator, rows, backend.place_batch)
+        yield None
 
 
 def _precision(values: dict[str, Any]) -> torch.dtype:
-    """The type that weights are cast to: fp32 unless --bf16_full_eval or --fp16_full_eval."""
+    """The dtype to cast weights to: fp32 unless --bf16_full_eval or --fp16_full_eval."""
     chosen = [
         dtype
         for name, dtype in (("bf16_full_eval", torch.bfloat16), ("fp16_full_eval", torch.float16))
         if values.get(name)
     ]
     if len(chosen) > 1:
-        raise UserError("--bf16_full_eval and --fp16_full_eval: give at most one of them")
+        raise UserError(
+            "--bf16_full_eval and --fp16_full_eval: expected at most one; omit one of them"
+        )
     return chosen[0] if chosen else torch.float32
-
-
-def _generation_options(own: GenerateOptions) -> dict[str, Any]:
-    given = {name: getattr(own, name) for name in GENERATION_OPTIONS}
-    options = {name: value for name, value in given.items() if value is not None}
-    if own.do_sample:
-        options["do_sample"] = True
-    return options
 
 
 def _generate(
@@ -156,8 +152,10 @@ def _generate(
         written = 0
         for text in bar:
             out.write(text + "\n")
-            if scores is not None and references is not None and written % returned == 0:
-                _score(scores, text, references, written // returned)
+            row, rank = divmod(written, returned)
+            # A difference in the number of lines is reported below.
+            if scores is not None and references and rank == 0 and row < len(references):
+                scores.add([text], [references[row]])
             written += 1
     if scores is not None and references is not None:
         if written // returned != len(references):
@@ -166,11 +164,6 @@ def _generate(
                 f"{written // returned}; give one reference line per source line"
             )
         _print_scores(scores)
-
-
-def _score(scores: TextMetrics, text: str, references: list[str], row: int) -> None:
-    if row < len(references):
-        scores.add([text], [references[row]])
 
 
 def _print_scores(scores: TextMetrics) -> None:
@@ -211,10 +204,6 @@ def _search(
             progress=progress,
             **options,
         )
-    _print_search(found)
-
-
-def _print_search(found: list[SearchResult]) -> None:
     table = Table(title="best first", title_justify="left")
     for name in found[0].settings:
         table.add_column(name, justify="right")
@@ -230,7 +219,7 @@ def _print_search(found: list[SearchResult]) -> None:
 
 @contextmanager
 def _source_lines(name: str) -> Iterator[Iterable[str]]:
-    """The lines of a file, or of standard input for ``-``."""
+    """Yield the lines of a file, or of standard input for ``-``."""
     if name == "-":
         if sys.stdin.isatty():
             print("reading source lines from standard input; end with Ctrl-D", file=sys.stderr)
@@ -240,14 +229,9 @@ def _source_lines(name: str) -> Iterator[Iterable[str]]:
         yield read_lines(stream, name)
 
 
-def _read_all(name: str) -> list[str]:
-    with Path(name).open("rb") as stream:
-        return list(read_lines(stream, name))
-
-
 @contextmanager
 def _output(name: str) -> Iterator[IO[str]]:
-    """Standard output for ``-``, else a file that appears whole or not at all."""
+    """Yield standard output for ``-``, else a file that is written atomically."""
     if name == "-":
         yield sys.stdout
         return

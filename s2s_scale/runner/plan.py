@@ -1,7 +1,4 @@
-"""``plan``: the batch plan of an epoch, without a model's weights.
-
-``new-model``: a tokenizer trained on the user's text and a fresh model for it.
-"""
+"""``plan`` and ``new-model``: what precedes training, an epoch's batch plan and a new model."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from s2s_scale.trainer.dataloaders import make_sampler
 
 
 def plan(settings: Settings) -> int:
-    """Print which rows make each step of an epoch; trains nothing and loads no weights."""
+    """Print which rows form each step of an epoch, without training or loading weights."""
     defaults = {"output_dir": ".", "use_cpu": True}
     run = read_settings(settings, Backend("cpu"), defaults, trains=False)
     args = run.training_args
@@ -48,8 +45,8 @@ def plan(settings: Settings) -> int:
 
 
 def new_model(settings: Settings) -> int:
-    """Write the model and say where it is and how to train it."""
-    # Its bars over the shards of a file say nothing that our own lines do not.
+    """Write a new model and its tokenizer, and print how to train it."""
+    # Progress bars over the shards of a file would add nothing to this package's own messages.
     transformers.utils.logging.disable_progress_bar()
     own: NewModelOptions = settings.options
     data = DataArguments(**settings.values)

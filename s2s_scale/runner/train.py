@@ -1,4 +1,4 @@
-"""``train`` and ``evaluate``: cheap checks first, then data, then the model."""
+"""``train`` and ``evaluate``: cheap checks first, then the data, then the model."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ T = TypeVar("T")
 
 
 def train(settings: Settings) -> int:
-    """Train, then evaluate on val and test if asked; returns the exit code.
+    """Train, then evaluate on val and test if requested; returns the exit code.
 
     Raises:
-        UserError: for whatever the user can mend. An earlier run is deleted only where that was
-            asked for, and only once everything that can be checked has been.
+        UserError: for whatever the user can correct. An earlier run is deleted only on request,
+            and only after everything that can be checked has been.
     """
     with open_backend(settings) as backend, ExitStack() as stack:
         run = read_settings(settings, backend, trains=True)
@@ -87,75 +87,8 @@ def train(settings: Settings) -> int:
         return _train(run, trainer, examples, resume)
 
 
-def _resume(value: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to go on from: after a restart this command's own, else what was asked for."""
-    mark = os.environ.get(RUN_VARIABLE)
-
-    def own(folder: Path) -> bool:
-        try:
-            return bool(read_json(folder / SETTINGS).get("run") == mark)
-        except (OSError, DamagedCheckpoint):
-            return False
-
-    found = None
-    if mark and (found := newest_verified(output_dir, print_note, among=own)):
-        print_note(f"goes on from {found}")
-    return found or resolve_resume(value, output_dir, print_note)
-
-
-def on_main(backend: Backend, find: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank; a ``UserError`` of its is raised on all of them."""
-    found: T | None = None
-    problems: tuple[str, ...] = ()
-    if backend.collectives.rank == 0:
-        try:
-            found = find()
-        except UserError as error:
-            problems = error.problems
-    found, problems = backend.collectives.gather_objects((found, problems))[0]
-    raise_problems(problems)
-    return cast("T", found)
-
-
-@contextmanager
-def one_run(backend: Backend, folder: Path) -> Iterator[None]:
-    """Rank 0 holds the output folder's lock; every rank must enter.
-
-    Raises:
-        UserError: another run writes to the folder; on every rank.
-    """
-    with ExitStack() as stack:
-        on_main(backend, lambda: stack.enter_context(locked(folder)))
-        yield
-
-
-def print_note(text: str) -> None:
-    """A line that is no error, on standard error."""
-    print(f"note: {text}", file=sys.stderr)
-
-
-class RemoveEarlierRun(TrainerCallback):
-    """Deletes an earlier run once training begins: by then all that can be refused has been.
-
-    Optimizer, schedule and data loaders are made by ``train`` itself, and settings that do not
-    fit them are found there.
-    """
-
-    def __init__(self, output_dir: Path) -> None:
-        self.output_dir = output_dir
-        self._done = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        # Training begins anew after running out of memory, where the batch size finds itself.
-        if state.is_world_process_zero and not self._done:
-            remove_earlier_run(self.output_dir)
-        self._done = True
-
-
 def evaluate(settings: Settings) -> int:
-    """Evaluate a saved model on ``--split``; result files only where ``--output_dir`` is given."""
+    """Evaluate a saved model on ``--split``; writes result files only with ``--output_dir``."""
     split: Split = settings.options.split
     with open_backend(settings) as backend, TemporaryDirectory() as scratch:
         keep = settings.get("output_dir") is not None
@@ -177,6 +110,85 @@ def evaluate(settings: Settings) -> int:
     return 0
 
 
+def _resume(value: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint to resume from: after a restart this run's own, else the one requested."""
+    run_id = os.environ.get(RUN_VARIABLE)
+
+    def own(folder: Path) -> bool:
+        try:
+            return bool(read_json(folder / SETTINGS).get("run") == run_id)
+        except (OSError, DamagedCheckpoint):
+            return False
+
+    found = None
+    if run_id and (found := newest_verified(output_dir, print_note, among=own)):
+        print_note(f"resuming from {found}")
+    return found or resolve_resume(value, output_dir, print_note)
+
+
+def _check_best_metric(run: Run) -> None:
+    """``--metric_for_best_model`` must be a metric that the evaluations compute."""
+    args, name = run.training_args, run.training_args.metric_for_best_model
+    if name is None:
+        return
+    known = ["loss", "nll_loss"]
+    if args.predict_with_generate:
+        known += ["gen_len", *TextMetrics(run.data_args.metrics).result()]
+    if name.removeprefix("eval_") not in known:
+        raise unknown_name("metric_for_best_model", name, known)
+
+
+def _splits_of_training(run: Run) -> list[Split]:
+    """The train split, and those needed to evaluate during and after training.
+
+    Raises:
+        UserError: the data lack a split that is needed.
+    """
+    args = run.training_args
+    reasons: dict[Split, list[str]] = {
+        "train": ["training"],
+        "val": [
+            flag
+            for flag, on in (
+                ("--eval_strategy", args.evaluates_while_training),
+                ("--do_eval", args.do_eval),
+            )
+            if on
+        ],
+        "test": ["--do_predict"] if args.do_predict else [],
+    }
+    needed: list[Split] = [split for split, why in reasons.items() if why]
+    raise_problems(
+        [
+            f"{reasons[split][0]} needs the {split} split, which the data do not have; add it or "
+            "omit the flag"
+            for split in needed
+            if split != "train" and not has_split(run.data_args, split)
+        ]
+    )
+    return needed
+
+
+class RemoveEarlierRun(TrainerCallback):
+    """Deletes an earlier run when training begins, after every check has passed.
+
+    Optimizer, schedule and data loaders are created by ``Trainer.train``, which may still reject
+    settings.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+        self._done = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # With an automatic batch size, training begins again after running out of memory.
+        if state.is_world_process_zero and not self._done:
+            remove_earlier_run(self.output_dir)
+        self._done = True
+
+
 def _train(
     run: Run,
     trainer: Seq2SeqTrainer,
@@ -196,7 +208,9 @@ def _train(
     trainer.save_model()
     trained = outcome.metrics
     if trainer.state.global_step == began:
-        print_note(f"{resume} is the end of training: no step was left; raise --max_steps for more")
+        print_note(
+            f"{resume} is the end of training: no step is left; raise --max_steps to train longer"
+        )
         trained = {}
     with writing("the results", output_dir):
         _finish(run, trainer, examples, trained)
@@ -209,9 +223,9 @@ def _finish(
     examples: dict[Split, Any],
     train_metrics: dict[str, float],
 ) -> None:
-    """Evaluate what was asked for, and write results and report.
+    """Evaluate the requested splits, and write results and report.
 
-    ``train_metrics``: empty where no step was made, and an earlier command's results stand.
+    ``train_metrics``: empty if no step was made, so that an earlier command's results are kept.
     """
     results, output_dir = Results(), run.output_dir
     main = trainer.backend.collectives.rank == 0
@@ -246,44 +260,32 @@ def _finish(
     print(f"model:   {output_dir}\nreport:  {html}\npicture: {png}")
 
 
-def _splits_of_training(run: Run) -> list[Split]:
-    """train, and the splits that evaluation during and after training needs.
+@contextmanager
+def one_run(backend: Backend, folder: Path) -> Iterator[None]:
+    """Hold the output folder's lock on rank 0; every rank must enter.
 
     Raises:
-        UserError: a split is needed that the data do not have.
+        UserError: another run writes to the folder; on every rank.
     """
-    args = run.training_args
-    reasons: dict[Split, list[str]] = {
-        "train": ["training"],
-        "val": [
-            flag
-            for flag, on in (
-                ("--eval_strategy", args.evaluates_while_training),
-                ("--do_eval", args.do_eval),
-            )
-            if on
-        ],
-        "test": ["--do_predict"] if args.do_predict else [],
-    }
-    needed: list[Split] = [split for split, why in reasons.items() if why]
-    raise_problems(
-        [
-            f"{reasons[split][0]} needs the {split} split, which the data do not have; add it or "
-            "leave the flag out"
-            for split in needed
-            if split != "train" and not has_split(run.data_args, split)
-        ]
-    )
-    return needed
+    with ExitStack() as stack:
+        on_main(backend, lambda: stack.enter_context(locked(folder)))
+        yield
 
 
-def _check_best_metric(run: Run) -> None:
-    """``--metric_for_best_model`` must be one that the evaluations will give."""
-    args, name = run.training_args, run.training_args.metric_for_best_model
-    if name is None:
-        return
-    known = ["loss", "nll_loss"]
-    if args.predict_with_generate:
-        known += ["gen_len", *TextMetrics(run.data_args.metrics).result()]
-    if name.removeprefix("eval_") not in known:
-        raise unknown_name("metric_for_best_model", name, known)
+def on_main(backend: Backend, find: Callable[[], T]) -> T:
+    """Call ``find`` on rank 0 and return its result, or raise its ``UserError``, on every rank."""
+    found: T | None = None
+    problems: tuple[str, ...] = ()
+    if backend.collectives.rank == 0:
+        try:
+            found = find()
+        except UserError as error:
+            problems = error.problems
+    found, problems = backend.collectives.gather_objects((found, problems))[0]
+    raise_problems(problems)
+    return cast("T", found)
+
+
+def print_note(text: str) -> None:
+    """Print a note to standard error."""
+    print(f"note: {text}", file=sys.stderr)

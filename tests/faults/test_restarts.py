@@ -24,7 +24,7 @@ def test_a_killed_rank_is_a_restart(task, whole, tmp_path):
     assert outcome.code == 0, outcome.err
     assert "error: rank 1 on " in outcome.err
     assert "started again from the newest checkpoint (1 of --max_restarts 1)" in outcome.err
-    assert "note: goes on from " in outcome.err
+    assert "note: resuming from " in outcome.err
     assert history(output, "loss") == pytest.approx(history(whole, "loss"), rel=BOUND)
     assert list(history(output, "loss")) == list(range(1, STEPS + 1))
     assert deviation(output, whole) < BOUND

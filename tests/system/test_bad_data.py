@@ -135,7 +135,7 @@ def test_a_split_that_is_needed_but_not_there(training, own_data, flag, split):
     refused(
         training("--data_dir", own_data, flag),
         f"{flag.partition('=')[0]} needs the {split} split",
-        "add it or leave the flag out",
+        "add it or omit the flag",
     )
 
 

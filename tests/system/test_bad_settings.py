@@ -222,7 +222,7 @@ def test_resuming_without_a_checkpoint(here, data, model, tmp_path, value):
     refused(
         outcome,
         f"resume_from_checkpoint={value}: no checkpoint found in {tmp_path}/run",
-        "leave the flag out",
+        "omit the flag",
     )
 
 

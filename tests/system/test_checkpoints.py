@@ -55,7 +55,7 @@ def test_a_run_that_is_complete_keeps_its_results(here, own_run, model, data):
     assert results["train_loss"] > 0
     outcome = resume(here, model, data, own_run)
     assert outcome.code == 0, outcome.err
-    assert "checkpoint-2 is the end of training: no step was left" in outcome.err
+    assert "checkpoint-2 is the end of training: no step is left" in outcome.err
     assert json.loads((own_run / "train_results.json").read_text(encoding="utf-8")) == results
 
 
