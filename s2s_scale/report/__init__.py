@@ -1,1 +1,1 @@
-"""What a run leaves behind for people: result files, a table, and a report with curves."""
+"""The results of a run for readers: result files, a table, and a report with plots."""

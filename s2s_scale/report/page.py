@@ -1,4 +1,4 @@
-"""``report.html`` and ``report.png``: what a run did, on one page that needs no network."""
+"""``report.html`` and ``report.png``: a run on one self-contained page."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from s2s_scale.utils import atomic_write
 
 SHAPE_HEADS = ("rows", "source", "target", "tokens", "batches", "real tokens")
 SPLITS = ("train", "val", "test")
-LONGEST_TEXT = 2_000  # characters of a sample that are shown
+LONGEST_TEXT = 2_000  # characters of a sample that the page shows
 DEFAULT_ORIGIN = "default"
 
-# What a reader looks for first: name of the metric, label, digits, unit.
+# The most important metrics first: name, label, digits, unit.
 _HEADLINES = (
     ("bleu", "BLEU", 1, ""),
     ("chrf", "chrF", 1, ""),
@@ -65,12 +65,14 @@ summary { cursor: pointer; color: #1f5fa8; margin: .6rem 0; }
 
 @dataclass
 class RunRecord:
-    """Everything that the report shows, as plain values.
+    """The content of a report, as plain values.
 
-    ``history`` holds the entries of ``trainer_state.log_history``; ``settings`` maps a name to
-    its value and to where it came from (``"command line"``, ``"conf.yaml:7"``, ``"default"``);
-    ``samples`` are ``(split, source, reference, hypothesis)``; ``shapes`` holds, for each shape
-    of training batches, the cells of its row under ``SHAPE_HEADS``.
+    Attributes:
+        history: the entries of ``TrainerState.log_history``.
+        settings: name -> value and origin (``"command line"``, ``"conf.yaml:7"``, ``"default"``).
+        samples: (split, source, reference, hypothesis).
+        shapes: a row of cells under ``SHAPE_HEADS`` for each shape of training batches.
+        bad_steps: (step, problem, action, training rows) of each skipped step.
     """
 
     title: str
@@ -84,9 +86,9 @@ class RunRecord:
 
 
 def write_report(record: RunRecord, output_dir: Path | str) -> tuple[Path, Path]:
-    """Write ``report.html`` and ``report.png`` into ``output_dir``; return their paths.
+    """Write ``report.html`` and ``report.png`` to ``output_dir``; returns their paths.
 
-    Each is replaced whole or not at all, so an interrupted run leaves the earlier report.
+    Both are replaced atomically, so an interruption leaves the earlier report intact.
 
     Raises:
         OSError: ``output_dir`` cannot be written to.
@@ -100,6 +102,7 @@ def write_report(record: RunRecord, output_dir: Path | str) -> tuple[Path, Path]
 
 def _page(record: RunRecord) -> str:
     title = html.escape(record.title)
+    versions = [(name, _text(version), "") for name, version in record.versions.items()]
     sections = (
         _headlines(record),
         _plots(record),
@@ -108,7 +111,7 @@ def _page(record: RunRecord) -> str:
         _shapes(record.shapes),
         _bad_steps(record.bad_steps),
         _settings(record.settings),
-        _versions(record.versions),
+        "<h2>Versions</h2>\n" + _name_table(versions) if versions else "",
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -173,7 +176,7 @@ def _samples(samples: Sequence[tuple[str, str, str, str]]) -> str:
 
 
 def _results(results: dict[str, float | str]) -> str:
-    """A table of metric by split, then what belongs to no split."""
+    """A table of metrics by split, followed by texts and by results of no split."""
     if not results:
         return ""
     by_metric: dict[str, dict[str, float | str]] = {}
@@ -204,14 +207,13 @@ def _results(results: dict[str, float | str]) -> str:
 
 
 def _bad_steps(steps: Sequence[tuple[str, ...]]) -> str:
-    """Step, what was wrong with it, what became of it, its rows."""
     if not steps:
         return ""
     rows = "\n".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in steps
     )
-    head = "<tr><th>step</th><th>found</th><th>then</th><th>training rows</th></tr>"
-    return f"<h2>Steps that were left out</h2>\n<table>\n{head}\n{rows}\n</table>"
+    head = "<tr><th>step</th><th>problem</th><th>action</th><th>training rows</th></tr>"
+    return f"<h2>Skipped steps</h2>\n<table>\n{head}\n{rows}\n</table>"
 
 
 def _shapes(shapes: Sequence[tuple[str, ...]]) -> str:
@@ -224,7 +226,7 @@ def _shapes(shapes: Sequence[tuple[str, ...]]) -> str:
     ]
     return (
         "<h2>Shapes of training batches</h2>\n"
-        '<p class="note">As planned: steps of one epoch, all ranks together.</p>\n'
+        '<p class="note">As planned for the steps of one epoch, over all ranks.</p>\n'
         f'<div class="wide">\n<table>\n<tr>{head}</tr>\n' + "\n".join(rows) + "\n</table>\n</div>"
     )
 
@@ -237,21 +239,16 @@ def _settings(settings: dict[str, tuple[Any, str]]) -> str:
     defaults = [row for row in rows if row[2] == DEFAULT_ORIGIN]
     parts = ["<h2>Settings</h2>"]
     parts.append(
-        _name_table(given) if given else '<p class="note">Every setting has its default.</p>'
+        _name_table(given) if given else '<p class="note">All settings have their defaults.</p>'
     )
     if defaults:
-        parts.append(f"<details><summary>{len(defaults)} settings at their default</summary>")
+        parts.append(f"<details><summary>{len(defaults)} settings at their defaults</summary>")
         parts += [_name_table(defaults), "</details>"]
     return "\n".join(parts)
 
 
-def _versions(versions: dict[str, str]) -> str:
-    rows = [(name, _text(version), "") for name, version in versions.items()]
-    return "<h2>Versions</h2>\n" + _name_table(rows) if rows else ""
-
-
 def _name_table(rows: Iterable[tuple[str, str, str]]) -> str:
-    """Rows of name, value (as HTML) and origin."""
+    """A table with rows of name, value (as HTML) and origin."""
     lines = [
         f'<tr><td class="name"><code>{html.escape(name)}</code></td><td>{value}</td>'
         f'<td class="origin">{html.escape(origin)}</td></tr>'
@@ -261,7 +258,7 @@ def _name_table(rows: Iterable[tuple[str, str, str]]) -> str:
 
 
 def _figure(value: float | str) -> str:
-    """A result with as many digits as are worth reading; text as it is, escaped."""
+    """A number rounded to its significant digits; text is only escaped."""
     if isinstance(value, str) or not math.isfinite(value):
         return _text(str(value))
     if float(value).is_integer() or abs(value) >= 1_000:

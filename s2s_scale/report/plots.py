@@ -1,7 +1,7 @@
-"""The curves of a run as pictures: one small SVG each for the page, all in one PNG.
+"""Plots of a run: an SVG for each panel of the page, and one PNG with all panels.
 
-Works on matplotlib ``Figure`` objects alone: pyplot, its global figure list and the backend that
-a user's notebook has chosen are left as they are.
+Uses only matplotlib ``Figure`` objects: pyplot, its global figure list and the backend selected in
+a user's notebook are not touched.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 History = Sequence[Mapping[str, Any]]
 
-TRAIN, EVALUATION = "#1f5fa8", "#d9730d"  # told apart by colour-blind readers too
+TRAIN, EVALUATION = "#1f5fa8", "#d9730d"  # distinguishable by colour-blind readers
 INK, FAINT = "#222222", "#dddddd"
-MOST_POINTS = 2_000  # per line; a screen shows no more, and the page stays small
-MARKED_POINTS = 40  # up to so many, each point is marked
+MOST_POINTS = 2_000  # per line, which keeps the page small
+LONGEST_TITLE = 100  # characters
+MARKED_POINTS = 40  # up to this many points get markers
 
 
 class Series(NamedTuple):
-    """One line of a panel: ``key`` of the log entries, its name in the legend, its colour."""
+    """One line of a panel: key of the log entries, label in the legend, colour."""
 
     key: str
     label: str
@@ -63,9 +64,9 @@ PANELS = (
 
 
 def points(history: History, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of ``key``, in step order; NaN where a value is no finite number.
+    """Steps and values of ``key``, ordered by step; NaN if a value is not a finite number.
 
-    A step logged again after a restart counts once, with its later value.
+    A step that was logged again after a restart counts once, with its later value.
     """
     by_step: dict[float, float] = {}
     for entry in history:
@@ -89,7 +90,7 @@ def drawn_panels(history: History) -> list[Panel]:
 
 
 def last_step(history: History) -> float:
-    """The highest step of any entry; 0 without one."""
+    """The highest step of any entry; 0 if there is none."""
     steps = (_number(entry.get("step")) for entry in history)
     return max((step for step in steps if step is not None), default=0.0)
 
@@ -103,12 +104,15 @@ def panel_svg(history: History, panel: Panel) -> bytes:
 
 
 def all_panels_png(history: History, *, title: str) -> bytes:
-    """All panels that have points, two in a row, as one PNG; a line of text if there are none."""
+    """All panels that have points, two per row, as one PNG; a line of text if there are none."""
     panels = drawn_panels(history)
     rows = max(1, math.ceil(len(panels) / 2))
     figure = Figure(figsize=(12, 3.3 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(_one_line(title), fontsize=14, color=INK, x=0.01, ha="left")
+    line = " ".join(title.split())
+    line = line if len(line) <= LONGEST_TITLE else line[: LONGEST_TITLE - 1] + "…"
+    line = line.replace("$", r"\$")  # matplotlib would start a formula
+    figure.suptitle(line, fontsize=14, color=INK, x=0.01, ha="left")
     if not panels:
         figure.text(0.5, 0.5, "Nothing was logged in this run.", ha="center", color=INK)
         return _saved(figure, format="png", dpi=110)
@@ -123,7 +127,9 @@ def all_panels_png(history: History, *, title: str) -> bytes:
 def _draw(axis: Axes, history: History, panel: Panel) -> None:
     drawn = 0
     for series in panel.series:
-        steps, values = (_thinned(column) for column in points(history, series.key))
+        steps, values = points(history, series.key)
+        stride = math.ceil(len(steps) / MOST_POINTS) or 1
+        steps, values = (column[::-1][::stride][::-1] for column in (steps, values))  # last kept
         if not any(math.isfinite(value) for value in values):
             continue
         marker = "o" if len(steps) <= MARKED_POINTS else ""
@@ -153,18 +159,6 @@ def _number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def _thinned(column: list[float]) -> list[float]:
-    stride = math.ceil(len(column) / MOST_POINTS) or 1
-    return column[::-1][::stride][::-1]  # the last point is always kept
-
-
-def _one_line(text: str, *, longest: int = 100) -> str:
-    """One line that matplotlib takes literally: ``$`` would start a formula."""
-    line = " ".join(text.split())
-    line = line if len(line) <= longest else line[: longest - 1] + "…"
-    return line.replace("$", r"\$")
 
 
 def _saved(figure: Figure, **options: Any) -> bytes:

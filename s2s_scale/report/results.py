@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: result files, the table at the end, and the report."""
+"""The results of a run: JSON files, the table printed at the end, and the report."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ ALL_RESULTS = "all_results.json"
 
 _DIGITS = {"loss": 4, "nll_loss": 4, "perplexity": 3}
 _HIDDEN = ("total_flos", "model_preparation_time", "steps_per_second", "epoch")
-"""Figures of transformers' trainer that say nothing about the result; in the files all the same."""
+"""Metrics of transformers' trainer that the table and the report omit; the files contain them."""
 
 
 @dataclass
 class Results:
-    """Metrics of the splits that were run, with the texts' samples and signatures."""
+    """Metrics of the evaluated splits, with samples and signatures of the text metrics."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     """Prefixed by split: ``train_loss``, ``test_bleu``, …"""
     signatures: dict[str, str] = field(default_factory=dict)
-    """Metric -> signature, as sacrebleu wants it reported."""
+    """Metric -> signature in sacrebleu's format."""
     samples: list[tuple[str, str, str, str]] = field(default_factory=list)
     """(split, source, reference, hypothesis)."""
 
     def add(self, split: str, metrics: Mapping[str, float], text: TextEvaluation | None) -> None:
-        """Add a split's metrics, prefixed by the split's name where they are not yet."""
+        """Add a split's metrics, prefixed by the split's name if they are not already."""
         self.metrics |= {
             name if name.startswith(f"{split}_") else f"{split}_{name}": value
             for name, value in metrics.items()
@@ -50,7 +50,7 @@ class Results:
         self.samples += [(split, s.source, s.reference, s.hypothesis) for s in text.samples]
 
     def of(self, split: str) -> dict[str, Any]:
-        """A split's metrics, with the signatures of the text metrics among them."""
+        """A split's metrics, including the signatures of the text metrics."""
         found: dict[str, Any] = {
             name: value for name, value in self.metrics.items() if name.startswith(f"{split}_")
         }
@@ -73,7 +73,7 @@ class Results:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that decide a run's numbers."""
+    """The versions of Python and of the packages that affect results."""
     found = {name: found for name in PACKAGES if (found := package_version(name))}
     return {"Python": platform.python_version(), **found}
 
@@ -88,8 +88,8 @@ def write_run_report(
     shapes: Sequence[tuple[str, ...]] = (),
     bad_steps: Sequence[tuple[str, ...]] = (),
 ) -> tuple[Path, Path]:
-    """``report.html`` and ``report.png`` in ``output_dir``."""
-    # Not before a run has ended: matplotlib is a tenth of the time that imports take.
+    """Write ``report.html`` and ``report.png`` to ``output_dir``; returns their paths."""
+    # Imported only at the end of a run: matplotlib takes a tenth of all import time.
     from s2s_scale.report.page import RunRecord, write_report
 
     record = RunRecord(
@@ -109,7 +109,7 @@ def write_run_report(
 
 
 def print_table(results: Results, *, title: str) -> None:
-    """The metrics as a table: a row per metric, a column per split."""
+    """Print the metrics as a table with a row per metric and a column per split."""
     splits = [s for s in ("train", "val", "test") if results.of(s)]
     names: dict[str, None] = {}
     for split in splits:
@@ -121,17 +121,13 @@ def print_table(results: Results, *, title: str) -> None:
     for split in splits:
         table.add_column(split, justify="right")
     for name in names:
-        cells = [_cell(name, results.metrics.get(f"{split}_{name}")) for split in splits]
+        cells = []
+        for split in splits:
+            value: Any = results.metrics.get(f"{split}_{name}", "")
+            digits = _DIGITS.get(name, 2)
+            cells.append(f"{value:.{digits}f}" if isinstance(value, float) else str(value))
         table.add_row(name, *cells)
     console = Console(markup=False)
     console.print(table)
     for metric, signature in results.signatures.items():
         console.print(f"{metric}: {signature}", highlight=False, soft_wrap=True)
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.{_DIGITS.get(name, 2)}f}"
-    return str(value)

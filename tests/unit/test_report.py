@@ -98,7 +98,7 @@ def test_page_shows_results_settings_versions_and_samples(tmp_path):
         "5 optimizer steps",
         "1 h 01 min training time",
         "learning_rate 0.003 conf.yaml:7",
-        "1 settings at their default seed 42",
+        "1 settings at their defaults seed 42",
         "torch 2.13.0",
         "test three drei frei",
         "2 rows; output differs from the reference in 1",
