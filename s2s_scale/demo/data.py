@@ -1,9 +1,9 @@
-"""True translation pairs from Unicode CLDR, which Babel carries: no download, any amount.
+"""Translation pairs generated from Unicode CLDR, which Babel includes: any number, no download.
 
-A *fact* is something without a language: a day, an amount of money, a language as spoken in a
+A *fact* is independent of language: a day, an amount of money, a language as spoken in a
 territory. Its English rendering is the source, its rendering in German, French or Romanian the
-target. Each fact is used once, so the splits share no fact and no source text, not even under
-another target language.
+target. Each fact is used once, so that the splits share no fact and no source text, not even with
+different target languages.
 """
 
 from __future__ import annotations
@@ -59,18 +59,19 @@ class Pair(NamedTuple):
 
 
 def demo_pairs(*, seed: int = 0, sizes: dict[str, int] | None = None) -> dict[str, list[Pair]]:
-    """The pairs of each split; the same seed and sizes give the same pairs.
+    """The pairs of each split, determined by seed and sizes.
 
-    The names of single languages and territories cannot be guessed from others, so they are in
-    ``train`` alone; ``val`` and ``test`` hold them inside phrases such as "Czech (Finland)".
-    The splits hold no source text in common, with or without its prefix.
+    The names of single languages and territories cannot be inferred from others, so they occur
+    only in ``train``; ``val`` and ``test`` use them in phrases such as "Czech (Finland)". The
+    splits have no source text in common, with or without its prefix.
 
     Raises:
-        UserError: more training rows wanted than there is room beside the single names, or a
-            negative size.
+        UserError: the training split has fewer rows than there are single names, or a size is
+            negative.
     """
     sizes = dict(SPLIT_SIZES if sizes is None else sizes)
-    names = _single_names()
+    renderers = [_language(c) for c in _LANGUAGES] + [_territory(c) for c in _TERRITORIES]
+    names = [_pair(language, render) for render in renderers for language in TARGET_LANGUAGES]
     if sizes["train"] < len(names) or min(sizes.values()) < 0:
         raise UserError(
             f"sizes={sizes}: expected at least {len(names)} rows in train (the single names) and "
@@ -78,9 +79,17 @@ def demo_pairs(*, seed: int = 0, sizes: dict[str, int] | None = None) -> dict[st
         )
     rng = random.Random(seed)
     wanted = sum(sizes.values()) - len(names)
-    phrases = _take_distinct(_facts(rng), wanted, taken={_plain(pair.source) for pair in names})
+    taken, languages = {_plain(pair.source) for pair in names}, list(TARGET_LANGUAGES)
+    phrases: list[Pair] = []
+    for fact in _facts(rng):
+        if len(phrases) == wanted:
+            break
+        pair = _pair(languages[len(phrases) % len(languages)], fact)
+        if _plain(pair.source) not in taken:
+            taken.add(_plain(pair.source))
+            phrases.append(pair)
     splits: dict[str, list[Pair]] = {}
-    for split in sorted(sizes, key=lambda name: name == "train"):  # train takes what is left
+    for split in sorted(sizes, key=lambda name: name == "train"):  # train takes the rest
         count = sizes[split] - (len(names) if split == "train" else 0)
         splits[split], phrases = phrases[:count], phrases[count:]
     splits["train"] += names
@@ -101,10 +110,8 @@ def write_demo_data(
 
 
 def _pair(language: str, render: Renderer) -> Pair:
-    source, target = (
-        _normal_spaces(render("en")),
-        _normal_spaces(render(TARGET_LANGUAGES[language])),
-    )
+    """The pair of a fact, with CLDR's no-break and narrow spaces replaced by ordinary ones."""
+    source, target = (" ".join(render(code).split()) for code in ("en", TARGET_LANGUAGES[language]))
     return Pair(f"to {language}: {source}", target)
 
 
@@ -113,26 +120,8 @@ def _plain(source: str) -> str:
     return source.partition(": ")[2]
 
 
-def _normal_spaces(text: str) -> str:
-    """CLDR's no-break and narrow spaces as plain ones, so that text can be typed and compared."""
-    return " ".join(text.split())
-
-
-def _take_distinct(facts: Iterator[Renderer], count: int, *, taken: set[str]) -> list[Pair]:
-    languages = list(TARGET_LANGUAGES)
-    pairs: list[Pair] = []
-    for fact in facts:
-        if len(pairs) == count:
-            break
-        pair = _pair(languages[len(pairs) % len(languages)], fact)
-        if _plain(pair.source) not in taken:
-            taken.add(_plain(pair.source))
-            pairs.append(pair)
-    return pairs
-
-
 def _facts(rng: random.Random) -> Iterator[Renderer]:
-    """Facts without end; a kind as often as its weight says."""
+    """An endless stream of facts, whose kinds are drawn by weight."""
     kinds = (_date, _time, _date_and_time, _measure, _money, _language_of_territory)
     weights = (6, 2, 2, 6, 4, 4)
     while True:
@@ -144,7 +133,7 @@ def _date(rng: random.Random) -> Renderer:
     width = rng.choice(("short", "medium", "long", "full"))
     day = _FIRST_DAY + datetime.timedelta(days=rng.randrange(_DAYS))
     if width == "medium" and day.month == _MONTH_WITHOUT_ABBREVIATION:
-        width = "full"  # in English 'May 4, 2021' is both medium and long, in German it is not
+        width = "full"  # English 'May 4, 2021' is both medium and long; German differs
     return lambda locale: format_date(day, width, locale=locale)
 
 
@@ -182,7 +171,7 @@ def _money(rng: random.Random) -> Renderer:
 
 
 def _amount(rng: random.Random, *, decimals: int) -> float:
-    """As many small amounts as large ones: 1 to 6 digits before the decimal point."""
+    """A random amount whose upper bound, 10 to 10**6, is drawn on a logarithmic scale."""
     return (
         round(rng.uniform(1, 10 ** rng.randint(1, 6)), decimals)
         if decimals
@@ -202,8 +191,3 @@ def _language(code: str) -> Renderer:
 
 def _territory(code: str) -> Renderer:
     return lambda locale: str(babel.Locale.parse(locale).territories[code])
-
-
-def _single_names() -> list[Pair]:
-    renderers = [_language(c) for c in _LANGUAGES] + [_territory(c) for c in _TERRITORIES]
-    return [_pair(language, render) for render in renderers for language in TARGET_LANGUAGES]

@@ -69,7 +69,7 @@ def checkpoint(folder):
         (folder / "checkpoint-7" / name).write_text("{}")
 
 
-def test_first_run_trains_from_a_settings_file_and_says_how_to_go_on(runner, tmp_path, capsys):
+def test_first_run_trains_from_a_settings_file_and_names_the_next_steps(runner, tmp_path, capsys):
     folder = tmp_path / "demo"
     assert demo.run(settings_of(folder)) == 0
     (given,) = runner.calls
@@ -82,8 +82,8 @@ def test_first_run_trains_from_a_settings_file_and_says_how_to_go_on(runner, tmp
     assert len((folder / "data" / "train.source").read_text().splitlines()) == SIZES["train"]
     text = capsys.readouterr().out
     for expected in (
-        "900 to learn from",
-        "On 20 test pairs never seen in training: BLEU 97.2, 95.0 % exact.",
+        "900 for training",
+        "On 20 test pairs not used for training: BLEU 97.2, 95.0 % exact.",
         "something else   (expected: ",
         "report.html",
         f"generate --model_name_or_path {folder}",
@@ -113,7 +113,7 @@ def test_second_run_shows_the_first_and_changes_nothing(runner, tmp_path, capsys
     text = capsys.readouterr().out
     assert "nothing was changed" in text
     assert "BLEU 97.2" in text
-    assert "How to go on" in text
+    assert "Next steps" in text
 
 
 def test_overwrite_trains_again(runner, tmp_path):
@@ -127,7 +127,7 @@ def test_overwrite_trains_again(runner, tmp_path):
 def test_half_a_run_is_resumed_without_touching_its_data(runner, tmp_path, capsys):
     runner.code = demo.INTERRUPTED
     assert demo.run(settings_of(tmp_path)) == demo.INTERRUPTED
-    assert "goes on where this stopped" in capsys.readouterr().out
+    assert "To resume, run the same command" in capsys.readouterr().out
     checkpoint(tmp_path)
     before = everything(tmp_path)
     runner.code = 0
@@ -150,7 +150,7 @@ def test_interruption_before_the_first_checkpoint_starts_again(runner, tmp_path)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_somebody_elses_run_is_left_alone(runner, tmp_path, overwrite):
     checkpoint(tmp_path)
-    with pytest.raises(UserError, match="holds a run that is not the demo's"):
+    with pytest.raises(UserError, match="contains a run that is not the demo's"):
         demo.run(settings_of(tmp_path, overwrite=overwrite))
     assert runner.calls == []
     assert {path.parts[0] for path in everything(tmp_path)} == {"checkpoint-7"}
