@@ -26,7 +26,7 @@ def mark_prepared(model: nn.Module) -> None:
 @relies_on(
     "torch",
     checked=("2.9", "2.13"),
-    reason="fully_shard gives the model a class of its own, whose name would end up in saved configs",
+    reason="fully_shard gives the model a new class, whose name would end up in saved configs",
     uses={"torch.distributed.fsdp.FSDPModule": None},
 )
 def keep_class_name(model: nn.Module, name: str) -> None:
