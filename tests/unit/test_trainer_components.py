@@ -131,8 +131,7 @@ def test_a_checkpoint_gives_back_what_was_trained(tmp_path):
     def save(step):
         state.global_step = step
         final = tmp_path / f"checkpoint-{step}"
-        native = pytest.fail
-        checkpointer.save(final, trained, run_files=run_files, write_native=native, best=None)
+        checkpointer.save(final, trained, run_files=run_files, best=None)
         return final
 
     run_state.leave_pending(evaluate=True, save=False)
