@@ -59,9 +59,9 @@ def work(backend: Backend, job: dict[str, Any], folder: Path) -> dict[str, Any]:
         collected = fits_at_once(moments)
         trainer._save_checkpoint(trainer.model, trial=None)
         with patch.object(checkpointing, "seen_by_all", lambda *_, **__: False):
-            args.output_dir = str(folder / "alone")
+            trainer.args.output_dir = str(folder / "alone")
             trainer._save_checkpoint(trainer.model, trial=None)
-    args.output_dir = str(folder / "full")
+    trainer.args.output_dir = str(folder / "full")
     refused_on_every_rank(trainer)
     return {"moments": moments, "slack": job["slack_mib"] * MIB, "collected": collected}
 
