@@ -1,4 +1,4 @@
-"""A process that forks ranks, a tiny model and an uninterrupted run for the tests of faults."""
+"""A tiny model and an uninterrupted run for the tests of faults."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import EVALUATES, Task, make_task
-from tests.support.forkserver import ForkServer, shared
-
-
-@pytest.fixture(scope="session")
-def server():
-    return shared()
+from tests.support.ranks import run_command
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +16,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 
 @pytest.fixture(scope="session")
-def whole(server: ForkServer, task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of the run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
-    server.run(task.words(folder / "run", *EVALUATES), ranks=1, folder=folder)
+    run_command(task.words(folder / "run", *EVALUATES), ranks=1, folder=folder)
     return folder / "run"

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import queue
 import random
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.runs import BOUND, STEPS, Task, deviation, history
-from tests.support.forkserver import ForkServer, Rank
 from tests.support.moments import NO_REPORT
+from tests.support.ranks import Rank, run_command, start_command, wait
 
 PROFILES = (
     ("cpu", 1),
@@ -31,6 +29,8 @@ IN_A_SAVE = 0.55
 LONGEST_SECONDS = 4.0
 """A kill that is aimed at no save comes within so many seconds of the start."""
 SAVE_SECONDS = 0.12
+ENDED = (-signal.SIGABRT, -signal.SIGKILL)
+"""Exit codes of a rank that was killed, and of one that ``wait`` has ended."""
 LEAVE_SECONDS = 30.0
 """How long the ranks that are left may take to see that one is gone."""
 
@@ -64,42 +64,31 @@ def kill_runs(
     count: int, task: Task, folder: Path, *, seed: int = 0, workers: int = 2
 ) -> Iterator[Outcome]:
     """So many runs, each killed one to three times and brought to its end."""
-    with ForkServer() as server:
-        server.run(task.words(folder / "whole", *FLAGS), ranks=1, folder=folder / "logs", **_QUIET)
-    with ExitStack() as stack:
-        free: queue.Queue[ForkServer] = queue.Queue()
-        for _ in range(workers):
-            free.put(stack.enter_context(ForkServer()))
+    run_command(task.words(folder / "whole", *FLAGS), ranks=1, folder=folder / "logs", **_QUIET)
 
-        def work(number: int) -> Outcome:
-            server = free.get()
-            try:
-                return one_run(server, task, folder, number, random.Random(f"{seed}-{number}"))
-            finally:
-                free.put(server)
+    def work(number: int) -> Outcome:
+        return one_run(task, folder, number, random.Random(f"{seed}-{number}"))
 
-        with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(work, range(count))
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(work, range(count))
 
 
 _QUIET = {"environment": {NO_REPORT: "1"}}
 
 
-def one_run(
-    server: ForkServer, task: Task, folder: Path, number: int, chance: random.Random
-) -> Outcome:
+def one_run(task: Task, folder: Path, number: int, chance: random.Random) -> Outcome:
     """Kill a run one to three times, go on by the same command, and look at what it gave."""
     profile, count = PROFILES[number % len(PROFILES)]
     output, logs = folder / f"run-{number}", folder / f"logs-{number}"
     words = task.words(output, *FLAGS, profile=profile, ranks=count)
     outcome, began = Outcome(profile), time.monotonic()
     for leg in range(chance.randint(1, 3)):
-        ranks = server.start(words, ranks=count, folder=logs / str(leg), **_QUIET)
-        kill = _kill(server, ranks, output, chance)
+        ranks = start_command(words, ranks=count, folder=logs / str(leg), **_QUIET)
+        kill = _kill(ranks, output, chance)
         if kill is not None:
             outcome.kills.append(kill)
         try:
-            codes = _wait(server, ranks, killed=kill is not None)
+            codes = _wait(ranks, killed=kill is not None)
         except AssertionError as error:
             outcome.trouble = f"ranks that were left did not end: {error}"
             return outcome
@@ -108,12 +97,12 @@ def one_run(
             outcome.trouble = f"a rank ended well although another was killed: {codes}"
             return outcome
         # 1: an error that says only that the other rank is gone, before the watchdog began.
-        wrong = [code for code in codes if code not in (0, 1, 75, -signal.SIGKILL)]
+        wrong = [code for code in codes if code not in (0, 1, 75, *ENDED)]
         if wrong:
             outcome.trouble = f"exit codes {codes}:\n" + "\n".join(r.text for r in ranks)
             return outcome
     try:
-        server.run(words, ranks=count, folder=logs / "last", **_QUIET)
+        run_command(words, ranks=count, folder=logs / "last", **_QUIET)
         outcome.deviation = deviation(output, folder / "whole")
         losses = history(output, "loss")
         if outcome.deviation > BOUND:
@@ -126,30 +115,28 @@ def one_run(
     return outcome
 
 
-def _wait(server: ForkServer, ranks: Sequence[Rank], *, killed: bool) -> list[int]:
+def _wait(ranks: Sequence[Rank], *, killed: bool) -> list[int]:
     """Wait for the ranks that are left; where none has saved yet, a launcher would end them.
 
     Before the ranks know of each other, they wait for the one that is gone.
     """
     try:
-        return server.wait(ranks, limit=LEAVE_SECONDS)
+        return wait(ranks, limit=LEAVE_SECONDS)
     except AssertionError:
         together = any("training" in rank.text or "loss" in rank.text for rank in ranks)
         if not killed or together:
             raise
-        return [code if code is not None else -9 for code in map(server.code, ranks)]
+        return [code if code is not None else -9 for code in (rank.poll() for rank in ranks)]
 
 
-def _kill(
-    server: ForkServer, ranks: Sequence[Rank], output: Path, chance: random.Random
-) -> Kill | None:
+def _kill(ranks: Sequence[Rank], output: Path, chance: random.Random) -> Kill | None:
     """Kill one rank or all of them at a random moment; None if the run was over before."""
     if chance.random() < IN_A_SAVE:
-        _wait_for_save(server, ranks, output, chance.randint(1, 3))
+        _wait_for_save(ranks, output, chance.randint(1, 3))
         time.sleep(chance.random() * SAVE_SECONDS)
     else:
         time.sleep(chance.random() * LONGEST_SECONDS)
-    if any(server.code(rank) is not None for rank in ranks):
+    if any(rank.poll() is not None for rank in ranks):
         return None
     victims = list(ranks) if chance.random() < 0.5 else [chance.choice(ranks)]
     for rank in victims:
@@ -159,13 +146,13 @@ def _kill(
     return Kill(len(victims), len(ranks), saving, not any(output.glob("checkpoint-*")))
 
 
-def _wait_for_save(server: ForkServer, ranks: Sequence[Rank], output: Path, wanted: int) -> None:
+def _wait_for_save(ranks: Sequence[Rank], output: Path, wanted: int) -> None:
     """Until the so-many-th checkpoint is being written, or the run is over."""
     seen: set[str] = set()
     looks = 0
     while len(seen) < wanted:
         seen |= {path.name for path in output.glob(".checkpoint-*.incomplete")}
         looks += 1
-        if looks % 50 == 0 and any(server.code(rank) is not None for rank in ranks):
+        if looks % 50 == 0 and any(rank.poll() is not None for rank in ranks):
             return
         time.sleep(0.002)

@@ -11,6 +11,7 @@ from s2s_scale.checkpoint import newest_verified
 from s2s_scale.errors import EXIT_RESUME
 from tests.faults.runs import BOUND, EVALUATED, EVALUATES, STEPS, deviation, history
 from tests.support.moments import MARK, MOMENT
+from tests.support.ranks import run_command, start_command, wait
 
 pytestmark = pytest.mark.slow
 SECONDS = 10.0
@@ -25,33 +26,31 @@ MOMENTS = {
 }
 
 
-def wait_for(path, ranks, server):
+def wait_for(path, ranks):
     deadline = time.monotonic() + 60
     while not path.exists():
         assert time.monotonic() < deadline, [rank.text for rank in ranks]
-        assert server.code(ranks[0]) is None, ranks[0].text
+        assert ranks[0].poll() is None, ranks[0].text
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_a_run_that_is_stopped_four_times_is_the_run_that_was_not(
-    server, task, whole, tmp_path, count
-):
+def test_a_run_that_is_stopped_four_times_is_the_run_that_was_not(task, whole, tmp_path, count):
     output, seconds = tmp_path / "run", {}
     profile = "cpu" if count == 1 else "cpu-ddp"
     words = task.words(output, *EVALUATES, profile=profile, ranks=count)
     for moment, (number, more, step) in MOMENTS.items():
         mark = tmp_path / moment
-        ranks = server.start(
+        ranks = start_command(
             [*words, *more],
             ranks=count,
             folder=tmp_path / f"at-{moment}",
             environment={MOMENT: moment, MARK: str(mark)},
         )
-        wait_for(mark, ranks, server)
+        wait_for(mark, ranks)
         began = time.monotonic()
         ranks[-1].send_signal(number)
-        codes = server.wait(ranks)
+        codes = wait(ranks)
         seconds[moment] = time.monotonic() - began
         texts = "\n".join(rank.text for rank in ranks)
         assert codes == [EXIT_RESUME] * count, texts
@@ -62,7 +61,7 @@ def test_a_run_that_is_stopped_four_times_is_the_run_that_was_not(
         assert step is None or f"at step {step}, saved in {saved}" in ranks[0].text
     print(f"{count} ranks: seconds from the signal to the end of all: {seconds}")
     assert max(seconds.values()) < SECONDS
-    server.run([*words, *GENERATE], ranks=count, folder=tmp_path / "end")
+    run_command([*words, *GENERATE], ranks=count, folder=tmp_path / "end")
     assert history(output, "loss") == pytest.approx(history(whole, "loss"), rel=BOUND)
     assert list(history(output, "loss")) == list(range(1, STEPS + 1))
     assert history(output, "eval_loss") == pytest.approx(history(whole, "eval_loss"), rel=BOUND)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 
 from s2s_scale.settings.profiles import resolve
 from tests.parity.matrix import CONFIGS, MESHES
-from tests.support.ranks import run_ranks
+from tests.support.worker import run_jobs
 
 BOUND = 1e-5
 SAVED_AT, STEPS, ROWS, ROWS_PER_STEP = 10, 20, 67, 12
@@ -122,7 +121,6 @@ def launch(
 
     With ``xla_python`` in one process, on so many virtual devices.
     """
-    folder.mkdir(parents=True)
     common = {
         "max_steps": STEPS,
         "save_strategy": "steps",
@@ -134,22 +132,25 @@ def launch(
         "batching": "sortish",
         "optim": "adamw_torch",
     }
-    job = {"rows": ROWS, "rows_per_step": ROWS_PER_STEP, "runs": runs}
-    path = folder / "job.json"
-    path.write_text(json.dumps({**job, "arguments": {**common, **arguments}}), encoding="utf-8")
-    worker = ["tests.support.moves_worker", str(path)]
+    jobs = {
+        one["name"]: {
+            **one,
+            "rows": ROWS,
+            "rows_per_step": ROWS_PER_STEP,
+            "arguments": {**common, **arguments, **one["arguments"]},
+        }
+        for one in runs
+    }
     environment = {**resolve("cpu-xla").environment, "CPU_NUM_DEVICES": str(ranks)}
-    results = run_ranks(
-        worker,
+    return run_jobs(
+        "tests.support.moves:work",
+        jobs,
         ranks=1 if xla_python else ranks,
         folder=folder,
         limit=2400,
         environment=environment if xla_python else None,
         python=xla_python,
-    )
-    for rank, result in enumerate(results):
-        assert result.code == 0, f"rank {rank}:\n{result.output}"
-    return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    )[0]
 
 
 def compare(source: Side, target: Side, found: dict[str, Any], whole: dict[str, Any]) -> Move:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from s2s_scale.backends import BACKENDS
-from tests.support.ranks import run_ranks
+from tests.support.worker import run_ranks
 
 LIBRARIES = {"fairscale_oss": "fairscale", "deepspeed": "deepspeed", "xla": "torch_xla"}
 # torch-xla needs a torch of its own: each environment holds the backends that it has.
@@ -18,6 +18,5 @@ CASES = [(name, ranks) for name in HERE for ranks in (1, 2) if (name, ranks) != 
 
 @pytest.mark.parametrize(("name", "ranks"), CASES)
 def test_contract(tmp_path, name, ranks):
-    words = ["tests.support.contract_worker", name, str(tmp_path)]
-    for rank, result in enumerate(run_ranks(words, ranks=ranks, folder=tmp_path)):
-        assert result.code == 0, f"rank {rank}:\n{result.output}"
+    job = {"backend": "xla:data" if name == "xla" else name}
+    run_ranks("tests.support.contract:work", job, ranks=ranks, folder=tmp_path)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.support.copying import write_copy_task
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_command
 
 TRAINING = """
     --max_steps 12 --learning_rate 1e-3 --warmup_steps 4 --logging_steps 1 --dropout 0 --seed 0
@@ -19,13 +19,10 @@ TRAINING = """
 
 def train(folder, *, profile, ranks, model, data):
     """Train with 16 rows a step on ``ranks`` ranks; the logs, results and generated texts."""
-    folder.mkdir()
-    words = ["s2s_scale", "train", "--profile", profile, "--model", str(model)]
+    words = ["train", "--profile", profile, "--model", str(model)]
     words += ["--data_dir", str(data), "--output_dir", str(folder / "run"), *TRAINING]
     words += ["--per_device_train_batch_size", str(16 // ranks)]
-    results = run_ranks(words, ranks=ranks, folder=folder)
-    for rank, result in enumerate(results):
-        assert result.code == 0, f"rank {rank}:\n{result.output}"
+    outputs = run_command(words, ranks=ranks, folder=folder)
     run = folder / "run"
     state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
     return {
@@ -33,7 +30,7 @@ def train(folder, *, profile, ranks, model, data):
         "results": json.loads((run / "all_results.json").read_text(encoding="utf-8")),
         "texts": (run / "test_generations.txt").read_text(encoding="utf-8"),
         "files": sorted(path.name for path in run.iterdir()),
-        "outputs": [result.output for result in results],
+        "outputs": outputs,
     }
 
 

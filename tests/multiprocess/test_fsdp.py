@@ -8,7 +8,7 @@ import pytest
 
 from s2s_scale.backends import make_backend
 from s2s_scale.errors import UserError
-from tests.support.shares_worker import run_all
+from tests.support.shares import run_all
 
 STEPS = 12
 BAD = {"4": "nan", "6": "inf", "9": "spike"}

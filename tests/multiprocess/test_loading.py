@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.copying import write_copy_task
 from tests.support.families import tiny_folder
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_command
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed (extra: deepspeed)")
 
@@ -20,12 +20,10 @@ SETTINGS = """
 
 def history(folder, *, model, data, profile, ranks):
     """(loss, gradient norm) of each step, trained by the command with 8 rows a step."""
-    folder.mkdir()
-    words = ["s2s_scale", "train", "--profile", profile, "--model_name_or_path", str(model)]
+    words = ["train", "--profile", profile, "--model_name_or_path", str(model)]
     words += ["--data_dir", str(data), "--output_dir", str(folder / "run"), *SETTINGS]
     words += ["--per_device_train_batch_size", str(8 // ranks)]
-    for rank, result in enumerate(run_ranks(words, ranks=ranks, folder=folder)):
-        assert result.code == 0, f"rank {rank}:\n{result.output}"
+    run_command(words, ranks=ranks, folder=folder)
     state = json.loads((folder / "run" / "trainer_state.json").read_text(encoding="utf-8"))
     return [(row["loss"], row["grad_norm"]) for row in state["log_history"] if "loss" in row]
 

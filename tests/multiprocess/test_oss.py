@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.adam import assert_same_weights
-from tests.support.shares_worker import run_all
+from tests.support.shares import run_all
 
 STEPS = 20
 OPTIMIZERS = {

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.adam import assert_same_weights
 from tests.support.families import FAMILY_NAMES
-from tests.support.shares_worker import run_all
+from tests.support.shares import run_all
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 WAYS = ("ddp", "zero2", "zero3")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from s2s_scale.checkpoint import verify
 from tests.support.adam import assert_same_weights
-from tests.support.ranks import run_ranks
+from tests.support.worker import run_ranks
 
 STEPS = 8
 ROWS_PER_STEP = 12
@@ -16,7 +14,6 @@ ROWS_PER_STEP = 12
 
 def figures(folder, *, family, ranks, smoothing, accumulation=1, rows=31):
     """Train on ``ranks`` ranks with the same rows in each step, whatever their number."""
-    folder.mkdir(parents=True)
     job = {
         "family": family,
         "rows": rows,
@@ -34,12 +31,7 @@ def figures(folder, *, family, ranks, smoothing, accumulation=1, rows=31):
             "save_steps": 5,
         },
     }
-    path = folder / "job.json"
-    path.write_text(json.dumps(job), encoding="utf-8")
-    results = run_ranks(["tests.support.rank_worker", str(path)], ranks=ranks, folder=folder)
-    for rank, result in enumerate(results):
-        assert result.code == 0, f"rank {rank}:\n{result.output}"
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return run_ranks("tests.support.figures:work", job, ranks=ranks, folder=folder)[0]
 
 
 @pytest.mark.parametrize(

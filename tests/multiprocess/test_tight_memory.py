@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from s2s_scale.checkpoint.portable import (
 )
 from s2s_scale.checkpoint.tensors import TensorReader
 from tests.parity.matrix import CONFIGS
-from tests.support.ranks import run_ranks
-from tests.support.tight_worker import wide_model
+from tests.support.families import wide_model
+from tests.support.worker import run_jobs
 
 D_FF = 4_096
 """64 MiB of weights, 128 MiB of moments, of which each of two ranks holds half."""
@@ -43,21 +42,16 @@ RUNS = [
 
 @pytest.mark.slow
 def test_a_sharded_state_is_saved_by_ranks_that_could_not_hold_it(tmp_path):
-    job = {"d_ff": D_FF, "slack_mib": SLACK_MIB, "runs": RUNS}
-    path = tmp_path / "job.json"
-    path.write_text(json.dumps(job), encoding="utf-8")
-    ranks = run_ranks(
-        ["tests.support.tight_worker", str(path)],
+    found = run_jobs(
+        "tests.support.tight:work",
+        {one["name"]: {**one, "d_ff": D_FF, "slack_mib": SLACK_MIB} for one in RUNS},
         ranks=2,
         folder=tmp_path,
         # Arenas of other threads would take 64 MiB of address space each, used or not; and tensors
         # of one run that are freed must not leave a hole in the heap that holds the next one's.
         environment={"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(MIB)},
         python=sys.executable,
-    )
-    for rank, result in enumerate(ranks):
-        assert result.code == 0, f"rank {rank}:\n{result.output}"
-    found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    )[0]
     names = dict(wide_model(64).named_parameters())
     for one in RUNS:
         sizes = found[one["name"]]

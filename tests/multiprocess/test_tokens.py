@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.support.adam import assert_same_weights
-from tests.support.ranks import run_ranks
+from tests.support.worker import run_ranks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 STEPS = 9
@@ -18,7 +17,6 @@ TOKENS = {"batching": "tokens", "tokens_per_step": 150, "groups_per_step": 2}
 
 def figures(folder, *, ranks, config=None, resume=None, **arguments):
     """Train a T5 on 43 rows; the plan is the same whatever the ranks and the budget per device."""
-    folder.mkdir(parents=True)
     own = {"deepspeed": str(CONFIGS / f"{config}.json")} if config else {}
     job = {
         "family": "t5",
@@ -41,12 +39,7 @@ def figures(folder, *, ranks, config=None, resume=None, **arguments):
             **own,
         },
     }
-    path = folder / "job.json"
-    path.write_text(json.dumps(job), encoding="utf-8")
-    results = run_ranks(["tests.support.rank_worker", str(path)], ranks=ranks, folder=folder)
-    for rank, result in enumerate(results):
-        assert result.code == 0, f"rank {rank}:\n{result.output}"
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return run_ranks("tests.support.figures:work", job, ranks=ranks, folder=folder)[0]
 
 
 def same(found, expected):

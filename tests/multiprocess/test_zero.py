@@ -10,7 +10,7 @@ import pytest
 
 from s2s_scale.optim import arg_to_scheduler
 from tests.support.adam import assert_same_weights
-from tests.support.shares_worker import run_all
+from tests.support.shares import run_all
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 STEPS = 12

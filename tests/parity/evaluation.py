@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from s2s_scale import cli
+from s2s_scale.settings.profiles import resolve
 from tests.support.copying import write_copy_task
-from tests.support.ranks import run_ranks
+from tests.support.worker import run_ranks
 
 ROWS = 997
 BEAMS = (1, 4)
@@ -53,17 +53,20 @@ def write_model(folder: Path) -> Path:
 
 def evaluated(work: Path, folder: Path, *, profile: str, ranks: int) -> dict[int, Texts]:
     """Beams -> texts and metrics under ``profile`` on so many ranks."""
-    folder.mkdir(parents=True)
-    words = ["tests.support.evaluation_worker", ",".join(map(str, BEAMS))]
-    words += ["--profile", profile, "--model", str(work / "model")]
+    words = ["--profile", profile, "--model", str(work / "model")]
     words += ["--data_dir", str(work / "data"), "--output_dir", str(folder / "run"), *STEP]
-    for rank, result in enumerate(run_ranks(words, ranks=ranks, folder=folder, limit=600)):
-        assert result.code == 0, f"{profile}, rank {rank}:\n{result.output}"
+    first = run_ranks(
+        "tests.support.evaluation:work",
+        {"backend": resolve(profile).backend, "words": words, "beams": BEAMS},
+        ranks=ranks,
+        folder=folder,
+        limit=600,
+        environment=resolve(profile).environment,
+    )[0]
     found = {}
-    for number in BEAMS:
-        result = json.loads((folder / "run" / f"beams-{number}.json").read_text(encoding="utf-8"))
+    for number, result in first["beams"].items():
         metrics = {name: result["metrics"][name] for name in METRICS}
-        found[number] = Texts(tuple(result["texts"]), metrics, result["held"])
+        found[int(number)] = Texts(tuple(result["texts"]), metrics, first["held"])
     return found
 
 

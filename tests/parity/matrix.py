@@ -12,7 +12,7 @@ import torch
 from s2s_scale.doctor.parity import Case, Deviation, Figures, Job, compare, read
 from s2s_scale.models.tiny import FAMILY_NAMES
 from s2s_scale.settings.profiles import resolve
-from tests.support.ranks import run_ranks
+from tests.support import worker
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 CASES = tuple(Case(family, smoothing) for family in FAMILY_NAMES for smoothing in (0.0, 0.1))
@@ -59,17 +59,22 @@ def run_jobs(
     for name, job in jobs.items():
         (folder / name).mkdir(parents=True)
         job.write(folder / name / "job.json")
-    worker = ["tests.support.parity_worker", backend, *(str(folder / name) for name in jobs)]
-    logs = folder / next(iter(jobs))
-    results = run_ranks(
-        worker,
+    stock = backend == "transformers"
+    worker.run_jobs(
+        "tests.support.parity:work",
+        {
+            name: {
+                "backend": "local" if stock else backend,
+                "device": "cpu" if job.use_cpu else "cuda",
+                "stock": stock,
+            }
+            for name, job in jobs.items()
+        },
         ranks=ranks,
-        folder=logs,
+        folder=folder,
         limit=900,
         environment={**resolve("cpu-xla").environment, "CPU_NUM_DEVICES": str(devices)},
     )
-    for rank, result in enumerate(results):
-        assert result.code == 0, f"{backend}, rank {rank}:\n{result.output}"
 
 
 def reference(job: Job, folder: Path) -> list[Figures]:

@@ -85,3 +85,21 @@ def tiny_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_folder(name, folder))  # type: ignore[no-any-return]
+
+
+def wide_model(d_ff: int) -> Any:
+    """A T5 nearly all of whose weights are in 32 equal matrices, which any sharing divides."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=64,
+            d_model=128,
+            d_kv=16,
+            num_heads=2,
+            d_ff=d_ff,
+            num_layers=8,
+            decoder_start_token_id=0,
+            dropout_rate=0.0,
+        )
+    )

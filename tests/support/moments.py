@@ -50,9 +50,9 @@ def _evaluation(count: int) -> None:
 
 
 def _generation(count: int) -> None:
-    from s2s_scale import Seq2SeqTrainer
+    from s2s_scale.trainer.evaluation import Generator
 
-    _wrap(Seq2SeqTrainer, "_generate", count)
+    _wrap(Generator, "generate", count)
 
 
 def _wrap(owner: Any, name: str, count: int, *, seconds: float = SECONDS) -> None:

@@ -120,11 +120,6 @@ def test_a_missing_data_folder(training, tmp_path):
     refused(outcome, f"--data_dir {tmp_path}/nowhere: no such folder", "correct the path")
 
 
-def test_no_data_at_all(training):
-    outcome = training()
-    refused(outcome, "no data: expected --data_dir or --train_file or --dataset_name")
-
-
 @pytest.mark.parametrize(
     ("flag", "split"),
     [("--do_predict", "test"), ("--do_eval", "val"), ("--eval_strategy=steps", "val")],

@@ -55,11 +55,6 @@ def hostfile(tmp_path: Path) -> Callable[[str], Path]:
 # ---- Profiles ----
 
 
-def test_unknown_profile(training):
-    outcome = training("--profile", "cpu-zer2")
-    refused(outcome, "unknown profile 'cpu-zer2'", "did you mean 'cpu-zero2'", "one of: cpu")
-
-
 @pytest.mark.parametrize("profile", ["gpu", "gpu-ddp", "gpu-zero3"])
 def test_a_profile_for_a_device_that_is_not_there(training, monkeypatch, profile):
     monkeypatch.setattr(profiles, "cuda_is_here", lambda: False)
@@ -143,9 +138,8 @@ def test_a_configuration_for_another_backend(training):
     refused(outcome, "--deepspeed zero2", "has no effect", "cpu-zero2 or gpu-zero2")
 
 
-@pytest.mark.parametrize("flag", ["--adafactor", "--optim=adafactor"])
-def test_adafactor_under_zero(training, flag):
-    outcome = training("--profile", "cpu-zero2", flag)
+def test_adafactor_under_zero(training):
+    outcome = training("--profile", "cpu-zero2", "--optim=adafactor")
     refused(outcome, "ZeRO 2 keeps flat pieces", "--optim adamw_torch", "cpu-oss")
 
 
@@ -156,12 +150,6 @@ def test_adafactor_under_zero(training, flag):
     ("text", "parts"),
     [
         ("worker-1 slots=0\n", [":1: host 'worker-1' has 0 slots", "expected at least 1"]),
-        ("worker-1 slots=2 slots=4\n", [":1: host 'worker-1'", "given twice", "slots=4"]),
-        ("worker-1\n", [":1: host 'worker-1' has no slots", "expected a line such as"]),
-        (
-            "worker-1 slots=1\nworker-2 slots=1\nworker-1 slots=1\n",
-            [":3: host 'worker-1' is given twice (first in line 1)", "keep one"],
-        ),
         ("# nobody\n", ["names no host", "expected lines such as"]),
     ],
 )
@@ -179,10 +167,7 @@ def test_a_host_file_that_is_not_there(training):
     ("flags", "parts"),
     [
         (("--num_nodes", 3), ["--num_nodes 3: the host file names 2 (worker-1, worker-2)"]),
-        (("--num_processes", 2), ["--num_processes 2: host 'worker-1' has 1 slots"]),
         (("--include", "worker-3"), ["no host 'worker-3'", "worker-1, worker-2"]),
-        (("--include", "worker-1:7"), ["host 'worker-1' has no slot 7; expected 0 to 0"]),
-        (("--exclude", "worker-1@worker-2"), ["leaves no host", "exclude less"]),
     ],
 )
 def test_hosts_and_slots_that_the_host_file_does_not_name(training, hostfile, flags, parts):

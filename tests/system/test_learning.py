@@ -12,7 +12,7 @@ import torch
 from s2s_scale import cli
 from tests.support.copying import write_copy_task
 from tests.support.families import FAMILY_NAMES
-from tests.support.forkserver import shared
+from tests.support.ranks import run_command
 
 STEPS = 200
 NEW = "--size tiny --vocab_size 300 --seed 0".split()
@@ -64,5 +64,5 @@ def test_a_new_model_learns_to_copy_and_is_the_same_after_reloading(family, tmp_
     after = tmp_path / "after.txt"
     words = ("--input", data / "val.source", "--output", after, "--max_length", 16)
     generate = ["generate", "--model", trained, *words, *languages]
-    shared().run(generate, ranks=1, folder=tmp_path / "logs")
+    run_command(generate, ranks=1, folder=tmp_path / "logs")
     assert after.read_text().splitlines() == before

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,8 @@ import pytest
 
 from tests.support.command import run_command
 from tests.support.families import FAMILY_NAMES, TINY_TEXTS, tiny_folder
+from tests.support.worker import run_ranks
+from tests.support.xla_training import virtual_devices
 
 pytestmark = [
     pytest.mark.skipif(find_spec("torch_xla") is None, reason="torch-xla is not installed"),
@@ -25,22 +24,18 @@ GRAPHS = 3  # encoder with the first token, every further token, collecting the 
 
 
 def generated(
-    folder: Path, families: list[str], *, devices: int, mesh: dict[str, int], rows: int, runs: str
+    folder: Path, families: list[str], *, backend: str, devices: int, rows: int, searches: list[str]
 ) -> list[dict[str, Any]]:
-    """What the worker found for each family and each of ``runs``, comma-separated."""
-    output = folder / "runs.json"
-    words = [",".join(families), runs, str(devices), json.dumps(mesh), str(rows), str(output)]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.xla_generation_worker", *words],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
-        capture_output=True,
-        text=True,
-        timeout=540,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: list[dict[str, Any]] = json.loads(output.read_text())
-    assert len(found) == len(runs.split(",")) * len(families)
+    """What came out for each family and each of ``searches``."""
+    job = {"backend": backend, "families": families, "searches": searches, "rows": rows}
+    environment = {
+        **virtual_devices(devices),
+        "XLA_PERSISTENT_CACHE_PATH": "",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    work = "tests.support.xla_generation:work"
+    found = run_ranks(work, job, folder=folder, limit=540, environment=environment)[0]
+    assert len(found) == len(searches) * len(families)
     return found
 
 
@@ -55,15 +50,20 @@ def check(run: dict[str, Any], rows: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_one_device_gives_the_cpus_tokens_on_300_rows(family: str, tmp_path: Path) -> None:
-    for run in generated(tmp_path, [family], devices=1, mesh={}, rows=ROWS, runs="greedy,beams"):
+    searches = ["greedy", "beams"]
+    for run in generated(
+        tmp_path, [family], backend="xla", devices=1, rows=ROWS, searches=searches
+    ):
         check(run, ROWS)
         assert run["compilations"][0] <= 2  # nothing to collect
 
 
-@pytest.mark.parametrize("mesh", [{"data": -1}, {"fsdp": -1}], ids=["data", "fsdp"])
-def test_four_devices_give_the_cpus_tokens(mesh: dict[str, int], tmp_path: Path) -> None:
-    families, runs = ["t5", "fsmt"], "beams,options"
-    for run in generated(tmp_path, families, devices=4, mesh=mesh, rows=60, runs=runs):
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_four_devices_give_the_cpus_tokens(axis: str, tmp_path: Path) -> None:
+    families, searches, backend = ["t5", "fsmt"], ["beams", "options"], f"xla:{axis}"
+    for run in generated(
+        tmp_path, families, backend=backend, devices=4, rows=60, searches=searches
+    ):
         check(run, 60)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.families import FAMILY_NAMES
-from tests.support.xla_worker import run_jobs
+from tests.support.xla_training import run_jobs
 
 pytest.importorskip("torch_xla", reason="torch-xla has an environment of its own: make test-xla")
 

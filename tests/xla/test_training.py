@@ -10,7 +10,7 @@ from safetensors import safe_open
 from s2s_scale.trainer.metrics import SETUP_COMPILATIONS
 from tests.support.adam import assert_same_weights
 from tests.support.families import tiny_model
-from tests.support.xla_worker import run_job, run_jobs
+from tests.support.xla_training import run_job, run_jobs
 
 pytest.importorskip("torch_xla", reason="torch-xla has an environment of its own: make test-xla")
 

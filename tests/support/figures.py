@@ -1,39 +1,19 @@
-"""What one rank does in the multi-process tests: train and evaluate, and print the figures.
-
-Usage: python -m tests.support.rank_worker SETTINGS.json
-"""
+"""What one rank does in tests of the numbers: train and evaluate, and tell every figure."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from s2s_scale.backends import make_backend
+from s2s_scale.backends import Backend
 from s2s_scale.data.collators import Seq2SeqCollator
 from tests.support.training import fresh, history, ragged_rows, settings
 
 
-def main(path: Path) -> None:
-    """Read the job, do it on this rank, and let rank 0 write ``result.json`` beside it."""
-    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    backend = make_backend(job.get("backend", "local"), "cpu")
-    problems = backend.problems()
-    assert not problems, problems
-    backend.prepare_process()
-    try:
-        result = run(job, path.parent, backend)
-        if backend.collectives.rank == 0:
-            (path.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    finally:
-        backend.close()
-
-
-def run(job: dict[str, Any], folder: Path, backend: Any) -> dict[str, Any]:
+def work(backend: Backend, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train, evaluate with and without generated text, and collect every figure."""
     import datasets
 
@@ -67,7 +47,3 @@ def run(job: dict[str, Any], folder: Path, backend: Any) -> dict[str, Any]:
         ],
         "world_size": backend.collectives.world_size,
     }
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

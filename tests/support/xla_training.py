@@ -1,16 +1,13 @@
 """Runs of our trainer on virtual XLA devices, or on the CPU: what tests/xla looks at.
 
-Usage: python -m tests.support.xla_worker FOLDER…, each with a ``job.json``: ``backend``
-("xla:data", "xla:fsdp" or "local"; the same in all), ``family``, ``longest`` row, ``rows``,
+A job has ``backend`` ("xla:data", "xla:fsdp" or "local"), ``family``, ``longest`` row, ``rows``,
 ``arguments`` for training, ``resume`` (a checkpoint's folder), ``evaluate`` (train, then evaluate),
 ``unpacked`` (the packed plan's steps without packing), ``weights`` (tell all of them) and
-``spoilt`` (see ``Spoilt``). Writes ``result.json`` beside each job.
+``spoilt`` (see ``Spoilt``).
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from s2s_scale.backends import Backend, make_backend
+from s2s_scale.backends import Backend
 from s2s_scale.data.collators import Seq2SeqCollator
-from s2s_scale.doctor.compat import forget_accelerate_settings
 from s2s_scale.settings.profiles import resolve
-from tests.support.ranks import run_ranks
+from tests.support import worker
 from tests.support.training import Spoilt, Unpacked, history, ragged_rows, settings
 
 
@@ -35,18 +31,8 @@ def run_jobs(
     jobs: dict[str, dict[str, Any]], folder: Path, *, devices: int = 4, limit: float = 400
 ) -> dict[str, Any]:
     """Run jobs of one backend in one process, one after the other; what they wrote, by name."""
-    for name, job in jobs.items():
-        (folder / name).mkdir(parents=True)
-        (folder / name / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    words = ["tests.support.xla_worker", *(str(folder / name) for name in jobs)]
-    (result,) = run_ranks(
-        words, ranks=1, folder=folder, limit=limit, environment=virtual_devices(devices)
-    )
-    assert result.code == 0, result.output
-    return {
-        name: json.loads((folder / name / "result.json").read_text(encoding="utf-8"))
-        for name in jobs
-    }
+    work, environment = "tests.support.xla_training:work", virtual_devices(devices)
+    return worker.run_jobs(work, jobs, folder=folder, limit=limit, environment=environment)[0]
 
 
 def virtual_devices(count: int) -> dict[str, str]:
@@ -73,23 +59,7 @@ class Counter(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
 
 
-def main(folders: list[Path]) -> None:
-    """Do the jobs."""
-    jobs = [json.loads((folder / "job.json").read_text(encoding="utf-8")) for folder in folders]
-    kind, _, axis = jobs[0]["backend"].partition(":")
-    backend = make_backend(kind, "cpu", {axis: -1} if axis else None)
-    backend.prepare_process()
-    try:
-        for job, folder in zip(jobs, folders, strict=True):
-            assert job["backend"] == jobs[0]["backend"]
-            forget_accelerate_settings()  # accelerate keeps its settings for the whole process
-            result = run(job, folder, backend)
-            (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    finally:
-        backend.close()
-
-
-def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
+def work(backend: Backend, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train, and tell what it took and gave."""
     from tests.support.families import tiny_model
 
@@ -177,7 +147,3 @@ def held_per_device(trainer: Seq2SeqTrainer) -> dict[str, Any]:
             found["specs"].append(spec)
         found[name] = {"whole": whole, "first": first, "stuck": stuck}
     return found
-
-
-if __name__ == "__main__":
-    main([Path(word) for word in sys.argv[1:]])

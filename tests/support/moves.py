@@ -1,15 +1,8 @@
-"""One rank of the tests of moves: several runs after each other, each under its own backend.
-
-Usage: python -m tests.support.moves_worker JOB.json
-"""
+"""One rank of the tests of moves: a run whose rows are noted, interrupted where it is told to."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +10,8 @@ import torch
 from transformers import TrainerCallback
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from s2s_scale.backends import Backend, make_backend
+from s2s_scale.backends import Backend
 from s2s_scale.data.collators import SEGMENT_IDS, Seq2SeqCollator
-from s2s_scale.doctor.compat import forget_accelerate_settings
 from s2s_scale.models.tiny import ragged_rows, tiny_model
 from tests.support.training import settings
 
@@ -85,42 +77,16 @@ class Watched(Seq2SeqTrainer):
         return super().training_step(model, inputs, *args, **more)
 
 
-def main(path: Path) -> None:
-    """Do the job's runs; rank 0 writes ``result.json`` beside the job."""
-    job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    results = {}
-    backends: list[Backend] = []
-    try:
-        for number, one in enumerate(job["runs"]):
-            kind, _, axis = one["backend"].partition(":")
-            backends.append(make_backend(kind, "cpu", {axis: -1} if axis else None))
-            backends[-1].prepare_process()
-            results[one["name"]] = run(job, one, path.parent / f"{number}", backends[-1])
-            _forget()
-        if backends[0].collectives.rank == 0:
-            (path.parent / "result.json").write_text(json.dumps(results), encoding="utf-8")
-    finally:
-        backends[-1].close()
-
-
-def _forget() -> None:
-    """What a run leaves in this process that would make the next one another kind of run."""
-    forget_accelerate_settings()
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    gc.collect()
-
-
-def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
+def work(backend: Backend, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One run; its losses by step, its ledger, and where its final weights are."""
-    arguments = {**job["arguments"], **one["arguments"]}
-    values = settings(Path(one.get("output") or folder), **arguments)
+    values = settings(Path(job.get("output") or folder), **job["arguments"])
     devices = backend.collectives.world_size * backend.rows_multiple
     if "tokens_per_step" not in values:
         values["per_device_train_batch_size"] = job["rows_per_step"] // devices
     args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
     model = tiny_model(job.get("family", "t5")).train()
     rows = ragged_rows(model, job["rows"])
-    ledger = Ledger(rows, one.get("stop_at"))
+    ledger = Ledger(rows, job.get("stop_at"))
     trainer = Watched(
         model=model,
         args=args,
@@ -131,9 +97,9 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
     )
     trainer.ledger = ledger
     with contextlib.suppress(Interrupted):
-        trainer.train(resume_from_checkpoint=one.get("resume"))
+        trainer.train(resume_from_checkpoint=job.get("resume"))
     weights = backend.full_weights(trainer.model)
-    file = folder.with_suffix(".pt")
+    file = folder.parent / f"{folder.name}.pt"
     if backend.collectives.rank == 0:
         torch.save(weights, file)
     parts = backend.collectives.gather_objects(ledger.steps)
@@ -144,7 +110,3 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
         "ledger": {s: sorted(row for part in parts for row in part[s]) for s in parts[0]},
         "weights": str(file),
     }
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

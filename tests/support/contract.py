@@ -1,38 +1,28 @@
-"""One rank of the backend contract: every method of ``Backend``, as its docstring promises.
-
-Usage: python -m tests.support.contract_worker BACKEND FOLDER
-"""
+"""One rank of the backend contract: every method of ``Backend``, as its docstring promises."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from s2s_scale.backends import Backend, make_backend
+from s2s_scale.backends import Backend
 from s2s_scale.generation.shrinking import generate
 from tests.support.families import tiny_model
 
 
-def main(name: str, folder: Path) -> None:
-    """Hold the backend called ``name`` to its contract; an assertion that fails ends the rank."""
-    backend = make_backend(name, "cpu", {"data": -1} if name == "xla" else None)
-    assert list(backend.problems()) == []
+def work(backend: Backend, job: dict[str, Any], folder: Path) -> None:
+    """Hold the backend to its contract; an assertion that fails ends the rank."""
     values = {"learning_rate": 1e-3, "output_dir": str(folder)}
-    backend.prepare_process()
-    try:
-        overridden = backend.training_overrides(values, trains=True)
-        assert values == {"learning_rate": 1e-3, "output_dir": str(folder)}, "changed in place"
-        assert overridden.items() >= values.items()
-        shares(backend)
-        collectives(backend)
-        main_first(backend, folder)
-        optimizer(backend)
-    finally:
-        backend.close()
+    overridden = backend.training_overrides(values, trains=True)
+    assert values == {"learning_rate": 1e-3, "output_dir": str(folder)}, "changed in place"
+    assert overridden.items() >= values.items()
+    shares(backend)
+    collectives(backend)
+    main_first(backend, folder)
+    optimizer(backend)
 
 
 def device_of(backend: Backend) -> torch.device:
@@ -206,7 +196,3 @@ def dropped_updates(backend: Backend, built: Any, model: torch.nn.Module) -> Non
     assert bool(backend.skip_update_where(built, bad))
     built.step()
     backend.flush()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,20 +1,16 @@
 """One rank of a save in an address space that cannot hold the optimizer's whole state.
 
-Usage: python -m tests.support.tight_worker JOB.json. Each run trains one step, lets the address
-space grow by ``slack`` bytes at most, and saves; ``collect`` first tries to hold the whole state on
-every rank at once, which must not fit. It is saved twice: by both ranks together, and under
-``alone`` by rank 0, as where the ranks share no folder. Rank 0 writes ``result.json`` beside the
-job.
+A run trains one step, lets the address space grow by ``slack`` bytes at most, and saves; before,
+it tries to hold the whole state on every rank at once, which must not fit. It is saved twice: by
+both ranks together, and under ``alone`` by rank 0, as where the ranks share no folder.
 """
 
 from __future__ import annotations
 
 import errno
 import gc
-import json
 import os
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,65 +20,28 @@ import pytest
 
 from benchmarks.fresh import MIB, process_memory
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from s2s_scale.backends import Backend, base, make_backend
+from s2s_scale.backends import Backend, base
 from s2s_scale.checkpoint import SaveError
 from s2s_scale.checkpoint.tensors import TensorWriter
 from s2s_scale.data.collators import Seq2SeqCollator
-from s2s_scale.doctor.compat import forget_accelerate_settings
 from s2s_scale.models.tiny import ragged_rows
 from s2s_scale.trainer import checkpointing
+from tests.support.families import wide_model
 from tests.support.limits import limited
 from tests.support.training import settings
 
-
-def main(path: Path) -> None:
-    """Do the job's runs one after the other."""
-    job = json.loads(path.read_text(encoding="utf-8"))
-    # Kept, the memory that a step has freed would do for the whole state as well.
-    base.keep_freed_memory = lambda: False
-    backend = None
-    results = {}
-    try:
-        for one in job["runs"]:
-            forget_accelerate_settings()
-            backend = make_backend(one["backend"], "cpu")
-            backend.prepare_process()
-            results[one["name"]] = run(job, one, path.parent / one["name"], backend)
-            gc.collect()
-        assert backend is not None
-        if backend.collectives.rank == 0:
-            (path.parent / "result.json").write_text(json.dumps(results), encoding="utf-8")
-    finally:
-        if backend is not None:
-            backend.close()
+# Kept, the memory that a step has freed would do for the whole state as well.
+base.keep_freed_memory = lambda: False
 
 
-def wide_model(d_ff: int) -> Any:
-    """A T5 nearly all of whose weights are in 32 equal matrices, which any sharing divides."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=64,
-            d_model=128,
-            d_kv=16,
-            num_heads=2,
-            d_ff=d_ff,
-            num_layers=8,
-            decoder_start_token_id=0,
-            dropout_rate=0.0,
-        )
-    )
-
-
-def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
+def work(backend: Backend, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train a step and save within bounds; sizes, and whether the whole state would have fitted."""
     values = settings(
         folder,
         max_steps=1,
         per_device_train_batch_size=4,
         checkpoint_shard_mib=8,
-        **one["arguments"],
+        **job["arguments"],
     )
     args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
     model = wide_model(job["d_ff"])
@@ -100,9 +59,9 @@ def run(job: dict[str, Any], one: dict[str, Any], folder: Path, backend: Backend
         collected = fits_at_once(moments)
         trainer._save_checkpoint(trainer.model, trial=None)
         with patch.object(checkpointing, "seen_by_all", lambda *_, **__: False):
-            args.output_dir = str(folder / "alone")
+            trainer.args.output_dir = str(folder / "alone")
             trainer._save_checkpoint(trainer.model, trial=None)
-    args.output_dir = str(folder / "full")
+    trainer.args.output_dir = str(folder / "full")
     refused_on_every_rank(trainer)
     return {"moments": moments, "slack": job["slack_mib"] * MIB, "collected": collected}
 
@@ -139,7 +98,3 @@ def fits_at_once(count: int) -> bool:
     except MemoryError:
         return False
     return True
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,14 +1,9 @@
-"""One rank of the tests of what each rank holds: our trainer, watched at every step.
-
-Usage: python -m tests.support.shares_worker JOB.json, with name -> run in it; see ``run_all``.
-"""
+"""One rank of the tests of what each rank holds: our trainer, watched at every step."""
 
 from __future__ import annotations
 
 import functools
-import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +12,16 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from s2s_scale import Seq2SeqTrainer, Seq2SeqTrainingArguments
-from s2s_scale.backends import Backend, make_backend
+from s2s_scale.backends import Backend
 from s2s_scale.data.collators import Seq2SeqCollator
-from s2s_scale.doctor.compat import forget_accelerate_settings
 from s2s_scale.trainer import bad_steps
 from s2s_scale.trainer.bad_steps import SpikeDetector
 from tests.support.families import tiny_model
-from tests.support.ranks import run_ranks
 from tests.support.training import Spoilt, Unpacked, history, ragged_rows, settings
+from tests.support.worker import run_jobs
 
 
-def main(path: Path) -> None:
-    """Do the job's runs one after the other; rank 0 writes ``result.json`` beside the job.
-
-    One process does them all, because starting one costs more than a run does.
-    """
-    runs: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    backends = {
-        name: make_backend(name, "cpu") for name in {job["backend"] for job in runs.values()}
-    }
-    first = next(iter(backends.values()))
-    for backend in backends.values():
-        backend.prepare_process()
-    try:
-        results = {}
-        for name, job in runs.items():
-            # accelerate keeps its settings for the whole process; each run has settings of its own.
-            forget_accelerate_settings()
-            results[name] = run(job, path.parent / name, backends[job["backend"]])
-        if first.collectives.rank == 0:
-            (path.parent / "result.json").write_text(json.dumps(results), encoding="utf-8")
-    finally:
-        first.close()
-
-
-def run(job: dict[str, Any], folder: Path, backend: Backend) -> dict[str, Any]:
+def work(backend: Backend, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train, and collect what the ranks held after each step."""
     values = settings(folder, **job["arguments"])
     args = Seq2SeqTrainingArguments(**backend.training_overrides(values, trains=True))
@@ -105,13 +75,8 @@ def run_all(
     ``spoilt`` (see ``Spoilt``) and ``spike_window`` (how many losses a spike is compared with).
     Its output folder is ``folder / name``.
     """
-    folder.mkdir(parents=True)
-    path = folder / "job.json"
-    path.write_text(json.dumps(runs), encoding="utf-8")
-    worker = ["tests.support.shares_worker", str(path)]
-    for rank, result in enumerate(run_ranks(worker, ranks=ranks, folder=folder, limit=300)):
-        assert result.code == 0, f"rank {rank}:\n{result.output}"
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    work = "tests.support.shares:work"
+    return run_jobs(work, runs, ranks=ranks, folder=folder, limit=300)[0]
 
 
 def first_logits(trainer: Seq2SeqTrainer) -> list[float]:
@@ -186,7 +151,3 @@ def allow_fp16() -> None:
 
     CPU_Accelerator.is_fp16_supported = lambda self: True
     CPU_Accelerator.supported_dtypes = lambda self: [torch.float32, torch.bfloat16, torch.half]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

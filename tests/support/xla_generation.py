@@ -1,14 +1,7 @@
-"""Generates on XLA devices and writes what came out: run by tests/xla in a process of its own.
-
-Arguments: families and names of searches, each comma-separated; devices; mesh as JSON ({} for
-none); rows; the output file, which will hold a JSON list of runs.
-"""
+"""Generates on XLA devices, and tells how that compares with the CPU's tokens."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +21,13 @@ RUNS: dict[str, dict[str, Any]] = {
 LIMIT, WIDTH, BATCH = 14, 16, 20
 
 
-def main() -> None:
-    families, searches, devices, mesh, rows, output = sys.argv[1:]
-    os.environ.update(
-        PJRT_DEVICE="CPU", CPU_NUM_DEVICES=devices, USE_TORCH_XLA="0", XLA_PERSISTENT_CACHE_PATH=""
-    )
-    from s2s_scale.backends import make_backend
-
-    backend = make_backend("xla", "cpu", json.loads(mesh))
-    backend.prepare_process()
-    found = [
-        _run(backend, family, name, RUNS[name], int(rows))
-        for family in families.split(",")
-        for name in searches.split(",")
+def work(backend: Any, job: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Each of ``searches`` with a model of each of ``families``, on so many ``rows``."""
+    return [
+        _run(backend, family, name, RUNS[name], job["rows"])
+        for family in job["families"]
+        for name in job["searches"]
     ]
-    Path(output).write_text(json.dumps(found), encoding="utf-8")
 
 
 def _run(backend: Any, family: str, name: str, options: dict[str, Any], rows: int) -> Any:
@@ -75,7 +60,3 @@ def _run(backend: Any, family: str, name: str, options: dict[str, Any], rows: in
         "compilations": counts,
         "lengths": sorted(set(lengths)),
     }
-
-
-if __name__ == "__main__":
-    main()
