@@ -87,6 +87,11 @@ class Hub:
         return {HUB_ADDRESS: f"{host}:{port}", HUB_KEY: key}
 
     @property
+    def connected(self) -> int:
+        """Number of ranks whose watchdogs are connected."""
+        return len(self._rank_of)
+
+    @property
     def done_ranks(self) -> dict[int, int]:
         """Rank -> exit code, of those that ended in an orderly way."""
         return dict(self._done)

@@ -46,8 +46,9 @@ ORDERLY_SECONDS = 5.0
 """How long a rank may take to end by itself after another rank has failed with an error."""
 HANG_SHARE = 0.85
 """Share of ``fault_seconds`` after which a run without progress hangs; the rest is for its end."""
-LAST_WORDS_SECONDS = 1.0
-"""How long rank 0's own hub stays open after a fault, so that the other ranks read of it."""
+LAST_WORDS_SECONDS = (1.0, 5.0)
+"""How long rank 0's own hub stays open after a fault, so that the other ranks read of it: at least
+the first, and until they have disconnected, but at most the second."""
 
 GatherObjects = Callable[[Any], "list[Any]"]
 
@@ -169,8 +170,17 @@ class Watchdog:
         with suppress(OSError):
             self._send("failed", cause=cause, code=code)
         report_done(rank=self.rank, code=code)
-        if self._hub is not None:
-            time.sleep(LAST_WORDS_SECONDS)
+        self._wait_for_others()
+
+    def _wait_for_others(self) -> None:
+        """Keep this process's hub open, if it has one, until the other ranks know of the fault."""
+        if self._hub is None:
+            return
+        least, most = LAST_WORDS_SECONDS
+        time.sleep(least)
+        until = time.monotonic() + most - least
+        while self._hub.connected > 1 and time.monotonic() < until:
+            time.sleep(0.05)
 
     def stop(self) -> None:
         """The end of this rank's work: from now on its silence is no fault."""
@@ -220,8 +230,7 @@ class Watchdog:
         flushing = threading.Thread(target=sys.stdout.flush, daemon=True)
         flushing.start()
         flushing.join(1)  # the main thread may hold the lock of the buffer
-        if self._hub is not None:
-            time.sleep(LAST_WORDS_SECONDS)
+        self._wait_for_others()
         os._exit(fault.code)
 
     def _watch(self) -> None:
