@@ -289,12 +289,12 @@ def test_settings_without_effect_are_refused() -> None:
         refused(
             f"{name}=99: has no effect with batching=sortish", sortish_sampler=True, **{name: 99}
         )
-        refused(f"{name}=0: expected at least 1", **{name: 0})
+        refused(f"{name}=0: expected a whole number of at least 1", **{name: 0})
         assert Seq2SeqTrainingArguments(output_dir="x", **{name: 99}).batching == "tokens"
     refused(
         "auto_find_batch_size=True: has no effect", batching="tokens", auto_find_batch_size=True
     )
-    refused("num_buckets=0: expected at least 1", num_buckets=0)
+    refused("num_buckets=0: expected a whole number of at least 1", num_buckets=0)
     refused("sortish_sampler=True and batching=tokens", batching="tokens", sortish_sampler=True)
     args = Seq2SeqTrainingArguments(output_dir="x", batching="tokens")
     found = (args.tokens_per_step, args.groups_per_step, args.max_tokens_per_device)
