@@ -87,7 +87,8 @@ def below_least(settings: object) -> list[str]:
         least = getattr(entry.metadata.get("help"), "least", None)
         value = None if least is None else getattr(settings, entry.name)
         if value is not None and value < least:
-            kind = "a whole number of " if str(entry.type).startswith("int") else ""
+            # transformers' HfArgumentParser replaces the text of an annotation by the type itself.
+            kind = "a whole number of " if "int" in str(entry.type) else ""
             problems.append(
                 f"{entry.name}={value}: expected {kind}at least {least}; give --{entry.name} a "
                 "larger value"
