@@ -141,8 +141,8 @@ def test_a_checkpoint_gives_back_what_was_trained(tmp_path):
     assert read_json(final / "training_state.json")["pending"] == {"evaluate": True, "save": False}
     assert checkpointer.newest(tmp_path) == final and len(checkpointer.seconds) == 2
     fresh_one, later = trained_by(0), RunState(args, backend, bad_steps, loss_mode=SMOOTHED)
-    name, shape = later.optimizer_name, later.shape(data)
-    with checkpointer.open(final, fresh_one.model, optimizer_name=name, shape=shape) as saved:
+    name = later.optimizer_name
+    with checkpointer.open(final, fresh_one.model, optimizer_name=name) as saved:
         later.resume(final, saved.run, data, max_steps=10)
         identity = later.schedule_identity(max_steps=10)
         checkpointer.load(saved, fresh_one, schedule_identity=identity)
