@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,30 @@ def pytest_configure(config):
     caches = ROOT / ".pytest_cache" / "d"
     config.own_environment = surroundings(os.environ, own=config.own_folder, caches=caches)
     _restore(config.own_environment)
+    if getattr(config.option, "numprocesses", None) and not (caches / "torch_extensions").exists():
+        _build_extensions()
+
+
+def _build_extensions():
+    """Compile what DeepSpeed compiles at its first use, once per checkout.
+
+    Before any test starts, because it takes a minute and more, and tests limit the time of ranks.
+    """
+    if not find_spec("deepspeed"):
+        return
+    program = (
+        "from s2s_scale.backends import make_backend\n"
+        "backend = make_backend('deepspeed', 'cpu')\n"
+        "backend.prepare_process()\n"
+        "from deepspeed.ops.op_builder import CPUAdamBuilder\n"
+        "CPUAdamBuilder().load(verbose=False)\n"
+        "backend.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=1200, check=False
+    )
+    if done.returncode:
+        raise pytest.UsageError(f"DeepSpeed's extensions cannot be built:\n{done.stderr[-3000:]}")
 
 
 def pytest_unconfigure(config):

@@ -107,7 +107,8 @@ def test_the_golden_files_are_whole_and_small():
     assert {
         (family, profile) for family in figures for profile in figures[family]
     } == cells - failing
-    assert failing <= set(KNOWN)
+    # They crashed when the files were written; what they give now is compared with `cpu`.
+    assert failing == {("fsmt", "cpu-zero3"), ("pegasus", "cpu-zero3")}
     assert plans.read()["plans"].keys() == plans.MODES.keys()
     assert len({json.dumps(value) for value in plans.read()["plans"].values()}) == len(plans.MODES)
     # Texts worth comparing: most rows are learnt in part, and none of them alike.
